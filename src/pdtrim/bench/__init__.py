@@ -1,0 +1,1 @@
+"""Benchmarks: each prints a ratio against a reference taken in the same run."""

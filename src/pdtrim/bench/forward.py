@@ -1,0 +1,80 @@
+"""The simulator's speed against transformers' own forward, and what prefix reuse saves."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pdtrim.models.model import Model
+from pdtrim.plan import Gates
+from pdtrim.progress import Progress, silent
+from pdtrim.stage.forward import Batch, Pair, forward, streams
+
+
+@torch.inference_mode()
+def bench(
+    model: Model,
+    *,
+    prompt: int,
+    continuation: int,
+    rows: int,
+    repeats: int,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Median times over interleaved runs, the same batch and the same logits for both.
+
+    Both compute logits of the continuation only. Token rates count prompt and continuation.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (rows, prompt + continuation)
+    ids = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(model.device)
+    batch = Batch(prompt_BP=ids[:, :prompt], continuation_BC=ids[:, prompt:])
+    gates, pair = Gates.dense(model.num_layers), Pair.dense(model)
+    trace = streams(pair, batch, gates)
+    starts = [model.num_layers * i // 4 for i in (1, 2, 3)]
+    runs: dict[str, Callable[[], object]] = {
+        "transformers": lambda: model.network(ids[:, :-1], logits_to_keep=continuation),
+        "simulator": lambda: forward(pair, batch, gates),
+        "blocks": lambda: streams(pair, batch, gates),
+    }
+    for start in starts:
+        runs[f"resume {start}"] = lambda start=start: streams(  # type: ignore[misc]
+            pair, batch, gates, resume=trace, start=start
+        )
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    with progress("timing", (repeats + 1) * len(runs)) as advance:
+        for repeat in range(repeats + 1):  # the first round warms up
+            for name, run in runs.items():
+                seconds = _timed(run, model.device)
+                if repeat:
+                    times[name].append(seconds)
+                advance(1)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    tokens = rows * (prompt + continuation - 1)
+    return {
+        "transformers_tokens_s": tokens / median["transformers"],
+        "simulator_tokens_s": tokens / median["simulator"],
+        "ratio": median["transformers"] / median["simulator"],
+        "reuse": [
+            {
+                "start": start,
+                "time_share": median[f"resume {start}"] / median["blocks"],
+                "block_share": 1 - start / model.num_layers,
+            }
+            for start in starts
+        ],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started

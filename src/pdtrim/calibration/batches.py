@@ -1,0 +1,157 @@
+"""Pack text into (prompt, continuation) sequences, in three parts that share no token.
+
+*search* steers the search, *rerank* chooses among its finalists, *report* is for numbers that are
+shown. Quality claims should use another source altogether; *report* is the least that is honest.
+
+Shapes: n sequences, P prompt tokens, C continuation tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdtrim.calibration.self_text import write_text
+from pdtrim.calibration.sources import read_documents
+from pdtrim.errors import CalibrationError
+from pdtrim.models.model import Model
+from pdtrim.progress import Progress, silent
+from pdtrim.stage.forward import Batch
+
+SECTION = 8  # sequences; longer documents are shuffled in sections of this many
+SPARE = 4  # read this many times the tokens needed, so that a seed has a choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """How much text, cut how."""
+
+    source: str = "self"
+    prompt_tokens: int = 256
+    continuation_tokens: int = 128
+    search: int = 12
+    rerank: int = 8
+    report: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens < 1 or self.continuation_tokens < 1:
+            raise CalibrationError("prompt and continuation need at least 1 token each")
+        if self.search < 1 or self.rerank < 0 or self.report < 0:
+            raise CalibrationError("at least 1 search sequence is needed, and no part below 0")
+
+    @property
+    def sequences(self) -> int:
+        """Sequences in all three parts."""
+        return self.search + self.rerank + self.report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Three disjoint parts of packed text."""
+
+    search: Batch
+    rerank: Batch
+    report: Batch
+    source: str
+    hash: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one search pass."""
+        return self.search.prompt_BP.numel() + self.search.continuation_BC.numel()
+
+
+def load_calibration(
+    model: Model, config: CalibrationConfig, *, progress: Progress = silent
+) -> Calibration:
+    """Read or write the text, tokenise, pack and split it. The same seed gives the same batches.
+
+    Raises:
+        CalibrationError: unreadable source, or too little text.
+    """
+    width = config.prompt_tokens + config.continuation_tokens
+    if config.source == "self":
+        ids_nW = write_text(
+            model, sequences=config.sequences, tokens=width, seed=config.seed, progress=progress
+        )
+    else:
+        documents = read_documents(config.source)
+        ids_nW = pack(model, documents, sequences=config.sequences, width=width, seed=config.seed)
+    a, b = config.search, config.search + config.rerank
+    parts = [_batch(ids_nW[rows], config.prompt_tokens) for rows in _spans(a, b, len(ids_nW))]
+    digest = hashlib.sha256(ids_nW.numpy().tobytes()).hexdigest()
+    return Calibration(
+        search=parts[0], rerank=parts[1], report=parts[2], source=config.source, hash=digest
+    )
+
+
+def text_batch(
+    model: Model, source: str, *, prompt_tokens: int, continuation_tokens: int, limit: int
+) -> Batch:
+    """The first ``limit`` sequences of a held-out text, in file order."""
+    width = prompt_tokens + continuation_tokens
+    documents = read_documents(source)
+    ids_nW = pack(model, documents, sequences=limit, width=width, seed=None, at_least=1)
+    return _batch(ids_nW, prompt_tokens)
+
+
+def pack(
+    model: Model,
+    documents: Iterable[str],
+    *,
+    sequences: int,
+    width: int,
+    seed: int | None,
+    at_least: int | None = None,
+) -> Tensor:
+    """Join tokenised documents with the end token and cut sequences of ``width``, ``[n, width]``.
+
+    A tokenizer that begins text with a special token (Llama's BOS, an attention sink) begins each
+    sequence with it. With a seed the documents are shuffled; long ones in sections.
+    """
+    tokenizer = model.need_tokenizer()
+    prefix = tokenizer("").input_ids[:1]
+    body = width - len(prefix)
+    if body < 1:
+        raise CalibrationError(f"sequences of {width} tokens leave no room for text")
+    wanted = sequences * (SPARE if seed is not None else 1)
+    sections: list[list[int]] = []
+    have = 0
+    for text in documents:
+        ids = _encode(tokenizer, text)
+        size = SECTION * body
+        sections += [ids[i : i + size] for i in range(0, len(ids), size)]
+        have += len(ids) + 1
+        if have >= wanted * body:
+            break
+    if seed is not None:
+        random.Random(seed).shuffle(sections)
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    stream = [token for section in sections for token in (*section, *end)]
+    count = min(sequences, len(stream) // body)
+    if count < (sequences if at_least is None else at_least):
+        raise CalibrationError(
+            f"the text has {len(stream)} tokens, but {sequences} sequences of {width} need"
+            f" {sequences * body}: give more text, or fewer or shorter sequences"
+        )
+    rows = [prefix + stream[i * body : (i + 1) * body] for i in range(count)]
+    return torch.tensor(rows, dtype=torch.long)
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def _spans(a: int, b: int, end: int) -> tuple[slice, slice, slice]:
+    return slice(0, a), slice(a, b), slice(b, end)
+
+
+def _batch(ids_nW: Tensor, prompt_tokens: int) -> Batch:
+    return Batch(prompt_BP=ids_nW[:, :prompt_tokens], continuation_BC=ids_nW[:, prompt_tokens:])

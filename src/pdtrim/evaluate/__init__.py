@@ -1,0 +1,1 @@
+"""Evaluation: what pruning costs in quality, and the schema of result files."""

@@ -1,0 +1,131 @@
+"""KL, NLL and perplexity of held-out continuations under prefill/decode inference.
+
+All variants are measured on the same target tokens, against one dense forward. The KL here is exact
+over the whole vocabulary, in fp32 from the model's logits.
+
+Shapes: B batch, C continuation tokens, V vocabulary, n sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pdtrim.calibration.teacher import HEAD_ROWS
+from pdtrim.errors import PlanError
+from pdtrim.kv.policy import HandoverPolicy
+from pdtrim.models.model import Model
+from pdtrim.plan import Gates, PrunePlan
+from pdtrim.progress import Progress, silent
+from pdtrim.stage.forward import Batch, Pair, streams
+
+ROWS = 4  # sequences run together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """Something to measure: a pair of models with gates and a KV policy."""
+
+    pair: Pair
+    gates: Gates
+    policy: HandoverPolicy
+
+    @classmethod
+    def dense(cls, model: Model) -> Variant:
+        """The unpruned model."""
+        return cls(
+            pair=Pair.dense(model),
+            gates=Gates.dense(model.num_layers),
+            policy=HandoverPolicy.full(model.num_layers),
+        )
+
+    @classmethod
+    def of(cls, plan: PrunePlan, pair: Pair) -> Variant:
+        """A plan, over the dense model or over its exported pair."""
+        return cls(pair=pair, gates=plan.gates, policy=HandoverPolicy.of(plan))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """Per-sequence means over continuation tokens, nats a token."""
+
+    kl_n: Tensor
+    nll_n: Tensor
+
+    @property
+    def kl(self) -> float:
+        """Mean KL(dense || variant)."""
+        return float(self.kl_n.mean())
+
+    @property
+    def kl_error(self) -> float:
+        """Standard error of :attr:`kl` over sequences; 0 for a single one."""
+        n = len(self.kl_n)
+        return float(self.kl_n.std()) / math.sqrt(n) if n > 1 else 0.0
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood of the true continuation."""
+        return float(self.nll_n.mean())
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity, ``exp(nll)``."""
+        return math.exp(self.nll)
+
+
+@torch.inference_mode()
+def measure_quality(
+    dense: Model,
+    variants: Mapping[str, Variant],
+    batch: Batch,
+    *,
+    progress: Progress = silent,
+) -> dict[str, Quality]:
+    """Measure variants on the same sequences.
+
+    Raises:
+        PlanError: a variant's model has another vocabulary than the dense one.
+    """
+    for name, variant in variants.items():
+        if variant.pair.decode.config.vocab_size != dense.config.vocab_size:
+            raise PlanError(f"'{name}' and the dense model have different vocabularies")
+    rows: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in variants}
+    base = Variant.dense(dense)
+    with progress("measuring quality", len(batch) * (len(variants) + 1)) as advance:
+        for start in range(0, len(batch), ROWS):
+            part = batch[start : start + ROWS].to(dense.device)
+            dense_BCE = _last_stream(base, part)
+            advance(len(part))
+            for name, variant in variants.items():
+                rows[name].append(
+                    _compare(dense, dense_BCE, variant, _last_stream(variant, part), part)
+                )
+                advance(len(part))
+    return {
+        name: Quality(kl_n=torch.cat([k for k, _ in parts]), nll_n=torch.cat([n for _, n in parts]))
+        for name, parts in rows.items()
+    }
+
+
+def _last_stream(variant: Variant, batch: Batch) -> Tensor:
+    return streams(variant.pair, batch, variant.gates, variant.policy)[-1][1]
+
+
+def _compare(
+    dense: Model, dense_BCE: Tensor, variant: Variant, y_BCE: Tensor, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    B, C = batch.continuation_BC.shape
+    columns = (dense_BCE.flatten(0, 1), y_BCE.flatten(0, 1), batch.continuation_BC.flatten())
+    kl, nll = [], []
+    for dense_RE, y_RE, target_R in zip(*(c.split(HEAD_ROWS) for c in columns), strict=True):
+        logp_RV = F.log_softmax(dense.head(dense_RE), -1, dtype=torch.float32)
+        logq_RV = F.log_softmax(variant.pair.decode.head(y_RE), -1, dtype=torch.float32)
+        kl.append((logp_RV.exp() * (logp_RV - logq_RV)).sum(-1))
+        nll.append(-logq_RV.gather(-1, target_R[:, None])[:, 0])
+    return tuple(torch.cat(x).view(B, C).mean(1).cpu() for x in (kl, nll))  # type: ignore[return-value]

@@ -1,0 +1,94 @@
+"""Evaluate a plan file or an exported pair on held-out text: what ``pdtrim eval`` does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdtrim.calibration.batches import text_batch
+from pdtrim.errors import PdtrimError
+from pdtrim.evaluate.handover import measured_bytes, measured_plan_bytes
+from pdtrim.evaluate.quality import Variant, measure_quality
+from pdtrim.evaluate.result import Result, make_provenance, make_row
+from pdtrim.export import base_model, load_pair
+from pdtrim.methods.dense import dense_plan
+from pdtrim.plan import PrunePlan
+from pdtrim.progress import Progress, silent
+from pdtrim.runtime.session import plan_of
+from pdtrim.stage.cost import Lengths
+from pdtrim.stage.forward import Pair
+
+WIRE_PROMPTS = 4  # prompts whose handover is counted; their lengths are equal
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What to measure on."""
+
+    text: str
+    prompt_tokens: int = 512
+    continuation_tokens: int = 256
+    limit: int = 16
+    dtype: str = "bfloat16"
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.prompt_tokens, self.continuation_tokens, self.limit) < 1:
+            raise PdtrimError("prompt tokens, continuation tokens and limit must be at least 1")
+
+
+def evaluate(target: str | Path, config: EvalConfig, *, progress: Progress = silent) -> Result:
+    """Rows ``dense`` and the plan's method, on the same tokens.
+
+    Args:
+        target: a plan file, or a folder that ``export`` wrote.
+
+    Raises:
+        PdtrimError: unreadable plan, pair, model or text.
+    """
+    target = Path(target)
+    plan = plan_of(target) if target.is_dir() else PrunePlan.load(target)
+    model = base_model(plan, source=config.model, dtype=config.dtype)
+    batch = text_batch(
+        model,
+        config.text,
+        prompt_tokens=config.prompt_tokens,
+        continuation_tokens=config.continuation_tokens,
+        limit=config.limit,
+    )
+    pair = load_pair(target)[0] if target.is_dir() else Pair.dense(model)
+    name = plan.provenance.method
+    qualities = measure_quality(
+        model,
+        {"dense": Variant.dense(model), name: Variant.of(plan, pair)},
+        batch,
+        progress=progress,
+    )
+    prompts = batch[:WIRE_PROMPTS]
+    with progress("counting bytes on the wire", 2) as advance:
+        dense_bytes = measured_plan_bytes(dense_plan(model), model, prompts)
+        advance(1)
+        if target.is_dir():
+            sent = measured_bytes(target, prompts)
+        else:
+            sent = measured_plan_bytes(plan, model, prompts)
+        advance(1)
+    lengths = Lengths(prompt=config.prompt_tokens, continuation=config.continuation_tokens)
+    rows = tuple(
+        make_row(
+            row,
+            model,
+            qualities[row],
+            row_plan,
+            lengths=lengths,
+            kv_bytes=size,
+            dense_kv_bytes=dense_bytes,
+        )
+        for row, row_plan, size in (("dense", None, dense_bytes), (name, plan, sent))
+    )
+    return Result(
+        provenance=make_provenance(
+            model, text=config.text, sequences=len(batch), lengths=lengths, plans=(plan,)
+        ),
+        rows=rows,
+    )

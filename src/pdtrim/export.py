@@ -1,0 +1,94 @@
+"""A plan and its dense model to the two checkpoints, ``DIR/prefill`` and ``DIR/decode``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pdtrim.errors import PlanError
+from pdtrim.models.checkpoint import load_stage, save_stage
+from pdtrim.models.loading import load_model
+from pdtrim.models.model import Model
+from pdtrim.plan import STAGES, PrunePlan
+from pdtrim.stage.forward import Pair
+
+
+def base_model(
+    plan: PrunePlan, *, source: str | None = None, dtype: str = "bfloat16", device: str = "cpu"
+) -> Model:
+    """Load the dense model of a plan.
+
+    Args:
+        source: where to read it instead of the name in the plan.
+
+    Raises:
+        PlanError: it is not the model that the plan was made for.
+    """
+    name = source or plan.model.name
+    model = load_model(
+        name, dtype=dtype, device=device, revision=plan.model.revision if source is None else None
+    )
+    check_base(model, plan)
+    return model
+
+
+def check_base(model: Model, plan: PrunePlan) -> None:
+    """Raise PlanError unless the model is the plan's."""
+    if model.fingerprint != plan.model.fingerprint:
+        raise PlanError(
+            f"'{model.name}' is not the model of this plan: fingerprint"
+            f" {model.fingerprint[:12]}, the plan has {plan.model.fingerprint[:12]}"
+        )
+
+
+def export(plan: PrunePlan, model: Model, folder: str | Path) -> Path:
+    """Write both checkpoints below ``folder`` and return it.
+
+    A folder that holds something else is left alone.
+
+    Raises:
+        PlanError: another model's plan, a plan with trained blocks (not supported yet), or a
+            folder that is in use.
+    """
+    folder = Path(folder)
+    check_base(model, plan)
+    if plan.replacements:
+        raise PlanError("this plan has trained replacement blocks, which export cannot place yet")
+    if folder.exists() and not folder.is_dir():
+        raise PlanError(f"{folder} is a file: give a folder")
+    if folder.is_dir():
+        others = sorted(p.name for p in folder.iterdir() if p.name not in STAGES)
+        foreign = [s for s in STAGES if (folder / s).exists() and not _ours(folder / s)]
+        if others or foreign:
+            raise PlanError(
+                f"{folder} already holds '{(others + foreign)[0]}': give an empty folder"
+            )
+    save_stage(model, plan, "prefill", folder / "prefill")
+    save_stage(model, plan, "decode", folder / "decode")
+    return folder
+
+
+def load_pair(folder: str | Path, *, device: str = "cpu") -> tuple[Pair, PrunePlan]:
+    """Both checkpoints of an export, for the simulator.
+
+    Raises:
+        PlanError: the two were not exported from one plan.
+    """
+    folder = Path(folder)
+    prefill, plan = load_stage(folder / "prefill", "prefill", device=device)
+    decode, other = load_stage(folder / "decode", "decode", device=device)
+    check_pair(plan.digest, other.digest)
+    return Pair(prefill=prefill, decode=decode), plan
+
+
+def check_pair(prefill: str, decode: str) -> None:
+    """Raise PlanError unless the digests agree."""
+    if prefill != decode:
+        raise PlanError(
+            f"prefill and decode come from different plans ({prefill[:12]} and {decode[:12]}):"
+            " export both from one plan"
+        )
+
+
+def _ours(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and '"pdtrim"' in config.read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,1 @@
+"""KV handover: which prompt tokens travel, and how they look on the wire."""

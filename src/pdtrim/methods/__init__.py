@@ -1,0 +1,9 @@
+"""Methods: each makes a plan from a model, calibration text and a target. One file a method."""
+
+from pdtrim.methods.base import Method, Target
+from pdtrim.methods.paper import Paper
+from pdtrim.methods.pdtrim import PDTrim
+
+METHODS: dict[str, type[Method]] = {"pdtrim": PDTrim, "paper": Paper}
+
+__all__ = ["METHODS", "Method", "PDTrim", "Paper", "Target"]

@@ -1,0 +1,135 @@
+"""``paper``: the method of PDTrim (arXiv 2509.04467, v1 to v3), reconstructed.
+
+What is known, from the abstract and the public reviews: redundancy of a block is the cosine
+similarity of its input and output; blocks are assigned to a pruning set (and a distillation set);
+blocks are removed iteratively with simulated annealing, for prefill and decode separately;
+prefill's removed set lies inside decode's, so that each layer kept in decode finds prompt KV; in
+layers where attention concentrates on the first and last tokens, only their KV is sent.
+
+What is reconstruction, as the paper's text was not to be had: the pruning set is the most redundant
+blocks, ``spread`` times as many as are to be removed; removal takes the most redundant block of the
+set, measured anew in the pruned stream after each removal; the annealing then swaps blocks inside
+the set to bring the last stream of decode closest (cosine) to the dense model's. Redundancy is
+averaged over prompt tokens for prefill and over continuation tokens for decode. The temperature
+schedule is that of ``search/anneal.py``. The distillation set is not built here: no block is
+trained. The paper calibrates on PIQA and MMLU, which it also reports; here the text is the user's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pdtrim.calibration.batches import Calibration
+from pdtrim.errors import PlanError
+from pdtrim.kv.request import KVRequest
+from pdtrim.methods.base import SEARCH_ORDER, Found, Method, Target
+from pdtrim.models.model import Model
+from pdtrim.plan import Stage
+from pdtrim.progress import Progress
+from pdtrim.search.anneal import Annealing, anneal
+from pdtrim.search.objective import (
+    BudgetSpent,
+    Measured,
+    Objective,
+    cosine_loss,
+    dense_trace,
+)
+from pdtrim.search.state import Removal
+from pdtrim.stage.forward import Trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper(Method):
+    """Settings: size of the pruning set over the count removed, and the annealing."""
+
+    name = "paper"
+    default_mode = "subset"
+    spread: float = 2.0
+    annealing: Annealing = field(default_factory=lambda: Annealing(steps=40))
+
+    def search(
+        self, model: Model, calibration: Calibration, target: Target, *, progress: Progress
+    ) -> Found:
+        """See the module's docstring."""
+        if target.mode != "subset":
+            raise PlanError("method 'paper' knows mode 'subset' only: use --mode subset")
+        sample = calibration.search[:4].to(model.device)
+        rules = KVRequest.parse(target.kv).resolve(
+            model, sample, dense_trace(model, sample), block_size=target.block_size
+        )
+        objective = Objective(model, calibration.search, loss=cosine_loss, budget=target.budget)
+        rng = random.Random(target.seed)
+        try:
+            current = objective.measure(Removal(num_layers=model.num_layers, mode="subset"))
+            for stage in SEARCH_ORDER:
+                count = target.remove(stage)
+                current = self._prune(objective, current, stage, count, rng, progress)
+        except BudgetSpent as error:
+            raise PlanError(
+                f"a budget of {target.budget} block-tokens does not reach the end of the iterative"
+                " removal: give more, or less calibration text"
+            ) from error
+        return Found(gates=current.state.gates, kv=rules, block_tokens=objective.spent)
+
+    def _prune(
+        self,
+        objective: Objective,
+        current: Measured,
+        stage: Stage,
+        count: int,
+        rng: random.Random,
+        progress: Progress,
+    ) -> Measured:
+        if count == 0:
+            return current
+        pruning_set = self._pruning_set(current, stage, count)
+        with progress(f"removing {stage} blocks", count + self.annealing.steps) as advance:
+            for _ in range(count):
+                objective.stand_on(current)
+                redundancy_L = redundancy(current.traces, stage)
+                open_blocks = [i for i in current.state.removable(stage) if i in pruning_set]
+                layer = max(open_blocks, key=lambda i: float(redundancy_L[i]))
+                current = objective.measure(current.state.remove(stage, layer))
+                advance(1)
+            return anneal(
+                objective,
+                current,
+                self.annealing,
+                rng=rng,
+                allowed=pruning_set,
+                stages=(stage,),
+                advance=advance,
+            )
+
+    def _pruning_set(self, current: Measured, stage: Stage, count: int) -> frozenset[int]:
+        redundancy_L = redundancy(current.traces, stage)
+        ranked = sorted(
+            current.state.removable(stage), key=lambda i: float(redundancy_L[i]), reverse=True
+        )
+        return frozenset(ranked[: max(count, round(self.spread * count))])
+
+
+def redundancy(traces: list[Trace], stage: Stage) -> Tensor:
+    """Cosine similarity of each block's input and output, mean over the stage's tokens, ``[L]``.
+
+    The last block's output is the stream before the final norm, as ShortGPT (2403.03853) defines.
+    """
+    side = 0 if stage == "prefill" else 1
+    columns = []
+    for trace in traces:
+        flows = [entry[side].float() for entry in trace]
+        columns.append(
+            torch.stack(
+                [
+                    F.cosine_similarity(before, after, dim=-1).mean()
+                    for before, after in itertools.pairwise(flows)
+                ]
+            )
+        )
+    return torch.stack(columns).mean(0)

@@ -1,0 +1,93 @@
+"""One transformer block, taken apart: norms, projections, rotary positions, MLP.
+
+Llama, Mistral and Qwen2 share one set of names, so this class serves them; a family that differs
+is a subclass in a file of its own (``qwen3.py``), listed in ``families.py``.
+
+Shapes: B batch, T tokens, E hidden width, H query heads, G KV heads, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+Rope = tuple[Tensor, Tensor]
+"""cos and sin of the rotary angles, each ``[B, T, D]``."""
+
+
+def rotate(x_BHTD: Tensor, rope: Rope) -> Tensor:
+    """Turn each pair of channels (i, i + D/2) by its position's angle (RoFormer, 2104.09864)."""
+    cos, sin = (part.unsqueeze(1) for part in rope)
+    low, high = x_BHTD.chunk(2, dim=-1)
+    return x_BHTD * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+class Block:
+    """The parts of one transformers decoder layer, each callable alone.
+
+    A part that a stage's checkpoint does not hold is None in ``module``; its gate is never open.
+    """
+
+    def __init__(self, module: Any, *, window: int | None = None) -> None:
+        self.module = module
+        self.window = window
+
+    @property
+    def attention(self) -> Any:
+        """The attention module."""
+        return self.module.self_attn
+
+    @property
+    def scale(self) -> float:
+        """What query-key products are multiplied by."""
+        return float(self.attention.scaling)
+
+    def attention_norm(self, x_BTE: Tensor) -> Tensor:
+        """The norm before attention."""
+        return self.module.input_layernorm(x_BTE)
+
+    def project_q(self, h_BTE: Tensor, rope: Rope) -> Tensor:
+        """Rotated queries ``[B, H, T, D]`` of the normed stream."""
+        return rotate(self._heads("q_proj", "q_norm", h_BTE), rope)
+
+    def project_kv(self, h_BTE: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values, each ``[B, G, T, D]``, of the normed stream."""
+        return rotate(self._heads("k_proj", "k_norm", h_BTE), rope), self._heads(
+            "v_proj", None, h_BTE
+        )
+
+    def project_output(self, o_BHTD: Tensor) -> Tensor:
+        """What attention adds to the stream, ``[B, T, E]``."""
+        return self.attention.o_proj(o_BHTD.transpose(1, 2).flatten(2))
+
+    def mlp(self, x_BTE: Tensor) -> Tensor:
+        """What the MLP adds to the stream, its norm included."""
+        return self.module.mlp(self.module.post_attention_layernorm(x_BTE))
+
+    def _heads(self, projection: str, norm: str | None, h_BTE: Tensor) -> Tensor:
+        """Project and split into heads; ``norm`` names a per-head norm that the family may have."""
+        del norm
+        x_BTF = getattr(self.attention, projection)(h_BTE)
+        return x_BTF.unflatten(-1, (-1, self.attention.head_dim)).transpose(1, 2)
+
+    # Parameter names (below the block) that each gate needs; export writes just these.
+
+    KV_PARTS: ClassVar[tuple[str, ...]] = (
+        "input_layernorm",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+    )
+    ATTENTION_PARTS: ClassVar[tuple[str, ...]] = (*KV_PARTS, "self_attn.q_proj", "self_attn.o_proj")
+    MLP_PARTS: ClassVar[tuple[str, ...]] = ("post_attention_layernorm", "mlp")
+
+    @classmethod
+    def parts(cls, *, attention: str | bool, mlp: bool) -> tuple[str, ...]:
+        """Names of the submodules that a block with these gates needs."""
+        needed: tuple[str, ...] = ()
+        if attention in ("full", True):
+            needed += cls.ATTENTION_PARTS
+        elif attention == "kv":
+            needed += cls.KV_PARTS
+        return needed + cls.MLP_PARTS if mlp else needed

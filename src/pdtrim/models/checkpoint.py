@@ -1,0 +1,180 @@
+"""Write and read the checkpoint of one stage.
+
+A stage's folder is a Hugging Face model folder: ``config.json``, ``model.safetensors``, tokenizer.
+Blocks that the stage runs anything of get the slots 0, 1, ... in order; the config's key
+``pdtrim`` holds the stage, the plan, its digest and each slot's dense layer. If all slots are whole
+blocks it is a plain checkpoint that transformers loads. Otherwise its model type is
+``pdtrim_<family>``, which transformers does not know: loaded as a plain model it would get random
+weights for the parts that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from pdtrim.errors import ModelError, PlanError
+from pdtrim.models.families import family_of
+from pdtrim.models.loading import quiet
+from pdtrim.models.model import Model
+from pdtrim.plan import MAX_PLAN_BYTES, PrunePlan, Stage
+
+WEIGHTS = "model.safetensors"
+PREFIX = "pdtrim_"
+
+
+def save_stage(model: Model, plan: PrunePlan, stage: Stage, folder: Path) -> None:
+    """Write one stage of a dense model."""
+    layers = plan.gates.layers(stage)
+    attention, mlp = plan.gates.of(stage)
+    family = family_of(model.config)
+    kept = {layer: family.parts(attention=attention[layer], mlp=mlp[layer]) for layer in layers}
+    tensors = _stage_tensors(model, kept)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config = _stage_config(model, plan, stage)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    if model.network.generation_config is not None:
+        model.network.generation_config.save_pretrained(folder)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
+
+
+def load_stage(folder: str | Path, stage: Stage, *, device: str = "cpu") -> tuple[Model, PrunePlan]:
+    """Read one stage's checkpoint and the plan inside it.
+
+    Raises:
+        ModelError: not such a folder, the other stage's, or weights that do not fit the plan.
+        PlanError: the plan inside is invalid or its digest wrong.
+    """
+    folder = Path(folder)
+    data, plan = read_stage_config(folder, stage)
+    layers = plan.gates.layers(stage)
+    data["model_type"] = str(data["model_type"]).removeprefix(PREFIX)
+    dtype = getattr(torch, str(data.get("dtype")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ModelError(f"{folder / 'config.json'}: unknown dtype {data.get('dtype')!r}")
+    with quiet():
+        try:
+            config = AutoConfig.for_model(**data)
+            family_of(config)
+            with torch.device("meta"):
+                network = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            tensors = load_file(folder / WEIGHTS)
+            _fill(network, tensors, _expected_missing(network, plan, stage), folder)
+            tokenizer = None
+            if any(folder.glob("tokenizer*")):
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except ModelError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ModelError(f"cannot load {folder}: {str(error).splitlines()[0]}") from error
+    model = Model(
+        network.to(device),
+        tokenizer,
+        name=plan.model.name,
+        revision=plan.model.revision,
+        layers=layers,
+        num_layers=plan.model.num_layers,
+    )
+    return model, plan
+
+
+def read_stage_config(folder: Path, stage: Stage) -> tuple[dict[str, Any], PrunePlan]:
+    """The config without pdtrim's entry, and the plan of that entry, its digest checked."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"no {stage} checkpoint at {folder}: make one with 'pdtrim export'")
+    if path.stat().st_size > 2 * MAX_PLAN_BYTES:
+        raise ModelError(f"{path} is too large for a config")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} is not JSON: {error}") from error
+    entry = data.pop("pdtrim", None) if isinstance(data, dict) else None
+    if not isinstance(entry, dict) or "model_type" not in data:
+        raise ModelError(f"{folder} was not exported by pdtrim: its config has no 'pdtrim' entry")
+    if entry.get("stage") != stage:
+        raise ModelError(f"{folder} holds stage '{entry.get('stage')}', not '{stage}'")
+    plan = PrunePlan.from_json(entry.get("plan"), source=str(path))
+    if entry.get("plan_digest") != plan.digest:
+        raise PlanError(f"{path}: the plan does not match its digest; export it again")
+    return data, plan
+
+
+def _stage_tensors(model: Model, kept: dict[int, tuple[str, ...]]) -> dict[str, torch.Tensor]:
+    tensors = {}
+    slots = {layer: slot for slot, layer in enumerate(kept)}
+    for name, tensor in model.network.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        if name.startswith("model.layers."):
+            layer_text, _, part = name.removeprefix("model.layers.").partition(".")
+            layer = int(layer_text)
+            if layer not in kept or not part.startswith(tuple(f"{p}." for p in kept[layer])):
+                continue
+            name = f"model.layers.{slots[layer]}.{part}"
+        tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+def _stage_config(model: Model, plan: PrunePlan, stage: Stage) -> dict[str, Any]:
+    layers = plan.gates.layers(stage)
+    attention, mlp = plan.gates.of(stage)
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)
+    config["num_hidden_layers"] = len(layers)
+    if config.get("layer_types") is not None:
+        config["layer_types"] = [config["layer_types"][layer] for layer in layers]
+    if config.get("max_window_layers") is not None:
+        config["max_window_layers"] = min(config["max_window_layers"], len(layers))
+    config["architectures"] = [type(model.network).__name__]
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    if any(attention[i] not in ("full", True) or not mlp[i] for i in layers):
+        config["model_type"] = PREFIX + config["model_type"]
+        config["architectures"] = ["PDTrim" + config["architectures"][0]]
+    config["pdtrim"] = {
+        "stage": stage,
+        "layers": list(layers),
+        "plan_digest": plan.digest,
+        "plan": plan.to_json(),
+    }
+    return config
+
+
+def _expected_missing(network: PreTrainedModel, plan: PrunePlan, stage: Stage) -> set[str]:
+    """Parameters that the stage's checkpoint leaves out."""
+    attention, mlp = plan.gates.of(stage)
+    family = family_of(network.config)
+    missing = {"lm_head.weight"} if network.config.tie_word_embeddings else set()
+    for slot, layer in enumerate(plan.gates.layers(stage)):
+        parts = tuple(f"{p}." for p in family.parts(attention=attention[layer], mlp=mlp[layer]))
+        for name, _ in network.model.layers[slot].named_parameters():
+            if not name.startswith(parts):
+                missing.add(f"model.layers.{slot}.{name}")
+    return missing
+
+
+def _fill(
+    network: PreTrainedModel, tensors: dict[str, torch.Tensor], missing: set[str], folder: Path
+) -> None:
+    wanted = {name: p for name, p in network.named_parameters() if name not in missing}
+    wrong = sorted(set(wanted) ^ set(tensors)) or sorted(
+        name for name, p in wanted.items() if p.shape != tensors[name].shape
+    )
+    if wrong:
+        raise ModelError(f"{folder / WEIGHTS} does not fit its plan: see '{wrong[0]}'")
+    network.load_state_dict(tensors, assign=True, strict=False)
+    network.tie_weights()
+    # computed, not stored: made on the meta device, so made again
+    network.model.rotary_emb = type(network.model.rotary_emb)(network.config)
+    for module in list(network.model.layers.modules()):
+        for name, child in list(module.named_children()):
+            if any(p.is_meta for p in child.parameters(recurse=False)):
+                setattr(module, name, None)  # a part that this stage never runs

@@ -1,0 +1,311 @@
+"""The plan: which parts of a model each stage runs, and which of the prompt's KV cache travels.
+
+A plan is one JSON file, schema ``pdtrim.plan/1``. Everything else in pdtrim either makes a plan or
+obeys one. It is data only: nothing in it is ever executed.
+
+Words: *layer* is a block's index in the dense model, *stage* is prefill or decode, a *gate* says
+whether a stage runs a part of a block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pdtrim.errors import PlanError
+
+MAX_PLAN_BYTES = 16 * 2**20
+
+Stage = Literal["prefill", "decode"]
+AttentionGate = Literal["full", "kv", "off"]
+Mode = Literal["projected", "subset"]
+STAGES: tuple[Stage, ...] = ("prefill", "decode")
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Frozen(BaseModel):
+    """A record that cannot change and that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Gates(Frozen):
+    """What each stage runs, one entry a layer.
+
+    ``prefill_attention`` is ``"full"`` (run it), ``"kv"`` (skip it, but still compute the keys and
+    values of the residual stream that reaches it) or ``"off"``. The other three are on or off.
+
+    Raises:
+        ValueError: lengths differ, or decode runs an attention for which prefill makes no KV.
+    """
+
+    prefill_attention: tuple[AttentionGate, ...]
+    prefill_mlp: tuple[bool, ...]
+    decode_attention: tuple[bool, ...]
+    decode_mlp: tuple[bool, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> Gates:
+        lengths = {
+            len(self.prefill_attention),
+            len(self.prefill_mlp),
+            len(self.decode_attention),
+            len(self.decode_mlp),
+        }
+        if len(lengths) != 1:
+            raise ValueError(f"gates of lengths {sorted(lengths)}: give one entry a layer")
+        for layer, (prefill, decode) in enumerate(
+            zip(self.prefill_attention, self.decode_attention, strict=True)
+        ):
+            if decode and prefill == "off":
+                raise ValueError(
+                    f"layer {layer}: decode runs its attention but prefill makes no keys and values"
+                    " for it; set prefill to 'full' or 'kv', or remove it from decode too"
+                )
+        return self
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the dense model."""
+        return len(self.decode_mlp)
+
+    @classmethod
+    def dense(cls, num_layers: int) -> Gates:
+        """Everything runs."""
+        return cls.removing(num_layers)
+
+    @classmethod
+    def removing(
+        cls,
+        num_layers: int,
+        *,
+        prefill: Iterable[int] = (),
+        decode: Iterable[int] = (),
+        mode: Mode = "projected",
+    ) -> Gates:
+        """Gates without the whole blocks named, a set for each stage.
+
+        A block that only prefill loses keeps its KV projection in mode ``projected`` and is an
+        error in mode ``subset`` (the paper's rule: prefill's set lies inside decode's).
+        """
+        gone_prefill, gone_decode = set(prefill), set(decode)
+        for layer in gone_prefill | gone_decode:
+            if not 0 <= layer < num_layers:
+                raise PlanError(f"layer {layer} does not exist: the model has {num_layers}")
+        extra = sorted(gone_prefill - gone_decode)
+        if mode == "subset" and extra:
+            raise PlanError(
+                f"mode 'subset': prefill removes {extra}, which decode keeps; remove them from"
+                " decode too, or use mode 'projected'"
+            )
+        layers = range(num_layers)
+        return cls(
+            prefill_attention=tuple(
+                "full" if i not in gone_prefill else "off" if i in gone_decode else "kv"
+                for i in layers
+            ),
+            prefill_mlp=tuple(i not in gone_prefill for i in layers),
+            decode_attention=tuple(i not in gone_decode for i in layers),
+            decode_mlp=tuple(i not in gone_decode for i in layers),
+        )
+
+    def blocks(self, stage: Stage) -> int:
+        """Blocks whose attention and MLP the stage still runs."""
+        return sum(
+            attention in ("full", True) and mlp
+            for attention, mlp in zip(*self.of(stage), strict=True)
+        )
+
+    def of(self, stage: Stage) -> tuple[tuple[AttentionGate | bool, ...], tuple[bool, ...]]:
+        """The (attention, MLP) gates of one stage."""
+        if stage == "prefill":
+            return self.prefill_attention, self.prefill_mlp
+        return self.decode_attention, self.decode_mlp
+
+    def layers(self, stage: Stage) -> tuple[int, ...]:
+        """Layers of which the stage runs anything at all: the slots of its checkpoint, in order."""
+        attention, mlp = self.of(stage)
+        return tuple(
+            i for i in range(self.num_layers) if attention[i] in ("full", "kv", True) or mlp[i]
+        )
+
+    @property
+    def last_read(self) -> int:
+        """The last layer whose prompt KV decode reads, -1 if none; prefill ends with it."""
+        return max((i for i, on in enumerate(self.decode_attention) if on), default=-1)
+
+    def without_dead_work(self) -> Gates:
+        """The same function of the prompt with the prefill work that nothing reads removed. Exact.
+
+        Decode reads only prompt KV, so behind the K and V of the last layer that decode reads,
+        prefill has nothing left to do.
+        """
+        last = self.last_read
+        attention = tuple(
+            gate if i < last else "kv" if i == last else "off"
+            for i, gate in enumerate(self.prefill_attention)
+        )
+        mlp = tuple(on and i < last for i, on in enumerate(self.prefill_mlp))
+        return self.model_copy(update={"prefill_attention": attention, "prefill_mlp": mlp})
+
+
+class LayerKV(Frozen):
+    """Which prompt tokens of one layer travel, and in what form.
+
+    ``first`` and ``last`` (tokens) belong to selector ``first_last``. Codec ``raw`` sends the
+    model's own dtype.
+    """
+
+    selector: Literal["full", "first_last"] = "full"
+    first: int = Field(default=0, ge=0)
+    last: int = Field(default=0, ge=0)
+    codec: Literal["raw"] = "raw"
+
+    @model_validator(mode="after")
+    def _check(self) -> LayerKV:
+        if self.selector == "full" and (self.first or self.last):
+            raise ValueError("selector 'full' takes no first or last: use 'first_last'")
+        if self.selector == "first_last" and self.first + self.last == 0:
+            raise ValueError("selector 'first_last' must keep at least one token")
+        return self
+
+
+class BaseModelRef(Frozen):
+    """The dense model that a plan was made for."""
+
+    name: str
+    revision: str | None = None
+    family: str
+    num_layers: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    fingerprint: Sha256
+
+
+class Replacement(Frozen):
+    """A trained block that stands at ``layer`` of a stage in place of the ``merged`` layers."""
+
+    stage: Stage
+    layer: int = Field(ge=0)
+    merged: tuple[int, ...]
+    weights: str
+    sha256: Sha256
+
+    @field_validator("weights")
+    @classmethod
+    def _relative(cls, value: str) -> str:
+        path = PurePosixPath(value)
+        if path.is_absolute() or ".." in path.parts or not value.endswith(".safetensors"):
+            raise ValueError("must be a relative .safetensors path below the plan's folder")
+        return value
+
+
+class Provenance(Frozen):
+    """How the plan came to be. It does not enter the digest: it changes nothing that runs."""
+
+    method: str
+    mode: Mode
+    seed: int
+    calibration: str
+    calibration_hash: str
+    search_block_tokens: int = Field(ge=0)
+    search_kl: float | None = None
+    wall_s: float = Field(default=0.0, ge=0)
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class PrunePlan(Frozen):
+    """A model, its gates, its KV policy, and where they came from.
+
+    Attributes:
+        kv: one rule a layer, for the prompt tokens that prefill hands over (all but the last).
+        block_size: tokens in a page of the decode engine; kept runs round outward to it. The
+            simulator rounds in the same way. 1 is token-exact.
+    """
+
+    schema_id: Literal["pdtrim.plan/1"] = Field(default="pdtrim.plan/1", alias="schema")
+    model: BaseModelRef
+    gates: Gates
+    kv: tuple[LayerKV, ...]
+    replacements: tuple[Replacement, ...] = ()
+    block_size: int = Field(default=1, ge=1, le=1024)
+    provenance: Provenance
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> PrunePlan:
+        for name, count in (("gates", self.gates.num_layers), ("kv", len(self.kv))):
+            if count != self.model.num_layers:
+                raise ValueError(
+                    f"{name} has {count} entries but the model has {self.model.num_layers} layers"
+                )
+        for item in self.replacements:
+            if any(not 0 <= i < self.model.num_layers for i in (item.layer, *item.merged)):
+                raise ValueError(f"replacement at {item.layer} names a layer that does not exist")
+        return self
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of everything that changes what runs; both checkpoints carry it."""
+        data = self.model_dump(mode="json", by_alias=True, exclude={"provenance"})
+        data["model"] = {"fingerprint": self.model.fingerprint}
+        text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def sent_layers(self) -> tuple[int, ...]:
+        """Layers whose prompt KV travels, in wire order."""
+        return tuple(i for i, on in enumerate(self.gates.decode_attention) if on)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, ready for ``json.dump``."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> PrunePlan:
+        """Read a plan file.
+
+        Raises:
+            PlanError: missing, too large, not JSON, unknown keys, or an invalid plan.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise PlanError(f"no plan file at {path}")
+        if path.stat().st_size > MAX_PLAN_BYTES:
+            raise PlanError(f"{path} is larger than {MAX_PLAN_BYTES} bytes: not a plan")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise PlanError(f"{path} is not JSON: {error}") from error
+        return cls.from_json(data, source=str(path))
+
+    @classmethod
+    def from_json(cls, data: Any, *, source: str = "plan") -> PrunePlan:
+        """Validate plain data; ``source`` names it in the error."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise PlanError(f"{source}: {first_problem(error)}") from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first of pydantic's complaints, on one line."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    text = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{where}: {text}" if where else text

@@ -1,0 +1,87 @@
+"""A picture of a plan in text: which block runs where, and what travels."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pdtrim.kv.wire import Layout
+from pdtrim.models.loading import DTYPES
+from pdtrim.plan import STAGES, PrunePlan
+
+ATTENTION = {"full": ("A", "green"), "kv": ("k", "yellow"), "off": ("·", "bright_black")}
+
+
+def picture(plan: PrunePlan, *, prompt_tokens: int = 512) -> RenderableType:
+    """The plan as a rich renderable; bytes are for a prompt of ``prompt_tokens`` in bf16."""
+    return Group(_head(plan), _blocks(plan), _legend(), _handover(plan, prompt_tokens))
+
+
+def _head(plan: PrunePlan) -> Text:
+    p = plan.provenance
+    lines = [
+        f"plan {plan.digest[:12]}  model {plan.model.name} ({plan.model.family},"
+        f" {plan.model.num_layers} blocks, fingerprint {plan.model.fingerprint[:12]})",
+        f"made by {p.method} in mode {p.mode}, seed {p.seed}, calibration {p.calibration},"
+        f" {p.search_block_tokens:,} block-tokens, {p.wall_s:.0f} s",
+        "",
+    ]
+    return Text("\n".join(lines))
+
+
+def _blocks(plan: PrunePlan) -> Table:
+    gates = plan.gates
+    table = Table(box=None, pad_edge=False, padding=(0, 0), show_header=False)
+    table.add_column(justify="left")
+    tens = "".join(str(i // 10) if i % 10 == 0 else " " for i in range(gates.num_layers))
+    table.add_row(Text("layer    " + tens))
+    table.add_row(Text("         " + "".join(str(i % 10) for i in range(gates.num_layers))))
+    for stage in STAGES:
+        attention, mlp = gates.of(stage)
+        row = Text(f"{stage:<9}")
+        for gate in attention:
+            state = gate if isinstance(gate, str) else ("full" if gate else "off")
+            row.append(*ATTENTION[state])
+        row.append(f"  attention, {gates.blocks(stage)} whole blocks of {gates.num_layers}")
+        table.add_row(row)
+        row = Text(" " * 9)
+        for on in mlp:
+            row.append("M" if on else "·", "green" if on else "bright_black")
+        row.append("  MLP")
+        table.add_row(row)
+        if stage == "prefill":
+            table.add_row(_travels(plan))
+    return table
+
+
+def _travels(plan: PrunePlan) -> Text:
+    row = Text("  KV     ")
+    for layer, rule in enumerate(plan.kv):
+        if layer not in plan.sent_layers:
+            row.append("·", "bright_black")
+        elif rule.selector == "full":
+            row.append("↓", "green")
+        else:
+            row.append("⇣", "yellow")
+    row.append("  prompt KV that travels")
+    return row
+
+
+def _legend() -> Text:
+    return Text(
+        "\nA attention runs   k only its keys and values   M MLP runs   · nothing"
+        "\n↓ every prompt token travels   ⇣ only first and last tokens\n"
+    )
+
+
+def _handover(plan: PrunePlan, prompt_tokens: int) -> Text:
+    layout = Layout.of(plan, DTYPES["bfloat16"], prompt_tokens - 1)
+    dense = plan.model.num_layers * layout.layer_bytes(layout.tokens)
+    rules = sorted({(r.first, r.last) for r in plan.kv if r.selector == "first_last"})
+    cut = ", ".join(f"first {first} + last {last}" for first, last in rules) or "none"
+    return Text(
+        f"{len(plan.sent_layers)} of {plan.model.num_layers} layers travel; token cut: {cut}\n"
+        f"by the layout, a prompt of {prompt_tokens} tokens sends {layout.frame_bytes:,} bytes of"
+        f" {dense:,} in bf16 ({dense / layout.frame_bytes:.2f}x)"
+    )

@@ -1,0 +1,1 @@
+"""The embedded runtime: prefill and decode as two processes on one machine."""

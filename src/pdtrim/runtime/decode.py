@@ -1,0 +1,162 @@
+"""The decode process: takes handed-over KV caches and generates from them, or scores given text.
+
+Run by the session as ``python -m pdtrim.runtime.decode DIR/decode``.
+
+Shapes: B requests of a batch, M kept prompt tokens (padded to the longest), C continuation tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pdtrim.kv.policy import HandoverPolicy, take
+from pdtrim.models.checkpoint import load_stage
+from pdtrim.models.model import Model
+from pdtrim.plan import PrunePlan
+from pdtrim.runtime.control import Control, Message
+from pdtrim.runtime.receiver import Arrived, Receiver
+from pdtrim.stage import generate
+from pdtrim.stage.cache import LayerCache
+from pdtrim.stage.sampling import Sampler, Sampling
+
+
+class DecodeProcess:
+    """Holds the decode model and the receiver of caches."""
+
+    def __init__(self, control: Control, model: Model, plan: PrunePlan) -> None:
+        self.control = control
+        self.model = model
+        self.plan = plan
+        self.policy = HandoverPolicy.of(plan)
+        self.receiver = Receiver(plan, model.dtype)
+
+    def expect(self, order: Message) -> None:
+        """Announce requests whose frames may come."""
+        for request in order["requests"]:
+            self.receiver.expect(bytes.fromhex(request["id"]), request["tokens"])
+        self.control.send("expecting")
+
+    def forget(self, order: Message) -> None:
+        """Drop requests that prefill could not deliver."""
+        for request in order["requests"]:
+            self.receiver.forget(bytes.fromhex(request["id"]))
+        self.control.send("forgotten")
+
+    def generate(self, order: Message) -> None:
+        """Sample up to ``max_new_tokens`` a request; each step is one event."""
+        requests: list[Message] = order["requests"]
+        started = time.perf_counter()
+        caches, received = self.caches(requests, order["max_new_tokens"])
+        sampler = Sampler(Sampling(**order["sampling"]), len(requests))
+        stop = set(order["stop"])
+        running = set(range(len(requests)))
+        last_B, positions_B = self.starts(requests)
+        cache_bytes = sum(cache.nbytes for cache in caches.values())
+        for ids_B in generate.generate(
+            self.model,
+            self.plan.gates,
+            caches,
+            last_B,
+            positions_B,
+            sampler,
+            max_new_tokens=order["max_new_tokens"],
+        ):
+            ids = ids_B.tolist()
+            self.control.send("tokens", rows=sorted(running), ids=[ids[r] for r in sorted(running)])
+            running = {row for row in running if ids[row] not in stop}
+            if not running:
+                break
+        self.control.send(
+            "done",
+            bytes=received,
+            cache_bytes=cache_bytes,
+            decode_s=time.perf_counter() - started,
+        )
+
+    @torch.inference_mode()
+    def score(self, order: Message) -> None:
+        """Write the logits ``[B, C, V]`` of given continuations of one length to a file."""
+        requests: list[Message] = order["requests"]
+        continuation_BC = torch.tensor(order["continuation"], device=self.model.device)
+        C = continuation_BC.shape[1]
+        caches, received = self.caches(requests, C)
+        last_B, positions_B = self.starts(requests)
+        ids_BC = torch.cat((last_B[:, None], continuation_BC[:, :-1]), dim=1)
+        positions_BC = positions_B[:, None] + torch.arange(C, device=self.model.device)
+        y = generate.decode_tokens(self.model, self.plan.gates, caches, ids_BC, positions_BC)
+        save_file({"logits": self.model.head(y).float().cpu().contiguous()}, order["file"])
+        self.control.send("scored", bytes=received)
+
+    def starts(self, requests: list[Message]) -> tuple[Tensor, Tensor]:
+        """Each prompt's last token and its position, ``[B]`` each."""
+        last_B = torch.tensor([r["last"] for r in requests], device=self.model.device)
+        positions_B = torch.tensor([r["tokens"] for r in requests], device=self.model.device)
+        return last_B, positions_B
+
+    def caches(
+        self, requests: list[Message], capacity: int
+    ) -> tuple[dict[int, LayerCache], list[int]]:
+        """One cache a layer for the whole batch, and each request's bytes on the wire."""
+        arrived = [self.receiver.take(bytes.fromhex(r["id"])) for r in requests]
+        lengths = [r["tokens"] for r in requests]
+        caches = {
+            layer: self._layer_cache(layer, arrived, lengths, capacity)
+            for layer in self.plan.sent_layers
+        }
+        return caches, [a.frame_bytes for a in arrived]
+
+    def _layer_cache(
+        self, layer: int, arrived: list[Arrived], lengths: list[int], capacity: int
+    ) -> LayerCache:
+        device = self.model.device
+        positions = [take(torch.arange(n), self.policy.runs(layer, n), dim=0) for n in lengths]
+        kept = [len(p) for p in positions]
+        longest = max(kept)
+        G, D = self.model.num_kv_heads, self.model.head_dim
+        k_BGMD = torch.zeros(len(arrived), G, longest, D, dtype=self.model.dtype, device=device)
+        v_BGMD = torch.zeros_like(k_BGMD)
+        positions_BM = torch.zeros(len(arrived), longest, dtype=torch.long, device=device)
+        for row, cache in enumerate(arrived):
+            k_GMD, v_GMD = cache.layers.pop(layer)
+            k_BGMD[row, :, : kept[row]], v_BGMD[row, :, : kept[row]] = k_GMD, v_GMD
+            positions_BM[row, : kept[row]] = positions[row]
+        padded = None
+        if min(kept) < longest:
+            slots = torch.arange(longest, device=device)
+            padded = slots[None] >= torch.tensor(kept, device=device)[:, None]
+        return LayerCache(
+            k_BGMD=k_BGMD,
+            v_BGMD=v_BGMD,
+            positions_BM=positions_BM,
+            capacity=capacity,
+            padded_BM=padded,
+        )
+
+
+def main() -> None:
+    """Load the checkpoint, open the receiver, say so, and serve."""
+    control = Control()
+    try:
+        model, plan = load_stage(sys.argv[1], "decode")
+    except ValueError as error:
+        control.send("error", message=str(error))
+        return
+    process = DecodeProcess(control, model, plan)
+    control.send("ready", digest=plan.digest, port=process.receiver.port)
+    control.serve(
+        {
+            "expect": process.expect,
+            "forget": process.forget,
+            "generate": process.generate,
+            "score": process.score,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

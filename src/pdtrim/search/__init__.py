@@ -1,0 +1,1 @@
+"""Search: which blocks to remove from each stage."""

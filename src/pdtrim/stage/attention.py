@@ -1,0 +1,76 @@
+"""Causal attention of T queries over S keys whose last T belong to the queries themselves.
+
+Query t sees keys 0 .. S - T + t: exactly the prompt keys that travelled, and the stage's own past.
+
+On a CPU in bf16, torch's fused kernel reaches a fraction of the speed of plain matrix products
+(54 against 900 GFLOP/s on two AVX512-BF16 cores), so there the scores are computed in query tiles
+that fit the cache and stop at the diagonal. Everywhere else the fused kernel is used.
+
+Shapes: B batch, H query heads, G KV heads, R = H / G, T queries, S keys, D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE_SCORES = 2_000_000
+"""Scores held at once by the tiled kernel: 4 MB of bf16, about a last-level cache share."""
+
+
+def attend(
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
+    *,
+    scale: float,
+    allowed_BTS: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention, ``[B, H, T, D]``.
+
+    Args:
+        scale: multiplies query-key products.
+        allowed_BTS: bool, False where a key must not be seen (beyond causality); first axis may
+            be 1. Each query must see at least one key.
+    """
+    queries, keys = q_BHTD.shape[2], k_BGSD.shape[2]
+    if queries == 0:
+        return q_BHTD
+    slow_fused = q_BHTD.device.type == "cpu" and q_BHTD.dtype == torch.bfloat16
+    if slow_fused and not torch.is_grad_enabled():
+        return _tiled(q_BHTD * scale, k_BGSD, v_BGSD, allowed_BTS)
+    causal = allowed_BTS is None and queries == keys
+    mask = None
+    if not causal and (queries > 1 or allowed_BTS is not None):
+        mask = q_BHTD.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None]
+        mask = (mask if allowed_BTS is None else mask & allowed_BTS)[:, None]
+    return F.scaled_dot_product_attention(
+        q_BHTD, k_BGSD, v_BGSD, mask, is_causal=causal, scale=scale, enable_gqa=True
+    )
+
+
+def _tiled(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, allowed_BTS: Tensor | None) -> Tensor:
+    B, H, T, D = q_BHTD.shape
+    G, S = k_BGSD.shape[1:3]
+    R = H // G
+    tile = max(16, min(T, TILE_SCORES // (B * H * S)))
+    q_BGRTD = q_BHTD.view(B, G, R, T, D)
+    kt_PDS = k_BGSD.transpose(-1, -2).reshape(B * G, D, S)
+    v_PSD = v_BGSD.reshape(B * G, S, D)
+    out = torch.empty_like(q_BGRTD)
+    for start in range(0, T, tile):
+        stop = min(T, start + tile)
+        width, seen = stop - start, S - T + stop
+        tile_q = q_BGRTD[:, :, :, start:stop].reshape(B * G, R * width, D)
+        scores = torch.bmm(tile_q, kt_PDS[:, :, :seen]).view(B, G, R, width, seen)
+        if width > 1:
+            future = scores.new_full((width, width), -torch.inf).triu(1)
+            scores[..., seen - width :] += future
+        if allowed_BTS is not None:
+            hidden = ~allowed_BTS[:, None, None, start:stop, :seen]
+            scores.masked_fill_(hidden, -torch.inf)
+        weights = scores.softmax(-1).view(B * G, R * width, seen)
+        mixed = torch.bmm(weights, v_PSD[:, :seen]).view(B, G, R, width, D)
+        out[:, :, :, start:stop] = mixed
+    return out.view(B, H, T, D)

@@ -1,0 +1,52 @@
+"""Fixtures: the real SmolLM2 as a plain folder, made once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from helpers import tiny_model
+from pdtrim.models.loading import load_model
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct in bf16 as safetensors: the GGUF is slow to read."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    model = load_model("smollm2")
+    model.network.save_pretrained(folder)
+    model.need_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_folder):
+    """The same, loaded in fp32."""
+    return load_model(str(smollm2_folder), dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A random Llama with a word tokenizer, as a user's local folder."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model("llama", vocab_size=64).network.save_pretrained(folder)
+    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(61))]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory) -> Path:
+    """A text file of the tiny tokenizer's words, far from periodic."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    ids = torch.randint(0, 61, (6000,), generator=torch.Generator().manual_seed(5)).tolist()
+    path.write_text(" ".join(f"w{i}" for i in ids))
+    return path

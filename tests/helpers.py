@@ -1,0 +1,153 @@
+"""Tiny random models, made on the fly, and the independent reference that they are held against.
+
+Shapes: B batch, T tokens, E hidden width, H query heads, G KV heads, D head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from pdtrim.models.model import Model
+from pdtrim.plan import Gates, LayerKV, Provenance, PrunePlan
+from pdtrim.stage.forward import Batch
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def tiny_config(family: str, *, layers: int = 4, **changes: object) -> PreTrainedConfig:
+    sizes = {**SIZES, "num_hidden_layers": layers, **changes}
+    if family == "llama":
+        return LlamaConfig(**sizes)
+    if family == "mistral":
+        return MistralConfig(**{"sliding_window": 7, **sizes})
+    if family == "qwen2":
+        return Qwen2Config(**{"tie_word_embeddings": True, **sizes})
+    assert family == "qwen3"
+    return Qwen3Config(**{"head_dim": 16, **sizes})
+
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def tiny_model(
+    family: str = "llama", *, layers: int = 4, seed: int = 0, **changes: object
+) -> Model:
+    """A random model whose blocks matter: weights five times the usual initial spread."""
+    torch.manual_seed(seed)
+    config = tiny_config(family, layers=layers, **changes)
+    network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            if p.dim() > 1:
+                p.normal_(std=0.12)
+            elif "bias" in name:
+                p.normal_(std=0.3)
+            else:
+                p.uniform_(0.5, 1.5)
+    return Model(network, name=f"tiny-{family}")
+
+
+def random_batch(model: Model, *, rows: int = 2, prompt: int = 9, new: int = 6, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, model.config.vocab_size, (rows, prompt + new), generator=generator)
+    return Batch(prompt_BP=ids[:, :prompt], continuation_BC=ids[:, prompt:])
+
+
+def random_gates(num_layers: int, rng: random.Random) -> Gates:
+    """Any legal gate state, attention and MLP apart."""
+    decode_attention = tuple(rng.random() < 0.7 for _ in range(num_layers))
+    return Gates(
+        prefill_attention=tuple(
+            rng.choice(("full", "kv") if decodes else ("full", "kv", "off"))
+            for decodes in decode_attention
+        ),
+        prefill_mlp=tuple(rng.random() < 0.6 for _ in range(num_layers)),
+        decode_attention=decode_attention,
+        decode_mlp=tuple(rng.random() < 0.7 for _ in range(num_layers)),
+    )
+
+
+def make_plan(
+    model: Model, gates: Gates, kv: tuple[LayerKV, ...] | None = None, block_size: int = 1
+) -> PrunePlan:
+    return PrunePlan(
+        model=model.ref,
+        gates=gates,
+        kv=kv or (LayerKV(),) * model.num_layers,
+        block_size=block_size,
+        provenance=Provenance(
+            method="test",
+            mode="projected",
+            seed=0,
+            calibration="none",
+            calibration_hash="0" * 64,
+            search_block_tokens=0,
+        ),
+    )
+
+
+@torch.no_grad()
+def reference_logits(
+    model: Model, batch: Batch, gates: Gates, kept: dict[int, set[int]] | None = None
+) -> Tensor:
+    """Logits ``[B, C, V]`` by the one-forward identity, from transformers' own decoder layers.
+
+    Every layer runs on all tokens with a mask; its attention and MLP residuals are then added per
+    token as the gates say. It shares no code with pdtrim's stages.
+
+    Args:
+        kept: by layer, which prompt tokens decode may see; all where a layer is not named.
+    """
+    network = model.network
+    ids = torch.cat((batch.prompt_BP, batch.continuation_BC), dim=1)[:, :-1]
+    T, N = ids.shape[1], batch.prompt_BP.shape[1] - 1
+    positions = torch.arange(T)[None]
+    x = network.model.embed_tokens(ids)
+    rope = network.model.rotary_emb(x, positions)
+    is_decode = torch.arange(T) >= N
+    for layer, block in enumerate(network.model.layers):
+        mask = torch.ones(T, T, dtype=torch.bool).tril()
+        window = model.block(layer).window
+        if window is not None:
+            mask &= positions.T - positions < window
+        if kept is not None and layer in kept:
+            for key in range(N):
+                if key not in kept[layer]:
+                    mask[N:, key] = False
+        bias = torch.zeros(T, T).masked_fill(~mask, torch.finfo(torch.float32).min)[None, None]
+        h = block.input_layernorm(x)
+        network.config._attn_implementation = "eager"
+        added, _ = block.self_attn(hidden_states=h, position_embeddings=rope, attention_mask=bias)
+        on = torch.where(
+            is_decode,
+            torch.tensor(gates.decode_attention[layer]),
+            torch.tensor(gates.prefill_attention[layer] == "full"),
+        )
+        x = x + added * on[None, :, None]
+        added = block.mlp(block.post_attention_layernorm(x))
+        on = torch.where(
+            is_decode, torch.tensor(gates.decode_mlp[layer]), torch.tensor(gates.prefill_mlp[layer])
+        )
+        x = x + added * on[None, :, None]
+    return network.lm_head(network.model.norm(x[:, N:]))

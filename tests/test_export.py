@@ -1,0 +1,175 @@
+"""Checkpoints: what they hold, what loads them, and what is refused."""
+
+import json
+import random
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from helpers import FAMILIES, make_plan, random_batch, random_gates, reference_logits, tiny_model
+from pdtrim.errors import ModelError, PlanError
+from pdtrim.export import export, load_pair
+from pdtrim.models.checkpoint import load_stage
+from pdtrim.models.loading import load_model
+from pdtrim.plan import Gates
+from pdtrim.stage.forward import forward
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_pair_computes_what_the_dense_model_does_under_the_gates(family, tmp_path):
+    model, rng = tiny_model(family), random.Random(4)
+    batch = random_batch(model)
+    for number in range(6):
+        gates = random_gates(4, rng)
+        pair, plan = load_pair(export(make_plan(model, gates), model, tmp_path / str(number)))
+        with torch.no_grad():
+            ours = forward(pair, batch, plan.gates)
+        theirs = reference_logits(model, batch, gates)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_without_whole_blocks_is_a_plain_model(family, tmp_path):
+    model = tiny_model(family)
+    gates = Gates.removing(4, prefill={1}, decode={1}, mode="subset")
+    export(make_plan(model, gates), model, tmp_path / "pair")
+    ids = torch.cat((random_batch(model).prompt_BP, random_batch(model).continuation_BC), dim=1)
+    wanted = reference_logits(model, random_batch(model), gates)
+    for stage in ("prefill", "decode"):
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "pair" / stage)
+        assert plain.config.num_hidden_layers == 3
+        with torch.no_grad():
+            logits = plain(ids[:, :-1]).logits[:, -6:]
+        torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_partial_checkpoint_holds_only_what_runs_and_no_plain_loader_takes_it(tmp_path):
+    model = tiny_model("qwen3")
+    export(make_plan(model, Gates.removing(4, prefill={1})), model, tmp_path / "pair")
+    with safe_open(tmp_path / "pair" / "prefill" / "model.safetensors", "pt") as file:
+        names = {n.removeprefix("model.layers.1.") for n in file.keys() if ".layers.1." in n}  # noqa: SIM118
+    assert names == {
+        f"{part}.weight"
+        for part in ("input_layernorm", *(f"self_attn.{p}" for p in ("k_proj", "v_proj", "k_norm")))
+    }
+    with pytest.raises((ValueError, KeyError), match="pdtrim_qwen3"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "pair" / "prefill")
+
+
+def test_both_configs_carry_the_plan(tmp_path):
+    model = tiny_model("llama")
+    plan = make_plan(model, Gates.removing(4, prefill={2}, decode={0}))
+    export(plan, model, tmp_path)
+    for stage, layers in (("prefill", [0, 1, 2, 3]), ("decode", [1, 2, 3])):
+        entry = json.loads((tmp_path / stage / "config.json").read_text())["pdtrim"]
+        assert entry["plan_digest"] == plan.digest
+        assert (entry["stage"], entry["layers"]) == (stage, layers)
+        assert load_stage(tmp_path / stage, stage)[1] == plan
+
+
+def test_stages_of_two_plans_do_not_pair(tmp_path):
+    model = tiny_model("llama")
+    export(make_plan(model, Gates.removing(4, prefill={1})), model, tmp_path / "a")
+    export(make_plan(model, Gates.removing(4, prefill={2})), model, tmp_path / "b")
+    (tmp_path / "a" / "decode").rename(tmp_path / "a" / "old")
+    (tmp_path / "b" / "decode").rename(tmp_path / "a" / "decode")
+    with pytest.raises(PlanError, match="different plans"):
+        load_pair(tmp_path / "a")
+
+
+def spoil_config(folder, change):
+    path = folder / "config.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (lambda d: d.pop("pdtrim"), "not exported by pdtrim"),
+        (lambda d: d["pdtrim"].update(stage="prefill"), "holds stage 'prefill'"),
+        (lambda d: d["pdtrim"].update(plan_digest="0" * 64), "does not match its digest"),
+        (lambda d: d["pdtrim"]["plan"].update(block_size=8), "does not match its digest"),
+        (lambda d: d["pdtrim"].update(plan=None), "config.json"),
+        (lambda d: d.update(dtype="complex99"), "unknown dtype"),
+        (lambda d: d.update(hidden_size=64), "does not fit|cannot load"),
+    ],
+)
+def test_a_spoilt_config_is_refused(tmp_path, change, words):
+    model = tiny_model("llama")
+    export(make_plan(model, Gates.removing(4, decode={1})), model, tmp_path)
+    spoil_config(tmp_path / "decode", change)
+    with pytest.raises((ModelError, PlanError), match=words):
+        load_stage(tmp_path / "decode", "decode")
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    model = tiny_model("llama")
+    export(make_plan(model, Gates.dense(4)), model, tmp_path)
+    path = tmp_path / "decode" / "model.safetensors"
+    tensors = load_file(path)
+    tensors.pop("model.layers.2.mlp.up_proj.weight")
+    save_file(tensors, path)
+    with pytest.raises(ModelError, match=r"layers\.2\.mlp\.up_proj"):
+        load_stage(tmp_path / "decode", "decode")
+    path.write_bytes(b"\x80\x04pickle?")
+    with pytest.raises(ModelError, match="cannot load"):
+        load_stage(tmp_path / "decode", "decode")
+
+
+def test_export_leaves_other_peoples_files_alone(tmp_path):
+    model = tiny_model("llama")
+    plan = make_plan(model, Gates.dense(4))
+    (tmp_path / "thesis.tex").write_text("dear")
+    with pytest.raises(PlanError, match="thesis"):
+        export(plan, model, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.tex"]
+    export(plan, model, tmp_path / "pair")
+    export(plan, model, tmp_path / "pair")  # its own pair may be written again
+    with pytest.raises(PlanError, match="not the model of this plan"):
+        export(plan, tiny_model("llama", seed=1), tmp_path / "other")
+
+
+def test_fingerprint_is_the_same_in_bf16_and_fp32_and_sees_one_weight(tmp_path):
+    model = tiny_model("llama")
+    model.network.to(torch.bfloat16).save_pretrained(tmp_path)
+    prints = {load_model(str(tmp_path), dtype=d).fingerprint for d in ("bfloat16", "float32")}
+    assert len(prints) == 1
+    changed = load_model(str(tmp_path))
+    with torch.no_grad():
+        changed.network.model.norm.weight[3] += 1
+    assert changed.fingerprint not in prints
+
+
+def test_unsupported_and_dangerous_models_are_refused(tmp_path, tiny_folder):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    gpt = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
+    gpt.save_pretrained(tmp_path / "gpt")
+    with pytest.raises(ModelError, match="GPT2LMHeadModel.*not supported"):
+        load_model(str(tmp_path / "gpt"))
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text((tiny_folder / "config.json").read_text())
+    torch.save({}, pickled / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="only pickle weights"):
+        load_model(str(pickled))
+    with pytest.raises(ModelError, match="pickle file"):
+        load_model(str(pickled / "pytorch_model.bin"))
+    with pytest.raises(ModelError, match="no model folder"):
+        load_model("./nowhere")
+    with pytest.raises(ModelError, match="no GGUF file"):
+        load_model("nowhere.gguf")
+    with pytest.raises(ModelError, match="unknown dtype"):
+        load_model(str(tiny_folder), dtype="int3")
+
+
+def test_a_pair_is_no_dense_model(tmp_path):
+    model = tiny_model("llama")
+    export(make_plan(model, Gates.dense(4)), model, tmp_path / "pair")
+    with pytest.raises(ModelError, match="exported pair"):
+        load_model(str(tmp_path / "pair"))

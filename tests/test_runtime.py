@@ -1,0 +1,260 @@
+"""Two real processes against the simulator."""
+
+import itertools
+import os
+import random
+import socket
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers import make_plan, random_batch, random_gates, tiny_model
+from pdtrim.errors import PdtrimError, PlanError, RuntimeFailure
+from pdtrim.export import export, load_pair
+from pdtrim.kv.policy import HandoverPolicy
+from pdtrim.kv.wire import Layout
+from pdtrim.plan import Gates, LayerKV
+from pdtrim.runtime.decode import DecodeProcess
+from pdtrim.runtime.prefill import PrefillProcess
+from pdtrim.runtime.session import Session
+from pdtrim.stage.forward import Batch, Pair, forward
+from pdtrim.stage.sampling import Sampling
+
+
+class Events:
+    """Stands in for the control pipe where both stages run inside the test."""
+
+    def __init__(self):
+        self.last = None
+
+    def send(self, event, **fields):
+        self.last = {"event": event, **fields}
+
+
+def every_state_of_a_layer():
+    for attention, mlp, decodes, decode_mlp in itertools.product(
+        ("full", "kv", "off"), (True, False), (True, False), (True, False)
+    ):
+        if not (decodes and attention == "off"):
+            yield attention, mlp, decodes, decode_mlp
+
+
+def through_the_socket(plan, pair, batch, tmp_path):
+    """Logits by the stages' own code and a real socket, without the cost of new processes."""
+    prefill = PrefillProcess(Events(), pair.prefill, plan)
+    decode = DecodeProcess(Events(), pair.decode, plan)
+    requests = [
+        {"id": f"{row:032x}", "tokens": len(prompt) - 1, "last": prompt[-1]}
+        for row, prompt in enumerate(batch.prompt_BP.tolist())
+    ]
+    decode.expect({"requests": requests})
+    prompts = [
+        {"id": r["id"], "tokens": p[:-1]}
+        for r, p in zip(requests, batch.prompt_BP.tolist(), strict=True)
+    ]
+    prefill.prefill({"port": decode.receiver.port, "requests": prompts})
+    file = str(tmp_path / "logits.safetensors")
+    continuation = batch.continuation_BC.tolist()
+    decode.score({"requests": requests, "continuation": continuation, "file": file})
+    prefill.link.close()
+    decode.receiver.close()
+    return load_file(file)["logits"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_every_gate_state_of_two_blocks_equals_the_simulator(family, tmp_path):
+    model = tiny_model(family, layers=2)
+    batch = random_batch(model, prompt=7, new=4)
+    rng = random.Random(0)
+    states = list(itertools.product(every_state_of_a_layer(), repeat=2))
+    assert len(states) == 400
+    for state in states:
+        gates = Gates(
+            prefill_attention=tuple(s[0] for s in state),
+            prefill_mlp=tuple(s[1] for s in state),
+            decode_attention=tuple(s[2] for s in state),
+            decode_mlp=tuple(s[3] for s in state),
+        )
+        kv = tuple(
+            rng.choice((LayerKV(), LayerKV(selector="first_last", first=1, last=2))) for _ in "ab"
+        )
+        plan = make_plan(model, gates, kv)
+        pair = Pair.dense(model)
+        with torch.no_grad():
+            simulated = forward(pair, batch, gates, HandoverPolicy.of(plan))
+        real = through_the_socket(plan, pair, batch, tmp_path)
+        torch.testing.assert_close(real, simulated, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_two_processes_equal_the_simulator(family, tmp_path):
+    model, rng = tiny_model(family), random.Random(5)
+    cut = LayerKV(selector="first_last", first=2, last=3)
+    for number, kv in enumerate(((LayerKV(),) * 4, (cut, LayerKV(), cut, LayerKV()))):
+        gates = random_gates(4, rng)
+        plan = make_plan(model, gates, kv)
+        folder = export(plan, model, tmp_path / str(number))
+        batch = random_batch(model, rows=3, prompt=14, new=5)
+        pair, _ = load_pair(folder)
+        with torch.no_grad():
+            simulated = forward(pair, batch, gates, HandoverPolicy.of(plan))
+        with Session(folder) as session:
+            torch.testing.assert_close(session.score(batch), simulated, atol=1e-4, rtol=0)
+            assert session.kv_bytes == [Layout.of(plan, torch.float32, 13).frame_bytes] * 3
+
+
+def greedy_by_simulator(pair, plan, prompt, count):
+    tokens = list(prompt)
+    for _ in range(count):
+        batch = Batch(
+            prompt_BP=torch.tensor([prompt]),
+            continuation_BC=torch.tensor([[*tokens[len(prompt) :], 0]]),
+        )
+        with torch.no_grad():
+            logits = forward(pair, batch, plan.gates, HandoverPolicy.of(plan))
+        tokens.append(int(logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    model = tiny_model("llama", eos_token_id=None)
+    cut = LayerKV(selector="first_last", first=2, last=3)
+    plan = make_plan(
+        model, Gates.removing(4, prefill={1}, decode={2}), (cut, LayerKV(), LayerKV(), cut)
+    )
+    folder = export(plan, model, tmp_path_factory.mktemp("pair") / "pair")
+    with Session(folder) as session:
+        yield session, load_pair(folder)[0], plan
+
+
+PROMPTS = [[5], [9, 3], [7, 1, 4], list(range(3, 20)), [50, 2, 8, 60, 33, 21, 17], [11] * 6]
+
+
+def test_a_batch_of_any_lengths_generates_what_each_prompt_does_alone(running):
+    session, pair, plan = running
+    together = session.generate(PROMPTS, max_new_tokens=8)
+    for prompt, result in zip(PROMPTS, together, strict=True):
+        assert result.tokens == greedy_by_simulator(pair, plan, prompt, 8)
+        assert result.kv_bytes == Layout.of(plan, torch.float32, len(prompt) - 1).frame_bytes
+
+
+def test_sampling_depends_on_the_seed_and_not_on_the_batch(running):
+    session, _, _ = running
+    hot = Sampling(temperature=2.0, top_p=0.9, seed=3)
+    first = session.generate(PROMPTS[2:], max_new_tokens=12, sampling=hot)
+    again = session.generate(PROMPTS[2:], max_new_tokens=12, sampling=hot)
+    alone = session.generate(PROMPTS[2:3], max_new_tokens=12, sampling=hot)
+    other = session.generate(
+        PROMPTS[2:], max_new_tokens=12, sampling=Sampling(temperature=2.0, top_p=0.9, seed=4)
+    )
+    tokens = [[r.tokens for r in results] for results in (first, again, other)]
+    assert tokens[0] == tokens[1] != tokens[2]
+    assert alone[0].tokens == first[0].tokens
+
+
+def test_a_stop_token_ends_its_own_prompt_only(running):
+    session, _, _ = running
+    free = session.generate(PROMPTS, max_new_tokens=10)
+    stop = free[3].tokens[4]
+    stopped = session.generate(PROMPTS, max_new_tokens=10, stop_ids=[stop])
+    for before, after in zip(free, stopped, strict=True):
+        expected = before.tokens
+        if stop in expected:
+            expected = expected[: expected.index(stop) + 1]
+        assert after.tokens == expected
+        assert after.stopped == (stop in before.tokens)
+    assert len({len(r.tokens) for r in stopped}) > 1
+
+
+def test_an_abandoned_stream_leaves_the_session_usable(running):
+    session, _, _ = running
+    wanted = session.generate([PROMPTS[3]], max_new_tokens=6)[0].tokens
+    stream = session.stream([PROMPTS[3]], max_new_tokens=6)
+    next(stream)
+    stream.close()
+    assert session.generate([PROMPTS[3]], max_new_tokens=6)[0].tokens == wanted
+
+
+def test_user_mistakes_are_refused_before_anything_runs(running):
+    session, _, _ = running
+    for prompts, count, words in (
+        ([], 5, "no prompt"),
+        ([[]], 5, "empty"),
+        ([[1, 2]], 0, "at least 1"),
+        ([[1] * 600], 5, "limit of 512"),
+        ([[1, 4000]], 5, "vocabulary"),
+        (["text"], 5, "no tokenizer"),
+    ):
+        with pytest.raises(PdtrimError, match=words):
+            session.generate(prompts, max_new_tokens=count)
+    with pytest.raises(PdtrimError, match="temperature"):
+        Sampling(temperature=-1)
+    with pytest.raises(PdtrimError, match="top_p"):
+        Sampling(top_p=0)
+
+
+def test_garbage_on_the_port_and_a_wrong_prefill_leave_both_processes_up(running, tmp_path):
+    session, _, _ = running
+    with socket.create_connection(("127.0.0.1", session.port), timeout=20) as link:
+        link.sendall(b"GET / HTTP/1.1\r\n\r\n" * 10)
+        link.shutdown(socket.SHUT_WR)
+        assert b"wrong magic" in link.recv(4096)
+    model = tiny_model("llama", eos_token_id=None)
+    other = export(make_plan(model, Gates.removing(4, prefill={0})), model, tmp_path / "other")
+    with Session(other) as stranger:
+        stranger.port = session.port  # its prefill now talks to the wrong decode
+        with pytest.raises(RuntimeFailure, match="no such request"):
+            stranger.generate([[1, 2, 3]], max_new_tokens=2)
+        pids = [s.process.poll() for s in (stranger.prefill, stranger.decode)]
+        assert pids == [None, None]
+    assert session.generate([[5, 6]], max_new_tokens=3)[0].tokens
+
+
+def test_a_digest_mismatch_is_refused_by_decode(running, tmp_path):
+    session, _, _ = running
+    model = tiny_model("llama", eos_token_id=None)
+    other = export(make_plan(model, Gates.removing(4, prefill={0})), model, tmp_path / "other")
+    with Session(other) as stranger:
+        request = {"id": "ab" * 16, "tokens": 2, "last": 3}
+        session.decode.order("expect", requests=[request])
+        session.decode.event()
+        stranger.prefill.order(
+            "prefill", port=session.port, requests=[{"id": request["id"], "tokens": [1, 2]}]
+        )
+        with pytest.raises(RuntimeFailure, match="does not match this side's"):
+            stranger.prefill.event()
+    session.decode.order("forget", requests=[request])
+    session.decode.event()
+    assert session.generate([[5, 6]], max_new_tokens=3)[0].tokens
+
+
+def test_a_killed_stage_is_reported_and_nothing_outlives_the_session(tmp_path):
+    model = tiny_model("llama")
+    folder = export(make_plan(model, Gates.dense(4)), model, tmp_path / "pair")
+    session = Session(folder)
+    pids = [session.prefill.process.pid, session.decode.process.pid]
+    session.prefill.process.kill()
+    session.prefill.process.wait()
+    with pytest.raises(RuntimeFailure, match="prefill process ended"):
+        session.generate([[1, 2, 3]], max_new_tokens=2)
+    session.close()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_pair_that_cannot_load_says_why(tmp_path):
+    model = tiny_model("llama")
+    folder = export(make_plan(model, Gates.dense(4)), model, tmp_path / "pair")
+    (folder / "decode" / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(PdtrimError, match="decode.*cannot load"):
+        Session(folder)
+    export(make_plan(model, Gates.dense(4)), model, tmp_path / "a")
+    export(make_plan(model, Gates.removing(4, decode={1})), model, tmp_path / "b")
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "a" / "prefill").rename(tmp_path / "mixed" / "prefill")
+    (tmp_path / "b" / "decode").rename(tmp_path / "mixed" / "decode")
+    with pytest.raises(PlanError, match="different plans"):
+        Session(tmp_path / "mixed")
