@@ -150,7 +150,7 @@ def test_unsupported_and_dangerous_models_are_refused(tmp_path, tiny_folder):
 
     gpt = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
     gpt.save_pretrained(tmp_path / "gpt")
-    with pytest.raises(ModelError, match="GPT2LMHeadModel.*not supported"):
+    with pytest.raises(ModelError, match=r"GPT2LMHeadModel.*not supported"):
         load_model(str(tmp_path / "gpt"))
     pickled = tmp_path / "pickled"
     pickled.mkdir()
