@@ -13,17 +13,23 @@ The usual way through::
         print(session.generate(["Hello"])[0].text)
 """
 
-from pdtrim.calibration.batches import Calibration, CalibrationConfig, load_calibration
-from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.quality import Quality, Variant, measure_quality
-from pdtrim.export import export, load_pair
-from pdtrim.methods import Paper, PDTrim, Target
-from pdtrim.models.loading import load_model
-from pdtrim.models.model import Model
-from pdtrim.plan import Gates, LayerKV, PrunePlan
-from pdtrim.runtime.session import Generation, Session
-from pdtrim.stage.forward import Batch, Pair, forward
-from pdtrim.stage.sampling import Sampling
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pdtrim.calibration.batches import Calibration, CalibrationConfig, load_calibration
+    from pdtrim.errors import PdtrimError
+    from pdtrim.evaluate.quality import Quality, Variant, measure_quality
+    from pdtrim.export import export, load_pair
+    from pdtrim.methods import Paper, PDTrim, Target
+    from pdtrim.models.loading import load_model
+    from pdtrim.models.model import Model
+    from pdtrim.plan import Gates, LayerKV, PrunePlan
+    from pdtrim.runtime.session import Generation, Session
+    from pdtrim.stage.forward import Batch, Pair, forward
+    from pdtrim.stage.sampling import Sampling
 
 __all__ = [
     "Batch",
@@ -50,3 +56,36 @@ __all__ = [
     "load_pair",
     "measure_quality",
 ]
+
+_HOMES = {
+    "Batch": "pdtrim.stage.forward",
+    "Calibration": "pdtrim.calibration.batches",
+    "CalibrationConfig": "pdtrim.calibration.batches",
+    "Gates": "pdtrim.plan",
+    "Generation": "pdtrim.runtime.session",
+    "LayerKV": "pdtrim.plan",
+    "Model": "pdtrim.models.model",
+    "PDTrim": "pdtrim.methods",
+    "Pair": "pdtrim.stage.forward",
+    "Paper": "pdtrim.methods",
+    "PdtrimError": "pdtrim.errors",
+    "PrunePlan": "pdtrim.plan",
+    "Quality": "pdtrim.evaluate.quality",
+    "Sampling": "pdtrim.stage.sampling",
+    "Session": "pdtrim.runtime.session",
+    "Target": "pdtrim.methods",
+    "Variant": "pdtrim.evaluate.quality",
+    "export": "pdtrim.export",
+    "forward": "pdtrim.stage.forward",
+    "load_calibration": "pdtrim.calibration.batches",
+    "load_model": "pdtrim.models.loading",
+    "load_pair": "pdtrim.export",
+    "measure_quality": "pdtrim.evaluate.quality",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used: ``import pdtrim`` does not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pdtrim' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)

@@ -31,13 +31,14 @@ from pdtrim.search.anneal import Annealing
 from pdtrim.stage.cost import Lengths
 from pdtrim.stage.forward import Batch, Pair
 
+MODEL = "smollm2"
 QUESTION = "Explain what artificial intelligence is."
 TEXT = "SQuAD contexts and LAMBADA passages"
 
 
 LENGTHS = Lengths(prompt=512, continuation=256)
 SEQUENCES = 8
-SEARCH = Annealing(steps=16)
+SEARCH = Annealing(steps=8)
 CUT = "first_last:first=4,last=60,layers=26"
 
 
@@ -64,13 +65,15 @@ ROWS = (
     ),
     DemoRow(
         name="pdtrim, paper's budget",
-        method=PDTrim(shortlist=6, annealing=SEARCH),
+        method=PDTrim(shortlist=4, annealing=SEARCH),
         target=Target(prefill_remove=3, decode_remove=6, kv=CUT),
     ),
     DemoRow(
         name="pdtrim",
-        method=PDTrim(shortlist=8, annealing=SEARCH),
-        target=Target(prefill_remove=8, decode_remove=0),
+        method=PDTrim(shortlist=5, annealing=SEARCH),
+        target=Target(
+            prefill_remove=8, decode_remove=0, kv="first_last:first=4,last=124,layers=24"
+        ),
     ),
 )
 
@@ -87,7 +90,7 @@ def run_demo(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     say("1/4 loading SmolLM2-135M-Instruct")
-    model = load_model("smollm2")
+    model = load_model(MODEL)
     held_out = _held_out(model, folder)
     say("2/4 planning: the dense model writes calibration text, the methods search")
     plans = {"dense": dense_plan(model), **_plans(model, rows, seed, progress)}

@@ -12,13 +12,13 @@ import hashlib
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pdtrim.calibration.self_text import write_text
 from pdtrim.calibration.sources import read_documents
+from pdtrim.calibration.tokens import begin_ids, encode
 from pdtrim.errors import CalibrationError
 from pdtrim.models.model import Model
 from pdtrim.progress import Progress, silent
@@ -117,7 +117,7 @@ def pack(
     sequence with it. With a seed the documents are shuffled; long ones in sections.
     """
     tokenizer = model.need_tokenizer()
-    prefix = tokenizer("").input_ids[:1]
+    prefix = begin_ids(tokenizer)
     body = width - len(prefix)
     if body < 1:
         raise CalibrationError(f"sequences of {width} tokens leave no room for text")
@@ -125,7 +125,7 @@ def pack(
     sections: list[list[int]] = []
     have = 0
     for text in documents:
-        ids = _encode(tokenizer, text)
+        ids = encode(tokenizer, text)
         size = SECTION * body
         sections += [ids[i : i + size] for i in range(0, len(ids), size)]
         have += len(ids) + 1
@@ -143,10 +143,6 @@ def pack(
         )
     rows = [prefix + stream[i * body : (i + 1) * body] for i in range(count)]
     return torch.tensor(rows, dtype=torch.long)
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 def _spans(a: int, b: int, end: int) -> tuple[slice, slice, slice]:

@@ -15,6 +15,7 @@ import random
 import torch
 from torch import Tensor
 
+from pdtrim.calibration.tokens import begin_ids
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
 from pdtrim.progress import Advance, Progress, silent
@@ -51,7 +52,7 @@ def _write(
         after_end = torch.isin(ids[-1], ends)
         return torch.where(after_end, fresh, draw(logits_BV).cpu()).to(model.device)
 
-    prefix = model.tokenizer("").input_ids[:1] if model.tokenizer is not None else []
+    prefix = [] if model.tokenizer is None else begin_ids(model.tokenizer)
     ids = [torch.full((rows,), token) for token in prefix]
     ids.append(torch.tensor([rng.choice(starts) for _ in range(rows)]))
     caches = _empty_caches(model, rows, tokens)

@@ -1,0 +1,146 @@
+"""Every verb as a user runs it: a new process, its output, its exit code."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pdtrim.evaluate.result import Result
+from pdtrim.plan import PrunePlan
+
+VERBS = ("plan", "inspect", "export", "generate", "eval", "demo", "bench-forward")
+
+
+def pdtrim(*args, code=0):
+    command = [sys.executable, "-m", "pdtrim.cli", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_folder, tiny_text):
+    """A plan and its pair, made by the command itself."""
+    folder = tmp_path_factory.mktemp("cli")
+    shape = ("--prompt-tokens", 16, "--continuation-tokens", 8, "--sequences", 4)
+    pdtrim(
+        "plan", tiny_folder, "-o", folder / "plan.json", "--prefill-remove", 0.5,
+        "--decode-remove", 1, "--kv", "first_last:first=1,last=2,layers=2",
+        "--calibration", tiny_text, "--dtype", "float32", "--seed", 3, *shape,
+    )  # fmt: skip
+    pdtrim("export", folder / "plan.json", "-o", folder / "pair", "--dtype", "float32")
+    return folder
+
+
+def test_plan_writes_what_was_asked(made, tiny_folder):
+    plan = PrunePlan.load(made / "plan.json")
+    gates = plan.gates
+    assert sum(a != "full" for a in gates.prefill_attention) == 2
+    assert sum(not a for a in gates.decode_attention) == 1
+    assert sum(rule.selector == "first_last" for rule in plan.kv) == 2
+    assert plan.provenance.method == "pdtrim" and plan.provenance.seed == 3
+    assert plan.model.name == str(tiny_folder)
+
+
+def test_paper_is_planned_from_self_written_text(made, tiny_folder):
+    done = pdtrim(
+        "plan", tiny_folder, "-o", made / "paper.json", "--method", "paper",
+        "--prefill-remove", 1, "--decode-remove", 2, "--prompt-tokens", 16,
+        "--continuation-tokens", 8, "--sequences", 4, "--json",
+    )  # fmt: skip
+    report = json.loads(done.stdout)
+    plan = PrunePlan.load(made / "paper.json")
+    assert report["digest"] == plan.digest and report["mode"] == "subset"
+    assert report["calibration"] == "self"
+
+
+def test_inspect_draws_the_stages(made):
+    shown = pdtrim("inspect", made / "plan.json").stdout
+    plan = PrunePlan.load(made / "plan.json")
+    letters = {"full": "A", "kv": "k", "off": "·"}
+    assert "prefill  " + "".join(letters[a] for a in plan.gates.prefill_attention) in shown
+    decode = "".join("A" if a else "·" for a in plan.gates.decode_attention)
+    assert "decode   " + decode in shown
+    assert plan.digest[:12] in shown and "first 1 + last 2" in shown
+    data = json.loads(pdtrim("inspect", made / "pair", "--json").stdout)
+    assert data["digest"] == plan.digest
+
+
+def test_generate_streams_what_a_batch_gives(made):
+    alone = pdtrim("generate", made / "pair", "--prompt", "w1 w2 w3", "--max-new-tokens", 6)
+    assert "handover" in alone.stderr
+    batch = pdtrim(
+        "generate", made / "pair", "--prompt", "w1 w2 w3", "--prompt", "w9 w8",
+        "--max-new-tokens", 6, "--json",
+    )  # fmt: skip
+    results = json.loads(batch.stdout)
+    assert [r["prompt_tokens"] for r in results] == [3, 2]
+    assert results[0]["text"].split() == alone.stdout.split()
+    assert all(r["kv_bytes"] > 0 for r in results)
+
+
+def test_eval_gives_the_same_quality_for_the_plan_and_its_pair(made, tiny_text):
+    options = (
+        "--text", tiny_text, "--prompt-tokens", 16, "--continuation-tokens", 8, "--limit", 6,
+        "--dtype", "float32", "--json",
+    )  # fmt: skip
+    by_plan = json.loads(pdtrim("eval", made / "plan.json", *options).stdout)
+    out = made / "result.json"
+    by_pair = json.loads(pdtrim("eval", made / "pair", *options, "-o", out).stdout)
+    assert [row["name"] for row in by_plan["rows"]] == ["dense", "pdtrim"]
+    for a, b in zip(by_plan["rows"], by_pair["rows"], strict=True):
+        for key in ("kl", "nll", "kv_bytes", "kv_compression", "prefill_flops_ratio"):
+            assert a[key] == pytest.approx(b[key], abs=1e-6)
+    assert by_pair["rows"][1]["kl"] > 1e-4 and by_pair["rows"][1]["kv_compression"] > 1.5
+    assert Result.load(out).provenance.sequences == 6
+
+
+def test_bench_prints_a_ratio(tiny_folder):
+    done = pdtrim(
+        "bench-forward", tiny_folder, "--prompt-tokens", 16, "--continuation-tokens", 8,
+        "--repeats", 1, "--json",
+    )  # fmt: skip
+    report = json.loads(done.stdout)
+    assert report["ratio"] > 0 and [e["start"] for e in report["reuse"]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_an_example(verb):
+    assert f"Example: pdtrim {verb}" in " ".join(pdtrim(verb, "--help").stdout.split())
+
+
+MISTAKES = {
+    "no such plan": (("inspect", "nothing.json"), "no plan file at nothing.json"),
+    "no such model": (("plan", "./nothing", "-o", "p.json"), "no model folder"),
+    "method": (("plan", "MODEL", "-o", "p.json", "--method", "magic"), "unknown method 'magic'"),
+    "mode": (("plan", "MODEL", "-o", "p.json", "--mode", "half"), "unknown mode 'half'"),
+    "count": (("plan", "MODEL", "-o", "p.json", "--prefill-remove", "2.5"), "whole number"),
+    "word": (("plan", "MODEL", "-o", "p.json", "--prefill-remove", "many"), "'many'"),
+    "too many": (("plan", "MODEL", "-o", "p.json", "--decode-remove", "9"), "cannot remove 9"),
+    "policy": (("plan", "MODEL", "-o", "p.json", "--kv", "first_last:x=1"), "x"),
+    "text": (("plan", "MODEL", "-o", "p.json", "--calibration", "no.txt"), "no text file"),
+    "no pair": (("generate", "nowhere", "--prompt", "x"), "no prefill checkpoint"),
+    "temperature": (("generate", "PAIR", "--prompt", "x", "--temperature", "-1"), "temperature"),
+    "limit": (("eval", "PLAN", "--text", "TEXT", "--limit", "0"), "at least 1"),
+    "length": (("eval", "PLAN", "--text", "TEXT", "--prompt-tokens", "900000"), "tokens"),
+    "full folder": (("export", "PLAN", "-o", "HERE", "--dtype", "float32"), "already holds"),
+    "option": (("inspect",), "Missing argument"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_line_and_exit_code_2(made, tiny_folder, tiny_text, mistake):
+    args, words = MISTAKES[mistake]
+    places = {
+        "MODEL": tiny_folder,
+        "PLAN": made / "plan.json",
+        "PAIR": made / "pair",
+        "TEXT": tiny_text,
+        "HERE": tiny_folder,
+    }
+    done = pdtrim(*(places.get(a, a) for a in args), code=2)
+    assert words in done.stderr
+    if mistake != "option":  # typer draws its own usage box
+        assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
