@@ -1,0 +1,142 @@
+"""How fast each codec encodes and decodes, and on which links that pays.
+
+Shapes: L heads, M tokens, D head width; 2 for K and V.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pdtrim.errors import PdtrimError
+from pdtrim.kv.codecs import parse_codec
+from pdtrim.models.loading import DTYPES
+from pdtrim.progress import Progress, silent
+
+T = TypeVar("T")
+
+LOUD_CHANNELS = 4
+LOUD = 20.0
+
+
+@torch.inference_mode()
+def bench_codecs(
+    names: Sequence[str],
+    *,
+    heads: int,
+    tokens: int,
+    width: int,
+    dtype: str = "bfloat16",
+    device: str | torch.device = "cpu",
+    repeats: int,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Median throughputs over interleaved runs, the same keys and values for every codec.
+
+    GB/s count the raw bytes, ``2 L M D`` elements, whatever the codec makes of them. ``*_ratio``
+    is over a plain copy of those bytes, timed in the same rounds. The codec ``raw`` decodes to a
+    view of what it is given, so that its decoding has no speed to speak of.
+
+    Raises:
+        PdtrimError: a codec text, the dtype or a number is out of range.
+    """
+    if dtype not in DTYPES:
+        raise PdtrimError(f"unknown dtype '{dtype}': use one of {', '.join(DTYPES)}")
+    if min(heads, tokens, width, repeats) < 1 or not names:
+        raise PdtrimError("heads, tokens, width, repeats and codecs: at least one of each")
+    codecs = {name: parse_codec(name) for name in names}
+    device = torch.device(device)
+    kv_2LMD = sample(heads, tokens, width).to(device, DTYPES[dtype])
+    k_LMD, v_LMD = kv_2LMD
+    raw_bytes = kv_2LMD.numel() * kv_2LMD.itemsize
+    copies: list[float] = []
+    # both, encoding and decoding, of each round
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in codecs}
+    coded_bytes: dict[str, int] = {}
+    with progress("timing", (repeats + 1) * (len(codecs) + 1)) as advance:
+        for repeat in range(repeats + 1):  # the first round warms up
+            seconds, _ = _timed(kv_2LMD.clone, device)
+            if repeat:
+                copies.append(seconds)
+            advance(1)
+            for name, codec in codecs.items():
+                encoding, data = _timed(partial(codec.encode, k_LMD, v_LMD), device)
+                shape = (heads, tokens, width, k_LMD.dtype)
+                decoding, _ = _timed(partial(codec.decode, data, *shape), device)
+                coded_bytes[name] = data.numel()
+                if repeat:
+                    times[name].append((encoding, decoding))
+                advance(1)
+    copy = raw_bytes / statistics.median(copies) / 1e9
+    return {
+        "heads": heads,
+        "tokens": tokens,
+        "width": width,
+        "dtype": dtype,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "repeats": repeats,
+        "raw_bytes": raw_bytes,
+        "copy_gb_s": copy,
+        "codecs": [_entry(name, raw_bytes, coded_bytes[name], times[name], copy) for name in times],
+    }
+
+
+def break_even(compression: float, raw_bytes: float, seconds: float) -> float:
+    """Gbit/s of the link below which sending encoded beats sending raw; 0 if it never does.
+
+    For n raw bytes, ``S = n / seconds`` of encoding plus decoding and a link of B, encoded wins
+    when ``n / S + n / (CR B) < n / B``, so ``B* = (1 - 1 / CR) S`` (KVServe, arXiv 2605.13734).
+    """
+    return max(0.0, 1 - 1 / compression) * raw_bytes / seconds * 8 / 1e9
+
+
+def sample(heads: int, tokens: int, width: int) -> Tensor:
+    """Normal fp32 ``[2, L, M, D]``, a few key channels loud as in real keys; always the same."""
+    # drawn on the CPU, so that every device times the same values
+    generator = torch.Generator().manual_seed(0)
+    kv_2LMD = torch.randn(2, heads, tokens, width, generator=generator)
+    loud = torch.randperm(width, generator=generator)[:LOUD_CHANNELS]
+    kv_2LMD[0, :, :, loud] *= LOUD
+    return kv_2LMD
+
+
+def _entry(
+    name: str, raw_bytes: int, coded_bytes: int, times: list[tuple[float, float]], copy: float
+) -> dict[str, Any]:
+    """One codec's row of the report."""
+    encoding, decoding = zip(*times, strict=True)
+    # one round's two halves are added, because on a real handover two machines do them in turn
+    both = [sum(pair) for pair in times]
+    speeds = {
+        part: raw_bytes / statistics.median(seconds) / 1e9
+        for part, seconds in (("encode", encoding), ("decode", decoding), ("both", both))
+    }
+    compression = raw_bytes / coded_bytes
+    return {
+        "codec": name,
+        "compression": compression,
+        **{f"{part}_gb_s": speed for part, speed in speeds.items()},
+        **{f"{part}_ratio": speed / copy for part, speed in speeds.items()},
+        "break_even_gbit_s": break_even(compression, raw_bytes, statistics.median(both)),
+    }
+
+
+def _timed(run: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    """Seconds, and what came out; freeing the result is not part of them."""
+    _finish(device)
+    started = time.perf_counter()
+    result = run()
+    _finish(device)
+    return time.perf_counter() - started, result
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

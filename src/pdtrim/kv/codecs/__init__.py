@@ -1,0 +1,61 @@
+"""Codecs: in how many bits the kept pairs travel. One file a method."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from pdtrim.errors import PlanError
+from pdtrim.kv.codecs.base import CodecBase
+from pdtrim.kv.codecs.fp8 import Fp8
+from pdtrim.kv.codecs.integer import Integer
+from pdtrim.kv.codecs.lossless import Lossless
+from pdtrim.kv.codecs.raw import Raw
+from pdtrim.records import first_problem
+
+Codec = Annotated[Raw | Fp8 | Integer | Lossless, Field(discriminator="name")]
+"""Any codec, as a plan writes it: ``{"name": ..., parameters}``."""
+
+CODECS: dict[str, type[CodecBase]] = {
+    "raw": Raw,
+    "fp8": Fp8,
+    "int": Integer,
+    "lossless": Lossless,
+}
+
+PRESETS = "raw (or bf16), fp8, lossless, int{2,3,4,8} or k{2,3,4,8}v{2,3,4,8}"
+
+
+def parse_codec(text: str) -> CodecBase:
+    """A codec from a preset and options, such as ``int4:group=32,rotate=true``.
+
+    Raises:
+        PlanError: no such preset or option, or a value out of range.
+    """
+    preset, *options = re.split("[:,]", text.strip().lower())
+    values: dict[str, Any]
+    if bits := re.fullmatch("int([0-9])|k([0-9])v([0-9])", preset):
+        both, k_bits, v_bits = bits.groups()
+        values = {"name": "int", "k_bits": int(both or k_bits), "v_bits": int(both or v_bits)}
+    elif preset in ("raw", "bf16", "fp8", "lossless"):
+        values = {"name": "raw" if preset == "bf16" else preset}
+    else:
+        raise PlanError(f"codec {text!r}: {preset!r} is not one of {PRESETS}")
+    for option in options:
+        key, equals, value = (part.strip() for part in option.partition("="))
+        if not equals or key in values:
+            raise PlanError(f"codec {text!r}: {option!r} is not a new option key=value")
+        values[key] = value
+    kind = CODECS[values["name"]]
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        known = ", ".join(sorted(kind.model_fields.keys() - {"name", "k_bits", "v_bits"})) or "none"
+        raise PlanError(
+            f"codec {text!r}: {first_problem(error)} (a preset is {PRESETS}; its options: {known})"
+        ) from error
+
+
+__all__ = ["CODECS", "Codec", "CodecBase", "Fp8", "Integer", "Lossless", "Raw", "parse_codec"]

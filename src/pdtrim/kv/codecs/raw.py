@@ -1,0 +1,38 @@
+"""The model's own dtype, unchanged: ``bf16`` for a bf16 model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pdtrim.errors import WireError
+from pdtrim.kv.codecs.base import CodecBase
+
+
+class Raw(CodecBase):
+    """All keys, then all values, each ``[L, M, D]`` contiguous."""
+
+    name: Literal["raw"] = "raw"
+
+    def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
+        """See the base class."""
+        return torch.stack((k_LMD, v_LMD)).contiguous().view(-1).view(torch.uint8)
+
+    def decode(
+        self, data: Tensor, heads: int, tokens: int, width: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """See the base class."""
+        if data.numel() != self.nbytes(heads, tokens, width, dtype):
+            raise WireError(f"raw KV of {data.numel()} bytes does not fit its shape")
+        k_LMD, v_LMD = data.view(dtype).view(2, heads, tokens, width)
+        return k_LMD, v_LMD
+
+    def nbytes(self, heads: int, tokens: int, width: int, dtype: torch.dtype) -> int:
+        """See the base class."""
+        return 2 * heads * tokens * width * dtype.itemsize
+
+    def round_trip(self, k_LMD: Tensor, v_LMD: Tensor) -> tuple[Tensor, Tensor]:
+        """Nothing changes, so nothing is copied."""
+        return k_LMD, v_LMD

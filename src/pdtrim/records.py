@@ -1,0 +1,19 @@
+"""Records: frozen, keyword-only, and they refuse keys that they do not know."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Frozen(BaseModel):
+    """A record that cannot change and that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first of pydantic's complaints, on one line."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    text = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{where}: {text}" if where else text
