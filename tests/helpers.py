@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from pdtrim.kv.selectors import FirstLast
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates, LayerKV, Provenance, PrunePlan
 from pdtrim.stage.forward import Batch
@@ -86,6 +87,10 @@ def random_gates(num_layers: int, rng: random.Random) -> Gates:
         decode_attention=decode_attention,
         decode_mlp=tuple(rng.random() < 0.7 for _ in range(num_layers)),
     )
+
+
+def first_last(first: int, last: int) -> LayerKV:
+    return LayerKV(selector=FirstLast(first=first, last=last))
 
 
 def make_plan(

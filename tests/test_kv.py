@@ -5,10 +5,12 @@ import torch
 
 from helpers import random_batch, tiny_model
 from pdtrim.errors import PlanError
-from pdtrim.kv.policy import HandoverPolicy, hand_over
+from pdtrim.kv.codecs import parse_codec
+from pdtrim.kv.frame import SentLayer
+from pdtrim.kv.join import join
+from pdtrim.kv.policy import gather, through
 from pdtrim.kv.request import KVRequest, concentration
-from pdtrim.kv.selectors import kept_runs
-from pdtrim.plan import LayerKV
+from pdtrim.kv.selectors import FirstLast, Full
 from pdtrim.search.objective import dense_trace
 
 
@@ -28,28 +30,83 @@ from pdtrim.search.objective import dense_trace
     ],
 )
 def test_first_last_runs(tokens, first, last, block, runs):
-    rule = LayerKV(selector="first_last", first=first, last=last)
-    assert kept_runs(rule, tokens, block_size=block) == runs
+    keep_GN = FirstLast(first=first, last=last).static_keep(2, tokens, block_size=block)
+    kept = {i for start, stop in runs for i in range(start, stop)}
+    assert keep_GN.tolist() == [[i in kept for i in range(tokens)]] * 2
 
 
 def test_full_keeps_everything():
-    assert kept_runs(LayerKV(), 5) == ((0, 5),)
-    assert kept_runs(LayerKV(), 0) == ()
+    assert Full().static_keep(2, 5).all() and Full().static_keep(2, 0).shape == (2, 0)
 
 
-def test_hand_over_cuts_and_keeps_positions():
-    k = torch.arange(2 * 3 * 10 * 4.0).view(2, 3, 10, 4)
-    policy = HandoverPolicy(rules=(LayerKV(selector="first_last", first=2, last=3),))
-    k_kept, v_kept, positions = hand_over(policy, 0, k, -k)
-    assert positions.tolist() == [0, 1, 7, 8, 9]
-    assert torch.equal(k_kept, k[:, :, positions]) and torch.equal(v_kept, -k[:, :, positions])
-    assert policy.kept(0, 10) == 5
+class View:
+    def __init__(self, k, v):
+        self.k_BGND, self.v_BGND = k, v
+
+
+def random_view(rows=3, heads=4, tokens=10, width=4):
+    torch.manual_seed(0)
+    shape = (rows, heads, tokens, width)
+    return View(torch.randn(shape), torch.randn(shape))
+
+
+def test_gather_groups_heads_by_what_they_keep_and_keeps_positions():
+    view = random_view()
+    keep = torch.rand(3, 4, 10) < 0.5
+    keep[:, 1] = keep[:, 3].roll(2, dims=-1)  # heads 1 and 3 keep equally many, not the same
+    keep[:, 2] = True
+    groups = gather(view, keep)
+    assert sorted(h for g in groups for h in g.heads) == [0, 1, 2, 3]
+    assert any(set(g.heads) >= {1, 3} for g in groups)
+    for group in groups:
+        for row in range(3):
+            for i, head in enumerate(group.heads):
+                wanted = keep[row, head].nonzero()[:, 0]
+                count = len(wanted)
+                assert group.positions_BgM[row, i, :count].equal(wanted)
+                assert group.k_BgMD[row, i, :count].equal(view.k_BGND[row, head, wanted])
+                assert group.v_BgMD[row, i, :count].equal(view.v_BGND[row, head, wanted])
+                if group.padded_BM is None:
+                    assert group.k_BgMD.shape[2] == count
+                else:
+                    assert (~group.padded_BM[row]).nonzero()[:, 0].tolist() == list(range(count))
+
+
+def test_rows_of_a_batch_go_through_the_codec_each_by_itself():
+    view = random_view(tokens=40)
+    keep = torch.zeros(3, 4, 40, dtype=torch.bool)
+    for row, count in enumerate((5, 17, 40)):
+        keep[row, :, :count] = True
+    codec = parse_codec("int4:first=0,recent=0,group=8")
+    (group,) = [through(codec, g) for g in gather(view, keep)]
+    for row, count in enumerate((5, 17, 40)):
+        k, v = codec.round_trip(view.k_BGND[row, :, :count], view.v_BGND[row, :, :count])
+        assert group.k_BgMD[row, :, :count].equal(k) and group.v_BgMD[row, :, :count].equal(v)
+
+
+def test_join_puts_requests_side_by_side():
+    views = [random_view(rows=1, tokens=n) for n in (3, 10, 7)]
+    sent, keeps = [], []
+    for view in views:
+        keep = torch.rand(1, 4, view.k_BGND.shape[2]) < 0.6
+        keep[:, 2] = keep[:, 0]
+        keeps.append(keep[0])
+        sent.append(SentLayer(keep_GN=keep[0], groups=gather(view, keep)))
+    for group in join(sent):
+        for row, keep_GN in enumerate(keeps):
+            for i, head in enumerate(group.heads):
+                wanted = keep_GN[head].nonzero()[:, 0]
+                count = len(wanted)
+                assert group.k_BgMD[row, i, :count].equal(views[row].k_BGND[0, head, wanted])
+                assert group.positions_BgM[row, i, :count].equal(wanted)
+                hidden = 0 if group.padded_BM is None else int(group.padded_BM[row].sum())
+                assert hidden == group.k_BgMD.shape[2] - count
 
 
 @pytest.mark.parametrize(
     "text,words",
     [
-        ("nearest", "nearest|selector"),
+        ("nearest", "unknown selector"),
         ("first_last:first", "not option=value"),
         ("first_last:colour=4", "colour"),
         ("first_last:first=-1", "first"),
@@ -68,11 +125,11 @@ def test_concentration_is_measured_for_each_head():
     with torch.no_grad():
         model.block(1).attention.q_proj.weight[:8] = 0  # head 0 of layer 1: uniform attention
     trace = dense_trace(model, batch)
-    rule = LayerKV(selector="first_last", first=1, last=2)
+    rule = FirstLast(first=1, last=2)
     mass_LH = concentration(model, batch, trace, rule)
     assert mass_LH.shape == (3, 4)
     assert mass_LH[1, 0] == pytest.approx(3 / 12)
-    everything = LayerKV(selector="first_last", first=6, last=6)
+    everything = FirstLast(first=6, last=6)
     torch.testing.assert_close(concentration(model, batch, trace, everything), torch.ones(3, 4))
 
 
@@ -84,7 +141,7 @@ def test_layers_are_chosen_where_attention_concentrates(monkeypatch):
 
     def selected(text):
         rules = KVRequest.parse(text).resolve(model, batch, [])
-        return [i for i, rule in enumerate(rules) if rule.selector == "first_last"]
+        return [i for i, rule in enumerate(rules) if rule.selector.name == "first_last"]
 
     assert selected("first_last:first=1,last=1") == [0, 2]
     assert selected("first_last:first=1,last=1,cutoff=0.89") == [0, 2]

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from helpers import make_plan, tiny_model
+from helpers import first_last, make_plan, tiny_model
 from pdtrim.errors import PlanError
 from pdtrim.plan import Gates, LayerKV, PrunePlan
 
@@ -18,7 +18,7 @@ def plan_data(model, **changes):
 
 
 def test_a_plan_survives_its_file(model, tmp_path):
-    kv = (LayerKV(), LayerKV(selector="first_last", first=1, last=2), LayerKV(), LayerKV())
+    kv = (LayerKV(), first_last(1, 2), LayerKV(), LayerKV())
     plan = make_plan(model, Gates.removing(4, prefill={1}), kv, block_size=4)
     plan.save(tmp_path / "deep" / "plan.json")
     again = PrunePlan.load(tmp_path / "deep" / "plan.json")
@@ -35,9 +35,7 @@ def test_digest_follows_what_runs_and_nothing_else(model):
         make_plan(model, Gates.removing(4, prefill={3})).digest,
         make_plan(model, Gates.removing(4, decode={3})).digest,
         make_plan(model, Gates.dense(4), block_size=2).digest,
-        make_plan(
-            model, Gates.dense(4), (LayerKV(selector="first_last", last=1), *(LayerKV(),) * 3)
-        ).digest,
+        make_plan(model, Gates.dense(4), (first_last(0, 1), *(LayerKV(),) * 3)).digest,
         PrunePlan.from_json({**data, "model": {**data["model"], "fingerprint": "0" * 64}}).digest,
         plan.digest,
     }
@@ -49,9 +47,9 @@ def test_digest_follows_what_runs_and_nothing_else(model):
     [
         ({"surprise": 1}, "surprise"),
         ({"schema": "pdtrim.plan/9"}, "schema"),
-        ({"kv": [{"selector": "full"}]}, "kv has 1 entries"),
-        ({"kv": [{"selector": "full", "first": 3}] * 4}, "takes no first"),
-        ({"kv": [{"selector": "first_last"}] * 4}, "at least one token"),
+        ({"kv": [{"selector": {"name": "full"}}]}, "kv has 1 entries"),
+        ({"kv": [{"selector": {"name": "full", "first": 3}}] * 4}, "first"),
+        ({"kv": [{"selector": {"name": "first_last", "first": 0, "last": 0}}] * 4}, "one token"),
         ({"block_size": 0}, "block_size"),
         (
             {

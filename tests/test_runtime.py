@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import make_plan, random_batch, random_gates, tiny_model
+from helpers import first_last, make_plan, random_batch, random_gates, tiny_model
 from pdtrim.errors import PdtrimError, PlanError, RuntimeFailure
 from pdtrim.export import export, load_pair
+from pdtrim.kv.frame import Layout
 from pdtrim.kv.policy import HandoverPolicy
-from pdtrim.kv.wire import Layout
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.runtime.decode import DecodeProcess
 from pdtrim.runtime.prefill import PrefillProcess
@@ -76,9 +76,7 @@ def test_every_gate_state_of_two_blocks_equals_the_simulator(family, tmp_path):
             decode_attention=tuple(s[2] for s in state),
             decode_mlp=tuple(s[3] for s in state),
         )
-        kv = tuple(
-            rng.choice((LayerKV(), LayerKV(selector="first_last", first=1, last=2))) for _ in "ab"
-        )
+        kv = tuple(rng.choice((LayerKV(), first_last(1, 2))) for _ in "ab")
         plan = make_plan(model, gates, kv)
         pair = Pair.dense(model)
         with torch.no_grad():
@@ -90,7 +88,7 @@ def test_every_gate_state_of_two_blocks_equals_the_simulator(family, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 def test_two_processes_equal_the_simulator(family, tmp_path):
     model, rng = tiny_model(family), random.Random(5)
-    cut = LayerKV(selector="first_last", first=2, last=3)
+    cut = first_last(2, 3)
     for number, kv in enumerate(((LayerKV(),) * 4, (cut, LayerKV(), cut, LayerKV()))):
         gates = random_gates(4, rng)
         plan = make_plan(model, gates, kv)
@@ -120,7 +118,7 @@ def greedy_by_simulator(pair, plan, prompt, count):
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
     model = tiny_model("llama", eos_token_id=None)
-    cut = LayerKV(selector="first_last", first=2, last=3)
+    cut = first_last(2, 3)
     plan = make_plan(
         model, Gates.removing(4, prefill={1}, decode={2}), (cut, LayerKV(), LayerKV(), cut)
     )

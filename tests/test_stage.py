@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from helpers import FAMILIES, random_batch, random_gates, reference_logits, tiny_model
+from helpers import FAMILIES, first_last, random_batch, random_gates, reference_logits, tiny_model
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.search.objective import first_difference
@@ -33,10 +33,7 @@ def test_random_gates_equal_one_masked_forward(family):
     for _ in range(25):
         gates = random_gates(4, rng)
         kept = {i: set(range(2)) | set(range(6, 10)) for i in range(4) if rng.random() < 0.5}
-        rules = tuple(
-            LayerKV(selector="first_last", first=2, last=4) if i in kept else LayerKV()
-            for i in range(4)
-        )
+        rules = tuple(first_last(2, 4) if i in kept else LayerKV() for i in range(4))
         with torch.no_grad():
             ours = forward(Pair.dense(model), batch, gates, HandoverPolicy(rules=rules))
         theirs = reference_logits(model, batch, gates, kept)

@@ -7,10 +7,14 @@ import threading
 import pytest
 import torch
 
-from helpers import make_plan, tiny_model
+from helpers import first_last, make_plan, tiny_model
 from pdtrim.errors import WireError
-from pdtrim.kv import wire
-from pdtrim.kv.wire import Layout, read_answer, send_frame
+from pdtrim.kv import frame, wire
+from pdtrim.kv.codecs import parse_codec
+from pdtrim.kv.frame import Layout, SentLayer, pack_mask, unpack_mask
+from pdtrim.kv.policy import gather
+from pdtrim.kv.selectors.snapkv import SnapKV
+from pdtrim.kv.wire import read_answer, send_frame
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.runtime.receiver import Receiver
 
@@ -20,7 +24,7 @@ ID = bytes(range(16))
 @pytest.fixture(scope="module")
 def plan():
     model = tiny_model("llama")
-    cut = LayerKV(selector="first_last", first=2, last=3)
+    cut = first_last(2, 3)
     return make_plan(
         model, Gates.removing(4, prefill={1}, decode={2}), (cut,) * 2 + (LayerKV(),) * 2
     )
@@ -37,19 +41,27 @@ def connect(receiver):
     return socket.create_connection(("127.0.0.1", receiver.port), timeout=20)
 
 
-def layers_of(layout):
+def layers_of(layout, keep=None):
+    """Random pairs for each layer; ``keep`` says which where the plan does not."""
     generator = torch.Generator().manual_seed(1)
-    shape = (layout.num_kv_heads, 1, layout.head_dim)
-    return {
-        layer: tuple(
-            torch.randn(shape[0], kept, shape[2], generator=generator).to(layout.dtype)
-            for _ in "kv"
-        )
-        for layer, kept in layout.kept
-    }
+    G, N, D = layout.num_kv_heads, layout.tokens, layout.head_dim
+    sent = {}
+    for entry in layout.entries:
+        keep_GN = keep if entry.static_GN is None else entry.static_GN
+        k, v = (torch.randn(1, G, N, D, generator=generator).to(layout.dtype) for _ in "kv")
+        view = type("View", (), {"k_BGND": k, "v_BGND": v})
+        sent[entry.layer] = SentLayer(keep_GN=keep_GN, groups=gather(view, keep_GN[None]))
+    return sent
 
 
-@pytest.mark.parametrize("dtype", wire.DTYPES)
+def same(a, b):
+    assert a.keep_GN.equal(b.keep_GN)
+    for one, two in zip(a.groups, b.groups, strict=True):
+        assert one.heads == two.heads and one.positions_BgM.equal(two.positions_BgM)
+        assert one.k_BgMD.equal(two.k_BgMD) and one.v_BgMD.equal(two.v_BgMD)
+
+
+@pytest.mark.parametrize("dtype", frame.DTYPES)
 @pytest.mark.parametrize("tokens", [0, 1, 5, 6, 40])
 def test_a_frame_arrives_bit_for_bit(plan, dtype, tokens):
     receiver = Receiver(plan, dtype)
@@ -62,8 +74,8 @@ def test_a_frame_arrives_bit_for_bit(plan, dtype, tokens):
     arrived = receiver.take(ID)
     assert sent == arrived.frame_bytes == layout.frame_bytes
     assert list(arrived.layers) == [0, 1, 3]  # decode lost layer 2: nothing travels for it
-    for layer, (k, v) in layers.items():
-        assert torch.equal(arrived.layers[layer][0], k) and torch.equal(arrived.layers[layer][1], v)
+    for layer, sent_layer in layers.items():
+        same(arrived.layers[layer], sent_layer)
 
 
 def test_frame_bytes_are_what_crosses_a_socket(plan):
@@ -85,13 +97,13 @@ def test_frame_bytes_are_what_crosses_a_socket(plan):
     assert layout.payload_bytes == sum(2 * 2 * m * 8 * 2 for m in kept.values())
 
 
-def valid_frame(layout):
-    payload = b"".join(wire.pack_layer(*kv).numpy().tobytes() for kv in layers_of(layout).values())
-    return layout.head(ID) + payload
+def valid_frame(layout, keep=None):
+    pieces = frame.encode_frame(layout, ID, layers_of(layout, keep))
+    return b"".join(piece.numpy().tobytes() for piece in pieces)
 
 
-def patch(frame, offset, data):
-    return frame[:offset] + data + frame[offset + len(data) :]
+def patch(raw, offset, data):
+    return raw[:offset] + data + raw[offset + len(data) :]
 
 
 BAD = {
@@ -132,14 +144,85 @@ def test_a_bad_frame_is_refused_and_the_next_good_one_taken(plan, receiver, faul
 
 def test_an_oversized_claim_allocates_nothing(plan, receiver, monkeypatch):
     allocated = []
-    monkeypatch.setattr(wire.torch, "empty", lambda *a, **k: allocated.append(a))
     receiver.expect(ID, 20)
     layout = Layout.of(plan, torch.float32, 20)
+    head = valid_frame(layout)[: frame.HEAD.size]
+    monkeypatch.setattr(wire.torch, "empty", lambda *a, **k: allocated.append(a))
     with connect(receiver) as link:
-        link.sendall(patch(layout.head(ID), 65, struct.pack("<Q", 1 << 60)))
+        link.sendall(patch(head, 65, struct.pack("<Q", 1 << 60)))
         with pytest.raises(WireError):
             read_answer(link)
     assert allocated == []
+
+
+@pytest.fixture(scope="module")
+def free_plan():
+    """A plan whose masks and sizes the prompt decides."""
+    model = tiny_model("llama")
+    rule = LayerKV(selector=SnapKV(share=0.5), codec=parse_codec("lossless"))
+    packed = LayerKV(selector=SnapKV(share=0.5), codec=parse_codec("int4:first=1,recent=2"))
+    return make_plan(model, Gates.dense(4), (rule, packed, rule, packed))
+
+
+def random_keep(heads, tokens):
+    keep = torch.rand(heads, tokens, generator=torch.Generator().manual_seed(2)) < 0.5
+    keep[1, 0] = True
+    keep[0, 0] = False  # heads that keep unequally many
+    return keep
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 21])
+def test_masks_and_variable_codecs_travel(free_plan, tokens):
+    receiver = Receiver(free_plan, torch.float32)
+    layout = Layout.of(free_plan, torch.float32, tokens)
+    assert not layout.exact
+    layers = layers_of(layout, random_keep(2, tokens))
+    receiver.expect(ID, tokens)
+    with connect(receiver) as link:
+        sent = send_frame(link, layout, ID, layers)
+        read_answer(link)
+    arrived = receiver.take(ID)
+    assert sent == arrived.frame_bytes <= layout.frame_bytes
+    same(arrived.layers[0], layers[0])
+    coded = parse_codec("int4:first=1,recent=2")
+    for one, two in zip(arrived.layers[1].groups, layers[1].groups, strict=True):
+        k, v = coded.round_trip(two.k_BgMD[0], two.v_BgMD[0])
+        assert one.k_BgMD[0].equal(k) and one.v_BgMD[0].equal(v)
+
+
+MASK = frame.HEAD.size + 4 * frame.ENTRY.size
+FREE_FAULTS = {
+    "more than any choice": (lambda f: patch(f, 65, struct.pack("<Q", 1 << 40)), "at most"),
+    "table sum": (lambda f: patch(f, 79, struct.pack("<Q", 12)), "add up"),
+    "mask of other tokens": (lambda f: patch(f, MASK + 2, b"\xff"), "tokens that do not exist"),
+    "mask and data": (lambda f: patch(f, MASK, b"\0\0\0\0\0\0"), "layer 0"),
+    "piece length": (lambda f: patch(f, MASK + 6, b"\xff\xff\xff\x7f"), "layer 0"),
+    "garbage in a piece": (lambda f: patch(f, MASK + 12, b"\0" * 9), "."),
+}
+
+
+@pytest.mark.parametrize("fault", FREE_FAULTS)
+def test_a_bad_free_frame_is_refused(free_plan, fault):
+    receiver = Receiver(free_plan, torch.float32)
+    layout = Layout.of(free_plan, torch.float32, 21)
+    spoil, words = FREE_FAULTS[fault]
+    receiver.expect(ID, 21)
+    with connect(receiver) as link:
+        link.sendall(spoil(valid_frame(layout, random_keep(2, 21))))
+        link.shutdown(socket.SHUT_WR)
+        with pytest.raises(WireError, match=words):
+            read_answer(link)
+    with pytest.raises(WireError, match="no KV cache has arrived"):
+        receiver.take(ID)
+    receiver.close()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7, 8, 9, 64])
+def test_masks_are_packed_bit_by_bit(tokens):
+    keep = torch.rand(3, tokens) < 0.5
+    packed = pack_mask(keep)
+    assert packed.numel() == 3 * -(-tokens // 8)
+    assert unpack_mask(packed, 3, tokens).equal(keep)
 
 
 def test_a_request_is_taken_once(plan, receiver):

@@ -16,9 +16,12 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pdtrim.errors import PlanError
+from pdtrim.kv.codecs import Codec, Raw
+from pdtrim.kv.selectors import Full, Selector
+from pdtrim.records import Frozen, first_problem
 
 MAX_PLAN_BYTES = 16 * 2**20
 
@@ -27,12 +30,6 @@ AttentionGate = Literal["full", "kv", "off"]
 Mode = Literal["projected", "subset"]
 STAGES: tuple[Stage, ...] = ("prefill", "decode")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class Frozen(BaseModel):
-    """A record that cannot change and that refuses keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Gates(Frozen):
@@ -156,24 +153,10 @@ class Gates(Frozen):
 
 
 class LayerKV(Frozen):
-    """Which prompt tokens of one layer travel, and in what form.
+    """Which prompt tokens of one layer travel, and in how many bits."""
 
-    ``first`` and ``last`` (tokens) belong to selector ``first_last``. Codec ``raw`` sends the
-    model's own dtype.
-    """
-
-    selector: Literal["full", "first_last"] = "full"
-    first: int = Field(default=0, ge=0)
-    last: int = Field(default=0, ge=0)
-    codec: Literal["raw"] = "raw"
-
-    @model_validator(mode="after")
-    def _check(self) -> LayerKV:
-        if self.selector == "full" and (self.first or self.last):
-            raise ValueError("selector 'full' takes no first or last: use 'first_last'")
-        if self.selector == "first_last" and self.first + self.last == 0:
-            raise ValueError("selector 'first_last' must keep at least one token")
-        return self
+    selector: Selector = Full()
+    codec: Codec = Raw()
 
 
 class BaseModelRef(Frozen):
@@ -301,11 +284,3 @@ class PrunePlan(Frozen):
             return cls.model_validate(data)
         except ValidationError as error:
             raise PlanError(f"{source}: {first_problem(error)}") from error
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first of pydantic's complaints, on one line."""
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    text = str(problem["msg"]).removeprefix("Value error, ")
-    return f"{where}: {text}" if where else text

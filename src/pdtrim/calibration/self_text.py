@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pdtrim.calibration.tokens import begin_ids
+from pdtrim.kv.policy import HeadGroup
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
 from pdtrim.progress import Advance, Progress, silent
@@ -81,9 +82,11 @@ def _empty_caches(model: Model, rows: int, tokens: int) -> dict[int, LayerCache]
     empty = torch.empty(
         rows, model.num_kv_heads, 0, model.head_dim, dtype=model.dtype, device=model.device
     )
-    nowhere = torch.empty(1, 0, dtype=torch.long, device=model.device)
+    heads = tuple(range(model.num_kv_heads))
+    nowhere = torch.empty(rows, len(heads), 0, dtype=torch.long, device=model.device)
+    nothing = HeadGroup(heads=heads, k_BgMD=empty, v_BgMD=empty, positions_BgM=nowhere)
     return {
-        layer: LayerCache(k_BGMD=empty, v_BGMD=empty, positions_BM=nowhere, capacity=tokens)
+        layer: LayerCache([nothing], capacity=tokens, window=model.block(layer).window)
         for layer in range(model.num_layers)
     }
 

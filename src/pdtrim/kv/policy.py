@@ -1,9 +1,10 @@
-"""A plan's KV policy at work: cut the prompt's keys and values to what travels.
+"""A plan's KV policy at work: which pairs of a layer travel, and what decode sees of them.
 
-The simulator and the real prefill process both call :func:`hand_over`, so they cannot disagree.
-Dropped tokens are gone, never zeroed: a zero key would still take softmax mass.
+The simulator and the real processes share these functions, so they cannot disagree. Dropped pairs
+are gone, never zeroed: a zero key would still take softmax mass.
 
-Shapes: B batch, G KV heads, N prompt tokens handed over, M of them kept, D head width.
+Shapes: B rows, G KV heads, N prompt tokens handed over, g heads of a group, M kept tokens of a
+group's fullest row, D head width.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pdtrim.kv.selectors import Runs, kept_runs
+from pdtrim.kv.codecs import CodecBase
+from pdtrim.kv.selectors import StaticSelector
+from pdtrim.kv.view import LayerView
 from pdtrim.plan import LayerKV, PrunePlan
 
 
@@ -34,29 +37,106 @@ class HandoverPolicy:
         """Everything travels."""
         return cls(rules=(LayerKV(),) * num_layers)
 
-    def runs(self, layer: int, tokens: int) -> Runs:
-        """Kept runs of one layer for ``tokens`` handed over."""
-        return kept_runs(self.rules[layer], tokens, block_size=self.block_size)
+    def keep(self, layer: int, view: LayerView) -> Tensor:
+        """Which pairs of a layer travel, bool ``[B, G, N]``."""
+        return self.rules[layer].selector.keep(view, block_size=self.block_size)
 
-    def kept(self, layer: int, tokens: int) -> int:
-        """How many tokens of the layer travel."""
-        return sum(stop - start for start, stop in self.runs(layer, tokens))
-
-
-def take(x_BGND: Tensor, runs: Runs, *, dim: int = 2) -> Tensor:
-    """The kept tokens along ``dim``, in order."""
-    if len(runs) == 1:
-        return x_BGND.narrow(dim, runs[0][0], runs[0][1] - runs[0][0])
-    if not runs:
-        return x_BGND.narrow(dim, 0, 0)
-    return torch.cat([x_BGND.narrow(dim, a, b - a) for a, b in runs], dim=dim)
+    def share(self, layer: int, heads: int, tokens: int) -> float:
+        """Share of a layer's pairs that travel; 1, the most, where each prompt decides anew."""
+        selector = self.rules[layer].selector
+        if not isinstance(selector, StaticSelector) or tokens == 0:
+            return 1.0
+        keep_GN = selector.static_keep(heads, tokens, block_size=self.block_size)
+        return float(keep_GN.double().mean())
 
 
-def hand_over(
-    policy: HandoverPolicy, layer: int, k_BGND: Tensor, v_BGND: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What decode receives of a layer: keys, values ``[B, G, M, D]`` and positions ``[M]``."""
-    tokens = k_BGND.shape[2]
-    runs = policy.runs(layer, tokens)
-    positions_N = torch.arange(tokens, device=k_BGND.device)
-    return take(k_BGND, runs), take(v_BGND, runs), take(positions_N, runs, dim=0)
+@dataclass(frozen=True, kw_only=True)
+class HeadGroup:
+    """KV heads of a layer that keep equally many tokens in every row.
+
+    Attributes:
+        k_BgMD, v_BgMD: kept pairs in token order.
+        positions_BgM: their absolute positions.
+        padded_BM: True behind a row's last kept token; None if no row is shorter.
+    """
+
+    heads: tuple[int, ...]
+    k_BgMD: Tensor
+    v_BgMD: Tensor
+    positions_BgM: Tensor
+    padded_BM: Tensor | None = None
+
+    def to(self, device: torch.device) -> HeadGroup:
+        """The group on a device."""
+        return HeadGroup(
+            heads=self.heads,
+            k_BgMD=self.k_BgMD.to(device),
+            v_BgMD=self.v_BgMD.to(device),
+            positions_BgM=self.positions_BgM.to(device),
+            padded_BM=None if self.padded_BM is None else self.padded_BM.to(device),
+        )
+
+
+def partition(counts_BG: Tensor) -> list[tuple[int, ...]]:
+    """Heads by their kept counts in all rows; groups in the order of their first head."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for head, counts in enumerate(counts_BG.T.tolist()):
+        groups.setdefault(tuple(counts), []).append(head)
+    return [tuple(heads) for heads in groups.values()]
+
+
+def gather(view: LayerView, keep_BGN: Tensor) -> list[HeadGroup]:
+    """The kept pairs of a layer, its heads grouped by how many they keep."""
+    counts_BG = keep_BGN.sum(-1)
+    groups = []
+    for heads in partition(counts_BG):
+        rows = list(heads)
+        counts_B = counts_BG[:, rows[0]]
+        M = int(counts_B.max())
+        keep = keep_BGN[:, rows]
+        positions_BgM = keep.byte().argsort(dim=-1, descending=True, stable=True)[..., :M]
+        at = positions_BgM[..., None].expand(-1, -1, -1, view.k_BGND.shape[-1])
+        groups.append(
+            HeadGroup(
+                heads=heads,
+                k_BgMD=view.k_BGND[:, rows].gather(2, at),
+                v_BgMD=view.v_BGND[:, rows].gather(2, at),
+                positions_BgM=positions_BgM,
+                padded_BM=padding(counts_B, M),
+            )
+        )
+    return groups
+
+
+def padding(counts_B: Tensor, longest: int) -> Tensor | None:
+    """Where rows are shorter than the longest, bool ``[B, M]``; None if none is."""
+    if int(counts_B.min()) == longest:
+        return None
+    return torch.arange(longest, device=counts_B.device)[None] >= counts_B[:, None]
+
+
+def hand_over(policy: HandoverPolicy, layer: int, view: LayerView) -> list[HeadGroup]:
+    """What decode sees of a layer: the kept pairs, through the codec and back."""
+    codec = policy.rules[layer].codec
+    return [through(codec, group) for group in gather(view, policy.keep(layer, view))]
+
+
+def through(codec: CodecBase, group: HeadGroup) -> HeadGroup:
+    """A group encoded and decoded; each row by itself where rows differ in length."""
+    B, g, M, D = group.k_BgMD.shape
+    if group.padded_BM is None:
+        flat = (x.reshape(B * g, M, D) for x in (group.k_BgMD, group.v_BgMD))
+        k, v = (x.view(B, g, M, D) for x in codec.round_trip(*flat))
+    else:
+        k, v = group.k_BgMD.clone(), group.v_BgMD.clone()
+        for row, count in enumerate((~group.padded_BM).sum(1).tolist()):
+            k[row, :, :count], v[row, :, :count] = codec.round_trip(
+                group.k_BgMD[row, :, :count], group.v_BgMD[row, :, :count]
+            )
+    return HeadGroup(
+        heads=group.heads,
+        k_BgMD=k,
+        v_BgMD=v,
+        positions_BgM=group.positions_BgM,
+        padded_BM=group.padded_BM,
+    )

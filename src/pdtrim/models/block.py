@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pdtrim.kv.selectors import SelectorBase
+
 Rope = tuple[Tensor, Tensor]
 """cos and sin of the rotary angles, each ``[B, T, D]``."""
 
@@ -50,7 +52,11 @@ class Block:
 
     def project_q(self, h_BTE: Tensor, rope: Rope) -> Tensor:
         """Rotated queries ``[B, H, T, D]`` of the normed stream."""
-        return rotate(self._heads("q_proj", "q_norm", h_BTE), rope)
+        return rotate(self.raw_q(h_BTE), rope)
+
+    def raw_q(self, h_BTE: Tensor) -> Tensor:
+        """Queries before the rotation, ``[B, H, T, D]``."""
+        return self._heads("q_proj", "q_norm", h_BTE)
 
     def project_kv(self, h_BTE: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Rotated keys and values, each ``[B, G, T, D]``, of the normed stream."""
@@ -83,10 +89,16 @@ class Block:
     MLP_PARTS: ClassVar[tuple[str, ...]] = ("post_attention_layernorm", "mlp")
 
     @classmethod
-    def parts(cls, *, attention: str | bool, mlp: bool) -> tuple[str, ...]:
-        """Names of the submodules that a block with these gates needs."""
+    def parts(
+        cls, *, attention: str | bool, mlp: bool, selector: SelectorBase | None = None
+    ) -> tuple[str, ...]:
+        """Names of the submodules that a block with these gates needs.
+
+        A selector that reads queries or the output projection needs them of a ``kv`` block too.
+        """
         needed: tuple[str, ...] = ()
-        if attention in ("full", True):
+        selects = selector is not None and (selector.reads_queries or selector.reads_output)
+        if attention in ("full", True) or (attention == "kv" and selects):
             needed += cls.ATTENTION_PARTS
         elif attention == "kv":
             needed += cls.KV_PARTS

@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from pdtrim.errors import ModelError, PlanError
 from pdtrim.models.families import family_of
@@ -32,9 +38,7 @@ PREFIX = "pdtrim_"
 def save_stage(model: Model, plan: PrunePlan, stage: Stage, folder: Path) -> None:
     """Write one stage of a dense model."""
     layers = plan.gates.layers(stage)
-    attention, mlp = plan.gates.of(stage)
-    family = family_of(model.config)
-    kept = {layer: family.parts(attention=attention[layer], mlp=mlp[layer]) for layer in layers}
+    kept = {layer: _parts(model.config, plan, stage, layer) for layer in layers}
     tensors = _stage_tensors(model, kept)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -108,6 +112,17 @@ def read_stage_config(folder: Path, stage: Stage) -> tuple[dict[str, Any], Prune
     return data, plan
 
 
+def _parts(config: PreTrainedConfig, plan: PrunePlan, stage: Stage, layer: int) -> tuple[str, ...]:
+    """Names of the submodules that a stage needs of a layer."""
+    attention, mlp = plan.gates.of(stage)
+    sends = stage == "prefill" and layer in plan.sent_layers
+    return family_of(config).parts(
+        attention=attention[layer],
+        mlp=mlp[layer],
+        selector=plan.kv[layer].selector if sends else None,
+    )
+
+
 def _stage_tensors(model: Model, kept: dict[int, tuple[str, ...]]) -> dict[str, torch.Tensor]:
     tensors = {}
     slots = {layer: slot for slot, layer in enumerate(kept)}
@@ -150,11 +165,9 @@ def _stage_config(model: Model, plan: PrunePlan, stage: Stage) -> dict[str, Any]
 
 def _expected_missing(network: PreTrainedModel, plan: PrunePlan, stage: Stage) -> set[str]:
     """Parameters that the stage's checkpoint leaves out."""
-    attention, mlp = plan.gates.of(stage)
-    family = family_of(network.config)
     missing = {"lm_head.weight"} if network.config.tie_word_embeddings else set()
     for slot, layer in enumerate(plan.gates.layers(stage)):
-        parts = tuple(f"{p}." for p in family.parts(attention=attention[layer], mlp=mlp[layer]))
+        parts = tuple(f"{p}." for p in _parts(network.config, plan, stage, layer))
         for name, _ in network.model.layers[slot].named_parameters():
             if not name.startswith(parts):
                 missing.add(f"model.layers.{slot}.{name}")

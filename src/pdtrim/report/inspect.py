@@ -6,9 +6,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pdtrim.kv.wire import Layout
+from pdtrim.kv.codecs import Raw
+from pdtrim.kv.frame import Layout
 from pdtrim.models.loading import DTYPES
-from pdtrim.plan import STAGES, PrunePlan
+from pdtrim.plan import STAGES, LayerKV, PrunePlan
 
 ATTENTION = {"full": ("A", "green"), "kv": ("k", "yellow"), "off": ("·", "bright_black")}
 
@@ -60,7 +61,7 @@ def _travels(plan: PrunePlan) -> Text:
     for layer, rule in enumerate(plan.kv):
         if layer not in plan.sent_layers:
             row.append("·", "bright_black")
-        elif rule.selector == "full":
+        elif rule.selector.name == "full":
             row.append("↓", "green")
         else:
             row.append("⇣", "yellow")
@@ -71,17 +72,34 @@ def _travels(plan: PrunePlan) -> Text:
 def _legend() -> Text:
     return Text(
         "\nA attention runs   k only its keys and values   M MLP runs   · nothing"
-        "\n↓ every prompt token travels   ⇣ only first and last tokens\n"
+        "\n↓ every prompt token travels   ⇣ a selection\n"
     )
 
 
 def _handover(plan: PrunePlan, prompt_tokens: int) -> Text:
     layout = Layout.of(plan, DTYPES["bfloat16"], prompt_tokens - 1)
-    dense = plan.model.num_layers * layout.layer_bytes(layout.tokens)
-    rules = sorted({(r.first, r.last) for r in plan.kv if r.selector == "first_last"})
-    cut = ", ".join(f"first {first} + last {last}" for first, last in rules) or "none"
-    return Text(
-        f"{len(plan.sent_layers)} of {plan.model.num_layers} layers travel; token cut: {cut}\n"
-        f"by the layout, a prompt of {prompt_tokens} tokens sends {layout.frame_bytes:,} bytes of"
-        f" {dense:,} in bf16 ({dense / layout.frame_bytes:.2f}x)"
+    dense = plan.model.num_layers * Raw().nbytes(
+        plan.model.num_kv_heads, layout.tokens, plan.model.head_dim, layout.dtype
     )
+    rules: dict[str, list[int]] = {}
+    for layer in plan.sent_layers:
+        rules.setdefault(_describe(plan.kv[layer]), []).append(layer)
+    lines = [f"{len(plan.sent_layers)} of {plan.model.num_layers} layers travel:"]
+    lines += [f"  {len(layers)} x {rule}" for rule, layers in rules.items()]
+    bound = "" if layout.exact else "at most "
+    lines.append(
+        f"by the layout, a prompt of {prompt_tokens} tokens sends {bound}{layout.frame_bytes:,}"
+        f" bytes of {dense:,} in bf16 ({dense / layout.frame_bytes:.2f}x)"
+    )
+    return Text("\n".join(lines))
+
+
+def _describe(rule: LayerKV) -> str:
+    """A rule on one line, long parameters left out."""
+    parts = []
+    for record in (rule.selector, rule.codec):
+        data = record.model_dump()
+        name = data.pop("name")
+        shown = ", ".join(f"{k} {v}" for k, v in data.items() if len(str(v)) < 30)
+        parts.append(f"{name} ({shown})" if shown else name)
+    return ", ".join(parts)

@@ -1,8 +1,8 @@
 """The decode process: takes handed-over KV caches and generates from them, or scores given text.
 
-Run by the session as ``python -m pdtrim.runtime.decode DIR/decode``.
+Run by the session as ``python -m pdtrim.runtime.decode DIR/decode [--masked]``.
 
-Shapes: B requests of a batch, M kept prompt tokens (padded to the longest), C continuation tokens.
+Shapes: B requests of a batch, C continuation tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pdtrim.kv.policy import HandoverPolicy, take
+from pdtrim.kv.frame import SentLayer
+from pdtrim.kv.join import join
+from pdtrim.kv.layout import CacheLayout, masked
 from pdtrim.models.checkpoint import load_stage
 from pdtrim.models.model import Model
 from pdtrim.plan import PrunePlan
 from pdtrim.runtime.control import Control, Message
-from pdtrim.runtime.receiver import Arrived, Receiver
+from pdtrim.runtime.receiver import Receiver
 from pdtrim.stage import generate
 from pdtrim.stage.cache import LayerCache
 from pdtrim.stage.sampling import Sampler, Sampling
@@ -28,11 +30,17 @@ from pdtrim.stage.sampling import Sampler, Sampling
 class DecodeProcess:
     """Holds the decode model and the receiver of caches."""
 
-    def __init__(self, control: Control, model: Model, plan: PrunePlan) -> None:
+    def __init__(
+        self,
+        control: Control,
+        model: Model,
+        plan: PrunePlan,
+        layout: CacheLayout = "compact",
+    ) -> None:
         self.control = control
         self.model = model
         self.plan = plan
-        self.policy = HandoverPolicy.of(plan)
+        self.layout = layout
         self.receiver = Receiver(plan, model.dtype)
 
     def expect(self, order: Message) -> None:
@@ -103,39 +111,18 @@ class DecodeProcess:
     ) -> tuple[dict[int, LayerCache], list[int]]:
         """One cache a layer for the whole batch, and each request's bytes on the wire."""
         arrived = [self.receiver.take(bytes.fromhex(r["id"])) for r in requests]
-        lengths = [r["tokens"] for r in requests]
         caches = {
-            layer: self._layer_cache(layer, arrived, lengths, capacity)
+            layer: self._layer_cache(layer, [a.layers.pop(layer) for a in arrived], capacity)
             for layer in self.plan.sent_layers
         }
         return caches, [a.frame_bytes for a in arrived]
 
-    def _layer_cache(
-        self, layer: int, arrived: list[Arrived], lengths: list[int], capacity: int
-    ) -> LayerCache:
-        device = self.model.device
-        positions = [take(torch.arange(n), self.policy.runs(layer, n), dim=0) for n in lengths]
-        kept = [len(p) for p in positions]
-        longest = max(kept)
-        G, D = self.model.num_kv_heads, self.model.head_dim
-        k_BGMD = torch.zeros(len(arrived), G, longest, D, dtype=self.model.dtype, device=device)
-        v_BGMD = torch.zeros_like(k_BGMD)
-        positions_BM = torch.zeros(len(arrived), longest, dtype=torch.long, device=device)
-        for row, cache in enumerate(arrived):
-            k_GMD, v_GMD = cache.layers.pop(layer)
-            k_BGMD[row, :, : kept[row]], v_BGMD[row, :, : kept[row]] = k_GMD, v_GMD
-            positions_BM[row, : kept[row]] = positions[row]
-        padded = None
-        if min(kept) < longest:
-            slots = torch.arange(longest, device=device)
-            padded = slots[None] >= torch.tensor(kept, device=device)[:, None]
-        return LayerCache(
-            k_BGMD=k_BGMD,
-            v_BGMD=v_BGMD,
-            positions_BM=positions_BM,
-            capacity=capacity,
-            padded_BM=padded,
-        )
+    def _layer_cache(self, layer: int, sent: list[SentLayer], capacity: int) -> LayerCache:
+        groups = join([s.to(self.model.device) for s in sent])
+        if self.layout == "masked":
+            tokens = max(s.keep_GN.shape[1] for s in sent)
+            groups = [one for group in groups for one in masked(group, tokens)]
+        return LayerCache(groups, capacity=capacity, window=self.model.block(layer).window)
 
 
 def main() -> None:
@@ -146,7 +133,8 @@ def main() -> None:
     except ValueError as error:
         control.send("error", message=str(error))
         return
-    process = DecodeProcess(control, model, plan)
+    layout: CacheLayout = "masked" if sys.argv[2:] == ["--masked"] else "compact"
+    process = DecodeProcess(control, model, plan, layout)
     control.send("ready", digest=plan.digest, port=process.receiver.port)
     control.serve(
         {

@@ -10,10 +10,10 @@ import sys
 import time
 
 import torch
-from torch import Tensor
 
-from pdtrim.kv.policy import HandoverPolicy, hand_over
-from pdtrim.kv.wire import Layout, read_answer, send_frame
+from pdtrim.kv.frame import Layout, SentLayer
+from pdtrim.kv.policy import HandoverPolicy, gather
+from pdtrim.kv.wire import read_answer, send_frame
 from pdtrim.models.checkpoint import load_stage
 from pdtrim.models.model import Model
 from pdtrim.plan import PrunePlan
@@ -27,23 +27,31 @@ HANDOVER_TIMEOUT_S = 120.0
 class PrefillProcess:
     """Holds the prefill model and, while it lasts, one connection to decode."""
 
-    def __init__(self, control: Control, model: Model, plan: PrunePlan) -> None:
+    def __init__(self, control: Control | None, model: Model, plan: PrunePlan) -> None:
         self.control = control
         self.model = model
         self.plan = plan
         self.policy = HandoverPolicy.of(plan)
         self.link: socket.socket | None = None
 
+    def close(self) -> None:
+        """End the connection to decode."""
+        if self.link is not None:
+            self.link.close()
+            self.link = None
+
     def prefill(self, order: Message) -> None:
         """Run a batch of prompts and hand over each; ``tokens`` leave out the last one."""
         requests: list[Message] = order["requests"]
         started = time.perf_counter()
-        caches = self.run([request["tokens"] for request in requests])
+        with torch.inference_mode():
+            caches = self.run([request["tokens"] for request in requests])
         computed = time.perf_counter()
         sent = []
         for request, layers in zip(requests, caches, strict=True):
             layout = Layout.of(self.plan, self.model.dtype, len(request["tokens"]))
             sent.append(self.ship(layout, bytes.fromhex(request["id"]), layers, order["port"]))
+        assert self.control is not None
         self.control.send(
             "prefilled",
             bytes=sent,
@@ -51,24 +59,20 @@ class PrefillProcess:
             handover_s=time.perf_counter() - computed,
         )
 
-    def run(self, prompts: list[list[int]]) -> list[dict[int, tuple[Tensor, Tensor]]]:
-        """Each prompt's kept keys and values ``[G, M, D]`` by layer, after one padded batch."""
+    def run(self, prompts: list[list[int]]) -> list[dict[int, SentLayer]]:
+        """Each prompt's kept pairs by layer, after one padded batch."""
         ids_BT = torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(tokens, dtype=torch.long) for tokens in prompts], batch_first=True
         ).to(self.model.device)
-        caches: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in prompts]
-        for layer, (k, v) in generate.prefill(self.model, ids_BT, self.plan.gates):
+        caches: list[dict[int, SentLayer]] = [{} for _ in prompts]
+        for layer, view in generate.prefill(self.model, ids_BT, self.plan.gates):
             for row, tokens in enumerate(prompts):
-                n = len(tokens)
-                k_row, v_row, _ = hand_over(
-                    self.policy, layer, k[row : row + 1, :, :n], v[row : row + 1, :, :n]
-                )
-                caches[row][layer] = k_row[0], v_row[0]
+                own = view.row(row, len(tokens))
+                keep_BGN = self.policy.keep(layer, own)
+                caches[row][layer] = SentLayer(keep_GN=keep_BGN[0], groups=gather(own, keep_BGN))
         return caches
 
-    def ship(
-        self, layout: Layout, request: bytes, layers: dict[int, tuple[Tensor, Tensor]], port: int
-    ) -> int:
+    def ship(self, layout: Layout, request: bytes, layers: dict[int, SentLayer], port: int) -> int:
         """Send one frame and wait until decode has taken it; returns the bytes sent."""
         if self.link is None:
             self.link = socket.create_connection(("127.0.0.1", port), timeout=CONNECT_TIMEOUT_S)
@@ -78,8 +82,7 @@ class PrefillProcess:
             sent = send_frame(self.link, layout, request, layers)
             read_answer(self.link)
         except Exception:
-            self.link.close()  # the stream's state is unknown: start a new one next time
-            self.link = None
+            self.close()  # the stream's state is unknown: start a new one next time
             raise
         return sent
 

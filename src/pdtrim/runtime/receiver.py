@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from pdtrim.errors import WireError
-from pdtrim.kv.wire import LayerKV, Layout, read_body, read_opening, send_answer
+from pdtrim.kv.frame import Layout, SentLayer
+from pdtrim.kv.wire import read_body, read_opening, send_answer
 from pdtrim.plan import PrunePlan
 
 FRAME_TIMEOUT_S = 120.0
@@ -26,7 +27,7 @@ DRAIN_S = 5.0
 class Arrived:
     """One request's KV cache."""
 
-    layers: dict[int, LayerKV]
+    layers: dict[int, SentLayer]
     frame_bytes: int
 
 

@@ -1,53 +1,42 @@
-"""Decode's KV cache: the prompt's tokens that travelled, then the tokens decode adds.
+"""Decode's KV cache: the prompt's pairs that travelled, then the tokens decode adds.
 
-Each layer has its own length. Keys keep the positions they were rotated for. Prompts of different
-lengths share a batch by padding on the right of the prompt part and hiding the padding.
+Each layer, and in a layer each group of heads, has a length of its own. Keys keep the positions
+they were rotated for. Prompts of different lengths share a batch by padding on the right of the
+prompt part and hiding the padding.
 
-Shapes: B batch, G KV heads, M kept prompt tokens (padded), T new tokens, S = M + all new, D width.
+Shapes: B rows, G KV heads, g heads of a group, M kept prompt tokens (padded), T new tokens, S = M +
+all new, D head width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from pdtrim.kv.policy import HeadGroup
 
-@dataclass(kw_only=True)
-class LayerCache:
-    """One layer's keys and values, grown in place up to ``capacity`` new tokens.
 
-    Args:
-        k_BGMD, v_BGMD: the prompt's.
-        positions_BM: absolute position of each prompt token; first axis may be 1.
-        capacity: new tokens it must hold.
-        padded_BM: True where a prompt slot is padding; None if nothing is padded.
-    """
+class GroupCache:
+    """Keys and values of some heads, grown in place up to ``capacity`` new tokens."""
 
-    k_BGMD: Tensor
-    v_BGMD: Tensor
-    positions_BM: Tensor
-    capacity: int
-    padded_BM: Tensor | None = None
-    _k: Tensor = field(init=False, repr=False)
-    _v: Tensor = field(init=False, repr=False)
-    _length: int = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        B, G, M, D = self.k_BGMD.shape
-        self._k = self.k_BGMD.new_empty(B, G, M + self.capacity, D)
+    def __init__(self, group: HeadGroup, capacity: int) -> None:
+        B, g, M, D = group.k_BgMD.shape
+        self.heads = group.heads
+        self.positions_BgM = group.positions_BgM
+        self.padded_BM = group.padded_BM
+        self._k = group.k_BgMD.new_empty(B, g, M + capacity, D)
         self._v = torch.empty_like(self._k)
-        self._k[:, :, :M], self._v[:, :, :M] = self.k_BGMD, self.v_BGMD
-        self.k_BGMD, self.v_BGMD = self._k[:, :, :M], self._v[:, :, :M]  # free the originals
+        self._k[:, :, :M], self._v[:, :, :M] = group.k_BgMD, group.v_BgMD
         self._length = M
 
-    def extend(self, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Append new tokens; returns all keys and values so far, ``[B, G, S, D]``."""
-        stop = self._length + k_BGTD.shape[2]
+    def extend(self, k_BgTD: Tensor, v_BgTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Append new tokens; returns all keys and values so far, ``[B, g, S, D]``."""
+        stop = self._length + k_BgTD.shape[2]
         assert stop <= self._k.shape[2], "cache capacity exceeded"
-        self._k[:, :, self._length : stop] = k_BGTD
-        self._v[:, :, self._length : stop] = v_BGTD
+        self._k[:, :, self._length : stop] = k_BgTD
+        self._v[:, :, self._length : stop] = v_BgTD
         self._length = stop
         return self._k[:, :, :stop], self._v[:, :, :stop]
 
@@ -56,12 +45,13 @@ class LayerCache:
 
         Args:
             positions_BT: of the queries appended last; decode appends consecutive positions.
-            window: of the layer's attention, None for unlimited.
+            window: of the layer's attention, None for unlimited; all heads of the group must then
+                keep the same tokens.
         """
         if self.padded_BM is None and window is None:
             return None
         batch, queries = positions_BT.shape
-        prompt = self.positions_BM.expand(batch, -1)
+        prompt = self.positions_BgM[:, 0].expand(batch, -1)
         new = self._length - prompt.shape[1]
         added = positions_BT[:, -1:] + torch.arange(1 - new, 1, device=prompt.device)
         keys = torch.cat((prompt, added), dim=1)
@@ -74,5 +64,42 @@ class LayerCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes this layer holds in memory."""
+        """Bytes it holds in memory."""
         return 2 * self._k.numel() * self._k.element_size()
+
+
+class LayerCache:
+    """One layer's cache: a group of heads for each length.
+
+    Args:
+        window: of the layer's attention. With one, heads that keep different tokens are held
+            apart, because the window hides keys by position.
+        capacity: new tokens it must hold.
+    """
+
+    def __init__(
+        self, groups: Sequence[HeadGroup], *, capacity: int, window: int | None = None
+    ) -> None:
+        if window is not None:
+            groups = [one for group in groups for one in _by_positions(group)]
+        self.groups = [GroupCache(group, capacity) for group in groups]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the layer holds in memory."""
+        return sum(group.nbytes for group in self.groups)
+
+
+def _by_positions(group: HeadGroup) -> list[HeadGroup]:
+    if bool((group.positions_BgM == group.positions_BgM[:, :1]).all()):
+        return [group]
+    return [
+        HeadGroup(
+            heads=(head,),
+            k_BgMD=group.k_BgMD[:, i : i + 1],
+            v_BgMD=group.v_BgMD[:, i : i + 1],
+            positions_BgM=group.positions_BgM[:, i : i + 1],
+            padded_BM=group.padded_BM,
+        )
+        for i, head in enumerate(group.heads)
+    ]

@@ -39,7 +39,8 @@ def stage_flops(
     """Operations (2 a multiply-add) of (prefill, decode) for one sequence.
 
     Matrix products only: projections, scores, mixing, MLP, and decode's head. Prefill runs all
-    prompt tokens but the last; decode runs that one and the continuation but its last.
+    prompt tokens but the last; decode runs that one and the continuation but its last. Where
+    the KV selector decides for each prompt anew, decode is charged for every token.
     """
     width, inner = config.hidden_size, config.intermediate_size
     head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
@@ -57,7 +58,8 @@ def stage_flops(
             prefill += N * qo + 2 * q_width * N * (N + 1) / 2
         prefill += N * mlp * gates.prefill_mlp[layer]
         if gates.decode_attention[layer]:
-            keys = policy.kept(layer, N) * C + C * (C + 1) / 2
+            share = policy.share(layer, config.num_key_value_heads, N)
+            keys = share * N * C + C * (C + 1) / 2
             decode += C * (kv + qo) + 2 * q_width * keys
         decode += C * mlp * gates.decode_mlp[layer]
     decode += C * width * config.vocab_size

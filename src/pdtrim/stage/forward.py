@@ -15,16 +15,19 @@ width, V vocabulary, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pdtrim.kv.policy import HandoverPolicy, hand_over
+from pdtrim.kv.layout import CacheLayout, masked
+from pdtrim.kv.policy import HandoverPolicy, HeadGroup, hand_over
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
 from pdtrim.stage.cache import LayerCache
 from pdtrim.stage.step import decode_block, prefill_block
+from pdtrim.stage.view import BlockView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,7 @@ def streams(
     *,
     resume: Trace | None = None,
     start: int = 0,
+    layout: CacheLayout = "compact",
 ) -> Trace:
     """Run the blocks from ``start`` on, from the streams that an earlier run recorded there.
 
@@ -101,43 +105,120 @@ def streams(
     """
     gates = gates.without_dead_work()
     policy = policy or HandoverPolicy.full(gates.num_layers)
-    N, C = batch.prompt_BP.shape[1] - 1, batch.continuation_BC.shape[1]
-    at = torch.arange(N + C, device=batch.prompt_BP.device)[None]
-    prefill_rope = pair.prefill.rope(at[:, :N])
-    decode_rope = pair.decode.rope(at[:, N:])
-    if resume is None:
-        assert start == 0
-        entry = pair.prefill.embed(batch.prefill_ids_BN), pair.decode.embed(batch.decode_ids_BC)
-        trace: Trace = [entry]
-    else:
-        trace = resume[: start + 1]
+    run = _Run(pair, batch, gates, layout)
+    trace = [run.entry()] if resume is None else resume[: start + 1]
+    assert resume is not None or start == 0
     x, y = trace[-1]
     for layer in range(start, gates.num_layers):
-        x, kv = prefill_block(
-            pair.prefill.blocks[layer],
-            x,
-            prefill_rope,
-            attention=gates.prefill_attention[layer],
-            mlp=gates.prefill_mlp[layer],
-        )
-        cache = None
-        if gates.decode_attention[layer]:
-            assert kv is not None
-            k, v, positions = hand_over(policy, layer, *kv)
-            cache = LayerCache(k_BGMD=k, v_BGMD=v, positions_BM=positions[None], capacity=C)
-        y = decode_block(
-            pair.decode.blocks[layer],
-            y,
-            decode_rope,
-            at[:, N:].expand(len(batch), -1),
-            cache,
-            attention=gates.decode_attention[layer],
-            mlp=gates.decode_mlp[layer],
-        )
+        x, view = run.prefill(layer, x)
+        y = run.decode(layer, y, view, policy)
         trace.append((x, y))
     return trace
 
 
-def forward(pair: Pair, batch: Batch, gates: Gates, policy: HandoverPolicy | None = None) -> Tensor:
+def streams_by_policy(
+    pair: Pair, batch: Batch, gates: Gates, policies: Mapping[str, HandoverPolicy]
+) -> dict[str, Tensor]:
+    """Decode's last stream ``[B, C, E]`` under each policy, with one prefill for all of them."""
+    gates = gates.without_dead_work()
+    run = _Run(pair, batch, gates, "compact")
+    x, y = run.entry()
+    ys = dict.fromkeys(policies, y)
+    for layer in range(gates.num_layers):
+        x, view = run.prefill(layer, x)
+        for name, policy in policies.items():
+            ys[name] = run.decode(layer, ys[name], view, policy)
+    return ys
+
+
+class _Run:
+    """A batch on its way through a pair, layer by layer."""
+
+    def __init__(self, pair: Pair, batch: Batch, gates: Gates, layout: CacheLayout) -> None:
+        self.pair, self.batch, self.gates, self.layout = pair, batch, gates, layout
+        N, C = batch.prompt_BP.shape[1] - 1, batch.continuation_BC.shape[1]
+        at = torch.arange(N + C, device=batch.prompt_BP.device)[None]
+        self.prefill_rope = pair.prefill.rope(at[:, :N])
+        self.decode_rope = pair.decode.rope(at[:, N:])
+        self.positions_BC = at[:, N:].expand(len(batch), -1)
+
+    def entry(self) -> tuple[Tensor, Tensor]:
+        """The streams that enter layer 0."""
+        return (
+            self.pair.prefill.embed(self.batch.prefill_ids_BN),
+            self.pair.decode.embed(self.batch.decode_ids_BC),
+        )
+
+    def prefill(self, layer: int, x_BNE: Tensor) -> tuple[Tensor, BlockView | None]:
+        """One layer of the prompt."""
+        return prefill_block(
+            self.pair.prefill.blocks[layer],
+            x_BNE,
+            self.prefill_rope,
+            self.pair.prefill.rope,
+            attention=self.gates.prefill_attention[layer],
+            mlp=self.gates.prefill_mlp[layer],
+        )
+
+    def decode(
+        self, layer: int, y_BCE: Tensor, view: BlockView | None, policy: HandoverPolicy
+    ) -> Tensor:
+        """One layer of the continuation, on what the policy hands over."""
+        cache = None
+        if self.gates.decode_attention[layer]:
+            assert view is not None
+            groups = hand_over(policy, layer, view)
+            N, C = view.k_BGND.shape[2], y_BCE.shape[1]
+            if self.layout == "masked":
+                groups = [one for group in groups for one in masked(group, N)]
+            window = self.pair.decode.block(layer).window
+            cache = LayerCache(groups, capacity=C, window=window)
+        return decode_block(
+            self.pair.decode.blocks[layer],
+            y_BCE,
+            self.decode_rope,
+            self.positions_BC,
+            cache,
+            attention=self.gates.decode_attention[layer],
+            mlp=self.gates.decode_mlp[layer],
+        )
+
+
+def forward(
+    pair: Pair,
+    batch: Batch,
+    gates: Gates,
+    policy: HandoverPolicy | None = None,
+    *,
+    layout: CacheLayout = "compact",
+) -> Tensor:
     """Logits ``[B, C, V]`` of each continuation token, under the gates and the KV policy."""
-    return pair.decode.head(streams(pair, batch, gates, policy)[-1][1])
+    return pair.decode.head(streams(pair, batch, gates, policy, layout=layout)[-1][1])
+
+
+def decode_stream(
+    model: Model,
+    batch: Batch,
+    handed: Sequence[list[HeadGroup]],
+    y_BCE: Tensor,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+) -> Tensor:
+    """Decode's stream behind layer ``stop - 1``, all layers running on known handovers.
+
+    For comparing KV policies: the prompt's streams do not depend on them, so a policy that differs
+    from layer ``start`` on costs only decode's layers from there.
+
+    Args:
+        handed: groups of each layer.
+        y_BCE: the stream that enters layer ``start``.
+    """
+    N, C = batch.prompt_BP.shape[1] - 1, batch.continuation_BC.shape[1]
+    at_BC = torch.arange(N, N + C, device=y_BCE.device).expand(len(batch), -1)
+    rope = model.rope(at_BC[:1])
+    for layer in range(start, model.num_layers if stop is None else stop):
+        block = model.block(layer)
+        cache = LayerCache(handed[layer], capacity=C, window=block.window)
+        y_BCE = decode_block(block, y_BCE, rope, at_BC, cache, attention=True, mlp=True)
+    return y_BCE

@@ -15,15 +15,16 @@ from torch import Tensor
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
 from pdtrim.stage.cache import LayerCache
-from pdtrim.stage.step import KV, decode_block, prefill_block
+from pdtrim.stage.step import decode_block, prefill_block
+from pdtrim.stage.view import BlockView
 
 Sampler = Callable[[Tensor], Tensor]
 """Logits ``[B, V]`` to token ids ``[B]``."""
 
 
 @torch.inference_mode()
-def prefill(model: Model, ids_BT: Tensor, gates: Gates) -> Iterator[tuple[int, KV]]:
-    """Run prefill over prompts padded on the right; yields (layer, KV) as each layer ends.
+def prefill(model: Model, ids_BT: Tensor, gates: Gates) -> Iterator[tuple[int, BlockView]]:
+    """Run prefill over prompts padded on the right; yields (layer, view) as each ends.
 
     Padding needs no mask: attention is causal, and nobody reads the padding's keys.
     """
@@ -32,16 +33,17 @@ def prefill(model: Model, ids_BT: Tensor, gates: Gates) -> Iterator[tuple[int, K
     rope = model.rope(at)
     x = model.embed(ids_BT)
     for layer in range(gates.last_read + 1):
-        x, kv = prefill_block(
+        x, view = prefill_block(
             model.blocks[layer],
             x,
             rope,
+            model.rope,
             attention=gates.prefill_attention[layer],
             mlp=gates.prefill_mlp[layer],
         )
         if gates.decode_attention[layer]:
-            assert kv is not None
-            yield layer, kv
+            assert view is not None
+            yield layer, view
 
 
 @torch.inference_mode()

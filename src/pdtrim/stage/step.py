@@ -15,29 +15,33 @@ from pdtrim.models.block import Block, Rope
 from pdtrim.plan import AttentionGate
 from pdtrim.stage.attention import attend
 from pdtrim.stage.cache import LayerCache
-
-KV = tuple[Tensor, Tensor]
+from pdtrim.stage.view import BlockView, RopeAt
 
 
 def prefill_block(
     block: Block | None,
     x_BTE: Tensor,
     rope: Rope,
+    rope_at: RopeAt,
     *,
     attention: AttentionGate,
     mlp: bool,
-) -> tuple[Tensor, KV | None]:
+) -> tuple[Tensor, BlockView | None]:
     """Run a block on the prompt from its start.
 
-    Returns the new stream and the block's keys and values ``[B, G, T, D]``, None if attention is
+    Returns the new stream and the view of the block's keys and values, None if attention is
     ``off``. Attention ``kv`` computes them from the stream that reaches the block and adds nothing.
+
+    Args:
+        rope: of the prompt's positions; ``rope_at`` of any others that a selector asks for.
     """
     if block is None or (attention == "off" and not mlp):
         return x_BTE, None
-    kv = None
+    view = None
     if attention != "off":
         h_BTE = block.attention_norm(x_BTE)
         kv = block.project_kv(h_BTE, rope)
+        view = BlockView(block, h_BTE, *kv, rope_at)
         if attention == "full":
             allowed = _window(x_BTE.shape[1], block.window, x_BTE.device)
             o_BHTD = attend(
@@ -46,7 +50,7 @@ def prefill_block(
             x_BTE = x_BTE + block.project_output(o_BHTD)
     if mlp:
         x_BTE = x_BTE + block.mlp(x_BTE)
-    return x_BTE, kv
+    return x_BTE, view
 
 
 def decode_block(
@@ -64,18 +68,35 @@ def decode_block(
         return y_BTE
     if attention:
         assert cache is not None
-        h_BTE = block.attention_norm(y_BTE)
-        k, v = cache.extend(*block.project_kv(h_BTE, rope))
-        window = block.window
-        if window is not None and int(positions_BT.max()) < window:
-            window = None  # nothing is out of reach yet
-        allowed = cache.allowed(positions_BT, window)
-        q = block.project_q(h_BTE, rope)
-        o_BHTD = attend(q, k, v, scale=block.scale, allowed_BTS=allowed)
+        o_BHTD = _read_cache(block, block.attention_norm(y_BTE), rope, positions_BT, cache)
         y_BTE = y_BTE + block.project_output(o_BHTD)
     if mlp:
         y_BTE = y_BTE + block.mlp(y_BTE)
     return y_BTE
+
+
+def _read_cache(
+    block: Block, h_BTE: Tensor, rope: Rope, positions_BT: Tensor, cache: LayerCache
+) -> Tensor:
+    q_BHTD = block.project_q(h_BTE, rope)
+    k_BGTD, v_BGTD = block.project_kv(h_BTE, rope)
+    window = block.window
+    if window is not None and int(positions_BT.max()) < window:
+        window = None  # nothing is out of reach yet
+    B, H, T, D = q_BHTD.shape
+    G = k_BGTD.shape[1]
+    q_BGRTD = q_BHTD.view(B, G, H // G, T, D)
+    out = torch.empty_like(q_BGRTD)
+    for group in cache.groups:
+        heads = list(group.heads)
+        whole = len(heads) == G  # the usual case: no copies
+        k, v = group.extend(*((k_BGTD, v_BGTD) if whole else (k_BGTD[:, heads], v_BGTD[:, heads])))
+        q = q_BHTD if whole else q_BGRTD[:, heads].flatten(1, 2)
+        o = attend(q, k, v, scale=block.scale, allowed_BTS=group.allowed(positions_BT, window))
+        if whole:
+            return o
+        out[:, heads] = o.view(B, len(heads), H // G, T, D)
+    return out.view(B, H, T, D)
 
 
 def _window(tokens: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -1,20 +1,53 @@
-"""Selectors: which prompt tokens of a layer travel. One file a method.
-
-A selector is a pure function of the token count and its parameters, decided when that layer's
-prefill ends. It returns runs ``(start, stop)`` of kept tokens, in order and disjoint.
-"""
+"""Selectors: which prompt tokens of a layer travel. One file a method."""
 
 from __future__ import annotations
 
-from pdtrim.kv.selectors.first_last import first_last
-from pdtrim.kv.selectors.full import full
-from pdtrim.plan import LayerKV
+from typing import Annotated
 
-Runs = tuple[tuple[int, int], ...]
+from pydantic import Field
 
+from pdtrim.kv.selectors.base import Grain, SelectorBase, StaticSelector
+from pdtrim.kv.selectors.duo import Duo
+from pdtrim.kv.selectors.expected_attention import ExpectedAttention
+from pdtrim.kv.selectors.first_last import FirstLast
+from pdtrim.kv.selectors.full import Full
+from pdtrim.kv.selectors.gate import Gate
+from pdtrim.kv.selectors.lazy_layer import LazyLayer
+from pdtrim.kv.selectors.random import Random
+from pdtrim.kv.selectors.snapkv import SnapKV
+from pdtrim.kv.selectors.tova import Tova
 
-def kept_runs(rule: LayerKV, tokens: int, *, block_size: int = 1) -> Runs:
-    """Runs of prompt tokens that one layer's rule keeps, of ``tokens`` handed over."""
-    if rule.selector == "full":
-        return full(tokens)
-    return first_last(tokens, first=rule.first, last=rule.last, block_size=block_size)
+Selector = Annotated[
+    Full | FirstLast | Random | LazyLayer | Duo | SnapKV | Tova | ExpectedAttention | Gate,
+    Field(discriminator="name"),
+]
+"""Any selector, as a plan writes it: ``{"name": ..., parameters}``."""
+
+SELECTORS: dict[str, type[SelectorBase]] = {
+    "full": Full,
+    "first_last": FirstLast,
+    "random": Random,
+    "lazy_layer": LazyLayer,
+    "duo": Duo,
+    "snapkv": SnapKV,
+    "tova": Tova,
+    "expected_attention": ExpectedAttention,
+    "gate": Gate,
+}
+
+__all__ = [
+    "SELECTORS",
+    "Duo",
+    "ExpectedAttention",
+    "FirstLast",
+    "Full",
+    "Gate",
+    "Grain",
+    "LazyLayer",
+    "Random",
+    "Selector",
+    "SelectorBase",
+    "SnapKV",
+    "StaticSelector",
+    "Tova",
+]

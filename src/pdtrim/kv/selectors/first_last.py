@@ -9,13 +9,39 @@ not re-numbered. Different from the paper: with an engine whose pages hold ``blo
 kept runs round outward to whole pages, because a page is what such an engine can send or free.
 """
 
+from __future__ import annotations
 
-def first_last(
-    tokens: int, *, first: int, last: int, block_size: int = 1
-) -> tuple[tuple[int, int], ...]:
-    """Kept runs; a single run when the two meet."""
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from pdtrim.kv.selectors.base import StaticSelector
+
+
+class FirstLast(StaticSelector):
+    """The first ``first`` and the last ``last`` tokens of every head."""
+
+    name: Literal["first_last"] = "first_last"
+    first: int = Field(default=4, ge=0)
+    last: int = Field(default=60, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> FirstLast:
+        if self.first + self.last == 0:
+            raise ValueError("'first_last' must keep at least one token")
+        return self
+
+    def static_keep(self, heads: int, tokens: int, *, block_size: int = 1) -> Tensor:
+        """The same for each head."""
+        keep_N = first_last(tokens, first=self.first, last=self.last, block_size=block_size)
+        return keep_N.expand(heads, tokens)
+
+
+def first_last(tokens: int, *, first: int, last: int, block_size: int = 1) -> Tensor:
+    """bool ``[N]``."""
     head = min(tokens, -(-first // block_size) * block_size)
     tail = max(0, tokens - last) // block_size * block_size
-    if head >= tail:
-        return ((0, tokens),) if tokens else ()
-    return tuple(run for run in ((0, head), (tail, tokens)) if run[0] < run[1])
+    at = torch.arange(tokens)
+    return (at < head) | (at >= tail)

@@ -1,0 +1,330 @@
+"""The wire format of a handover, version 1: one frame a request.
+
+    magic     8 bytes   b"PDTRIMKV"
+    version   u16       1
+    digest    32 bytes  of the plan; both sides must hold the same
+    request   16 bytes  chosen at random by the session
+    tokens    u32       prompt tokens handed over
+    dtype     u8        index in DTYPES
+    layers    u16       entries of the table that follows
+    payload   u64       bytes after the table
+    table     layers x (u16 layer, u32 mask bytes, u64 data bytes)
+    payload   by layer, in table order: the mask, then the data
+
+All integers are little-endian. The *mask* says which pairs travel, one bit each, lowest bit first,
+a row of whole bytes for each KV head; one row if the selector keeps the same tokens of all heads;
+absent if the plan and the token count already tell. The *data* are the codec's bytes, one piece for
+each group of heads that keep equally many tokens, in the order of the group's first head; a codec
+of variable length writes a u32 length before each piece.
+
+The plan bounds every size, so the receiver checks each length before it allocates; a length that a
+peer claims is never trusted.
+
+Shapes: G KV heads, g heads of a group, N prompt tokens, M kept tokens, D head width.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pdtrim.errors import WireError
+from pdtrim.kv.codecs import CodecBase
+from pdtrim.kv.policy import HeadGroup, partition
+from pdtrim.kv.selectors import StaticSelector
+from pdtrim.plan import LayerKV, PrunePlan
+
+MAGIC = b"PDTRIMKV"
+VERSION = 1
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD = struct.Struct("<8sH32s16sIBHQ")
+ENTRY = struct.Struct("<HIQ")
+LENGTH = struct.Struct("<I")
+MAX_LAYERS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentLayer:
+    """One request's pairs of one layer.
+
+    Attributes:
+        keep_GN: bool, which pairs these are.
+        groups: of one row each, see :class:`HeadGroup`.
+    """
+
+    keep_GN: Tensor
+    groups: list[HeadGroup]
+
+    def to(self, device: torch.device) -> SentLayer:
+        """The layer on a device."""
+        return SentLayer(
+            keep_GN=self.keep_GN.to(device), groups=[group.to(device) for group in self.groups]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What a layer may take in a frame.
+
+    Attributes:
+        static_GN: the pairs that travel, where plan and token count tell; else None.
+        data_bytes: exact if ``exact``, else the most.
+    """
+
+    layer: int
+    codec: CodecBase
+    mask_rows: int
+    mask_bytes: int
+    static_GN: Tensor | None
+    data_bytes: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether the size is known before the prompt is."""
+        return self.static_GN is not None and not self.codec.variable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a frame must look like for a plan, a dtype and a token count."""
+
+    digest: bytes
+    dtype: torch.dtype
+    tokens: int
+    num_kv_heads: int
+    head_dim: int
+    entries: tuple[Entry, ...]
+
+    @classmethod
+    def of(cls, plan: PrunePlan, dtype: torch.dtype, tokens: int) -> Layout:
+        """The layout of a handover of ``tokens`` prompt tokens."""
+        heads, width = plan.model.num_kv_heads, plan.model.head_dim
+        entries = tuple(
+            _entry(layer, plan.kv[layer], plan.block_size, heads, tokens, width, dtype)
+            for layer in plan.sent_layers
+        )
+        return cls(
+            digest=bytes.fromhex(plan.digest),
+            dtype=dtype,
+            tokens=tokens,
+            num_kv_heads=heads,
+            head_dim=width,
+            entries=entries,
+        )
+
+    @property
+    def exact(self) -> bool:
+        """Whether the frame's size is known before the prompt is."""
+        return all(entry.exact for entry in self.entries)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes after the table; the most, unless :attr:`exact`."""
+        return sum(entry.mask_bytes + entry.data_bytes for entry in self.entries)
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of the whole frame, what crosses the socket; the most, unless :attr:`exact`."""
+        return HEAD.size + ENTRY.size * len(self.entries) + self.payload_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """The fixed part of a frame, checked for what can be checked without a plan."""
+
+    digest: bytes
+    request: bytes
+    tokens: int
+    dtype: torch.dtype
+    layers: int
+    payload_bytes: int
+
+
+def encode_frame(layout: Layout, request: bytes, layers: dict[int, SentLayer]) -> list[Tensor]:
+    """A frame as byte tensors on the CPU, ready to be written one after the other."""
+    table, payload = b"", []
+    for entry in layout.entries:
+        sent = layers[entry.layer]
+        mask = pack_mask(sent.keep_GN[: entry.mask_rows])
+        pieces = [mask, *_pieces(entry.codec, sent.groups)]
+        data_bytes = sum(piece.numel() for piece in pieces[1:])
+        assert mask.numel() == entry.mask_bytes and data_bytes <= entry.data_bytes
+        table += ENTRY.pack(entry.layer, mask.numel(), data_bytes)
+        payload += pieces
+    fixed = HEAD.pack(
+        MAGIC,
+        VERSION,
+        layout.digest,
+        request,
+        layout.tokens,
+        DTYPES.index(layout.dtype),
+        len(layout.entries),
+        sum(piece.numel() for piece in payload),
+    )
+    return [_bytes(fixed + table), *payload]
+
+
+def parse_opening(raw: bytes) -> Opening:
+    """Check a frame's fixed part for what can be checked without a plan.
+
+    Raises:
+        WireError: another version, or a dtype or layer count that no frame has.
+    """
+    _, version, digest, request, tokens, dtype, layers, payload = HEAD.unpack(raw)
+    if version != VERSION:
+        raise WireError(f"wire version {version} is not supported: this side speaks {VERSION}")
+    if dtype >= len(DTYPES):
+        raise WireError(f"unknown dtype code {dtype}")
+    if layers > MAX_LAYERS:
+        raise WireError(f"{layers} layers claimed, more than {MAX_LAYERS}")
+    return Opening(
+        digest=digest,
+        request=request,
+        tokens=tokens,
+        dtype=DTYPES[dtype],
+        layers=layers,
+        payload_bytes=payload,
+    )
+
+
+def check_opening(opening: Opening, layout: Layout) -> None:
+    """Raise WireError unless a frame's fixed part is what the layout demands."""
+    if opening.digest != layout.digest:
+        raise WireError(
+            f"plan digest {opening.digest.hex()[:12]} does not match this side's"
+            f" {layout.digest.hex()[:12]}: export both stages from one plan"
+        )
+    if opening.tokens != layout.tokens:
+        raise WireError(f"{opening.tokens} tokens sent, {layout.tokens} expected")
+    if opening.dtype != layout.dtype:
+        raise WireError(f"dtype {opening.dtype} sent, {layout.dtype} expected")
+    if opening.layers != len(layout.entries):
+        raise WireError(f"{opening.layers} layers sent, {len(layout.entries)} expected")
+    most = layout.payload_bytes
+    if opening.payload_bytes > most or (layout.exact and opening.payload_bytes != most):
+        bound = "" if layout.exact else "at most "
+        raise WireError(f"{opening.payload_bytes} bytes sent, {bound}{most} bytes expected")
+
+
+def check_table(table: bytes, opening: Opening, layout: Layout) -> list[int]:
+    """Data bytes of each layer; WireError unless the table is what the layout demands."""
+    sizes, total = [], 0
+    for (layer, mask_bytes, data_bytes), entry in zip(
+        ENTRY.iter_unpack(table), layout.entries, strict=True
+    ):
+        fits = data_bytes == entry.data_bytes if entry.exact else data_bytes <= entry.data_bytes
+        if layer != entry.layer or mask_bytes != entry.mask_bytes or not fits:
+            raise WireError("the frame's layer table differs from the plan's")
+        sizes.append(data_bytes)
+        total += mask_bytes + data_bytes
+    if total != opening.payload_bytes:
+        raise WireError("the frame's layer table does not add up to its payload")
+    return sizes
+
+
+def decode_groups(entry: Entry, data: Tensor, keep_GN: Tensor, layout: Layout) -> list[HeadGroup]:
+    """A layer's data back to pairs; WireError if the pieces do not fit."""
+    groups, at = [], 0
+    for heads, tokens in _groups(keep_GN):
+        shape = (len(heads), tokens, layout.head_dim)
+        size = entry.codec.nbytes(*shape, layout.dtype)
+        if entry.codec.variable:
+            if at + LENGTH.size > data.numel():
+                raise WireError(f"layer {entry.layer}: a length field is missing")
+            (size,) = LENGTH.unpack(data[at : at + LENGTH.size].numpy().tobytes())
+            at += LENGTH.size
+        if at + size > data.numel():
+            raise WireError(f"layer {entry.layer}: a piece passes the layer's end")
+        piece = data[at : at + size].clone()  # aligned for any dtype
+        k_gMD, v_gMD = entry.codec.decode(piece, *shape, layout.dtype)
+        at += size
+        positions = keep_GN[list(heads)].nonzero()[:, 1].view(1, len(heads), tokens)
+        groups.append(
+            HeadGroup(heads=heads, k_BgMD=k_gMD[None], v_BgMD=v_gMD[None], positions_BgM=positions)
+        )
+    if at != data.numel():
+        raise WireError(f"layer {entry.layer}: {data.numel() - at} bytes are left over")
+    return groups
+
+
+def pack_mask(keep_GN: Tensor) -> Tensor:
+    """Bits to bytes, ``[G * ceil(N / 8)]``, lowest bit first, each head padded with zeros."""
+    G, N = keep_GN.shape
+    bits = torch.nn.functional.pad(keep_GN.cpu().byte(), (0, -N % 8)).view(G, -(-N // 8), 8)
+    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.int32)
+    return (bits.int() * weights).sum(-1).to(torch.uint8).flatten()
+
+
+def unpack_mask(data: Tensor, heads: int, tokens: int) -> Tensor:
+    """The inverse, bool ``[G, N]``.
+
+    Raises:
+        WireError: bits behind the last token are set.
+    """
+    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8)
+    bits = (data.view(heads, -1, 1) & weights).ne(0).flatten(1)
+    if bool(bits[:, tokens:].any()):
+        raise WireError("the frame's mask names tokens that do not exist")
+    return bits[:, :tokens]
+
+
+def _entry(
+    layer: int,
+    rule: LayerKV,
+    block_size: int,
+    heads: int,
+    tokens: int,
+    width: int,
+    dtype: torch.dtype,
+) -> Entry:
+    static_GN, mask_rows = None, {"static": 0, "token": 1, "pair": heads}[rule.selector.grain]
+    if isinstance(rule.selector, StaticSelector):
+        static_GN = rule.selector.static_keep(heads, tokens, block_size=block_size)
+        data_bytes = data_bytes_of(rule.codec, static_GN, width, dtype)
+    else:  # the most that any choice can take
+        whole = torch.ones(heads, tokens, dtype=torch.bool)
+        data_bytes = data_bytes_of(rule.codec, whole, width, dtype) + _slack(rule.codec, heads)
+    return Entry(
+        layer=layer,
+        codec=rule.codec,
+        mask_rows=mask_rows,
+        mask_bytes=mask_rows * -(-tokens // 8),
+        static_GN=static_GN,
+        data_bytes=data_bytes,
+    )
+
+
+def _slack(codec: CodecBase, heads: int) -> int:
+    """Length fields that more groups of heads would need."""
+    return LENGTH.size * (heads - 1) if codec.variable else 0
+
+
+def data_bytes_of(codec: CodecBase, keep_GN: Tensor, width: int, dtype: torch.dtype) -> int:
+    """Bytes of a layer's data; the most, for a codec of variable length."""
+    prefix = LENGTH.size if codec.variable else 0
+    return sum(
+        prefix + codec.nbytes(len(heads), tokens, width, dtype)
+        for heads, tokens in _groups(keep_GN)
+    )
+
+
+def _groups(keep_GN: Tensor) -> list[tuple[tuple[int, ...], int]]:
+    counts_G = keep_GN.sum(-1)
+    return [(heads, int(counts_G[heads[0]])) for heads in partition(counts_G[None])]
+
+
+def _pieces(codec: CodecBase, groups: list[HeadGroup]) -> list[Tensor]:
+    pieces = []
+    for group in groups:
+        data = codec.encode(group.k_BgMD[0].contiguous(), group.v_BgMD[0].contiguous()).cpu()
+        if codec.variable:
+            pieces.append(_bytes(LENGTH.pack(data.numel())))
+        pieces.append(data)
+    return pieces
+
+
+def _bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

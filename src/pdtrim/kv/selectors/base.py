@@ -1,0 +1,82 @@
+"""What every selector answers to.
+
+A selector is a frozen record of its parameters, written into the plan, and a pure function of a
+layer's prompt. It decides when that layer's prefill ends, on the prefill side, and looks at nothing
+that comes later.
+
+Shapes: B rows, G KV heads, N prompt tokens handed over.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from pdtrim.kv.view import LayerView
+from pdtrim.records import Frozen
+
+Grain = Literal["static", "token", "pair"]
+"""What must travel beside the kept pairs for decode to know which they are.
+
+static: nothing, the plan and the token count tell. token: one bit a token, all heads alike.
+pair: one bit a token and KV head.
+"""
+
+
+class SelectorBase(Frozen):
+    """Parameters of one selector."""
+
+    @property
+    @abstractmethod
+    def grain(self) -> Grain:
+        """A class variable where it does not depend on the parameters."""
+
+    @property
+    def reads_queries(self) -> bool:
+        """Whether it calls ``queries`` or ``unrotated_queries``: a block whose prefill gate is
+        ``kv`` must then keep its query projection in the checkpoint."""
+        return False
+
+    @property
+    def reads_output(self) -> bool:
+        """The same for ``output_weight`` and the output projection."""
+        return False
+
+    @abstractmethod
+    def keep(self, view: LayerView, *, block_size: int = 1) -> Tensor:
+        """Which pairs travel: bool ``[B, G, N]`` on the view's device.
+
+        With grain ``token`` all heads of a row are alike. ``block_size`` is the page of the decode
+        engine: only static selectors round to it.
+        """
+
+
+class StaticSelector(SelectorBase):
+    """A selector whose answer depends on the token count and the KV head only."""
+
+    grain: ClassVar[Grain] = "static"
+
+    @abstractmethod
+    def static_keep(self, heads: int, tokens: int, *, block_size: int = 1) -> Tensor:
+        """bool ``[G, N]`` on the CPU."""
+
+    def keep(self, view: LayerView, *, block_size: int = 1) -> Tensor:
+        """See the base class."""
+        B, G, N, _ = view.k_BGND.shape
+        keep_GN = self.static_keep(G, N, block_size=block_size).to(view.k_BGND.device)
+        return keep_GN.expand(B, G, N)
+
+
+def top(score_BGN: Tensor, count: int, *, always: Tensor | None = None) -> Tensor:
+    """Keep the ``count`` best pairs of each head, those in ``always`` (bool ``[N]``) first.
+
+    Ties go to the earlier token, so that the choice is the same on every device.
+    """
+    if always is not None:
+        score_BGN = score_BGN.masked_fill(always, torch.inf)
+    count = min(count, score_BGN.shape[-1])
+    order = score_BGN.argsort(dim=-1, descending=True, stable=True)[..., :count]
+    return torch.zeros_like(score_BGN, dtype=torch.bool).scatter(-1, order, True)
