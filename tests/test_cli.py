@@ -9,7 +9,17 @@ import pytest
 from pdtrim.evaluate.result import Result
 from pdtrim.plan import PrunePlan
 
-VERBS = ("plan", "inspect", "export", "generate", "eval", "demo", "bench-forward")
+VERBS = (
+    "plan",
+    "inspect",
+    "export",
+    "generate",
+    "eval",
+    "demo",
+    "kv-sweep",
+    "bench-codec",
+    "bench-forward",
+)
 
 
 def pdtrim(*args, code=0):
@@ -39,7 +49,7 @@ def test_plan_writes_what_was_asked(made, tiny_folder):
     gates = plan.gates
     assert sum(a != "full" for a in gates.prefill_attention) == 2
     assert sum(not a for a in gates.decode_attention) == 1
-    assert sum(rule.selector == "first_last" for rule in plan.kv) == 2
+    assert sum(rule.selector.name == "first_last" for rule in plan.kv) == 2
     assert plan.provenance.method == "pdtrim" and plan.provenance.seed == 3
     assert plan.model.name == str(tiny_folder)
 
@@ -63,7 +73,7 @@ def test_inspect_draws_the_stages(made):
     assert "prefill  " + "".join(letters[a] for a in plan.gates.prefill_attention) in shown
     decode = "".join("A" if a else "·" for a in plan.gates.decode_attention)
     assert "decode   " + decode in shown
-    assert plan.digest[:12] in shown and "first 1 + last 2" in shown
+    assert plan.digest[:12] in shown and "first_last (first 1, last 2)" in shown
     data = json.loads(pdtrim("inspect", made / "pair", "--json").stdout)
     assert data["digest"] == plan.digest
 
@@ -116,6 +126,10 @@ MISTAKES = {
     "no such model": (("plan", "./nothing", "-o", "p.json"), "no model folder"),
     "method": (("plan", "MODEL", "-o", "p.json", "--method", "magic"), "unknown method 'magic'"),
     "mode": (("plan", "MODEL", "-o", "p.json", "--mode", "half"), "unknown mode 'half'"),
+    "two budgets": (
+        ("plan", "MODEL", "-o", "p.json", "--kv-compression", "3", "--handover-ms", "3"),
+        "give one of",
+    ),
     "count": (("plan", "MODEL", "-o", "p.json", "--prefill-remove", "2.5"), "whole number"),
     "word": (("plan", "MODEL", "-o", "p.json", "--prefill-remove", "many"), "'many'"),
     "too many": (("plan", "MODEL", "-o", "p.json", "--decode-remove", "9"), "cannot remove 9"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import make_plan, random_batch, reference_logits, tiny_model
+from helpers import first_last, make_plan, random_batch, reference_logits, tiny_model
 from pdtrim.errors import PdtrimError, PlanError
 from pdtrim.evaluate.quality import Quality, Variant, measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
@@ -57,7 +57,7 @@ def test_operations_are_counted_by_hand(model):
     assert prefill == 2 * 4 * (8 * (kv + qo + mlp) + 2 * 32 * 36)
     assert decode == 2 * (4 * (6 * (kv + qo + mlp) + 2 * 32 * (48 + 21)) + 6 * head)
     gates = Gates.removing(4, prefill={1, 2}, decode={2})
-    cut = LayerKV(selector="first_last", first=1, last=2)
+    cut = first_last(1, 2)
     policy = HandoverPolicy(rules=(cut, *(LayerKV(),) * 3))
     prefill, decode = stage_flops(model.config, gates, policy, LENGTHS)
     assert prefill == 2 * (2 * (8 * (kv + qo + mlp) + 2 * 32 * 36) + 8 * kv)

@@ -209,7 +209,7 @@ def test_paper_keeps_prefills_set_inside_decodes_and_optimises_the_cosine(model)
     }
     assert (len(gone["prefill"]), len(gone["decode"])) == (1, 2)
     assert gone["prefill"] < gone["decode"]
-    assert sum(rule.selector == "first_last" for rule in plan.kv) == 2
+    assert sum(rule.selector.name == "first_last" for rule in plan.kv) == 2
     objective = Objective(model, calibration.search, loss=cosine_loss)
     losses = {
         d: objective.measure(Removal(num_layers=6, mode="subset", decode=frozenset(d))).loss

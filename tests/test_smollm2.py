@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from helpers import make_plan
+from helpers import first_last, make_plan
 from pdtrim.demo import ROWS, run_demo
 from pdtrim.evaluate.result import Result
 from pdtrim.export import export, load_pair
@@ -47,7 +47,7 @@ def test_the_simulator_equals_transformers(smollm2, batch):
 @pytest.mark.parametrize("cut", [False, True])
 def test_two_processes_equal_the_simulator(smollm2, batch, cut, tmp_path):
     gates = Gates.removing(30, prefill=range(20, 30), decode={7, 24}).without_dead_work()
-    rule = LayerKV(selector="first_last", first=4, last=16) if cut else LayerKV()
+    rule = first_last(4, 16) if cut else LayerKV()
     plan = make_plan(smollm2, gates, tuple(rule if i % 2 else LayerKV() for i in range(30)))
     folder = export(plan, smollm2, tmp_path / "pair")
     pair, _ = load_pair(folder)

@@ -22,7 +22,7 @@ from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates, PrunePlan
 from pdtrim.progress import Progress, silent
-from pdtrim.stage.forward import Batch, Pair, streams
+from pdtrim.stage.forward import Batch, Pair, streams, streams_by_policy
 
 ROWS = 4  # sequences run together
 
@@ -96,25 +96,26 @@ def measure_quality(
         if variant.pair.decode.config.vocab_size != dense.config.vocab_size:
             raise PlanError(f"'{name}' and the dense model have different vocabularies")
     rows: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in variants}
-    base = Variant.dense(dense)
+    variants_of: dict[tuple[int, int, Gates], dict[str, HandoverPolicy]] = {}
+    pairs: dict[tuple[int, int, Gates], Pair] = {}
+    for name, variant in variants.items():  # those that share a prefill run it once
+        key = (id(variant.pair.prefill), id(variant.pair.decode), variant.gates)
+        variants_of.setdefault(key, {})[name] = variant.policy
+        pairs[key] = variant.pair
     with progress("measuring quality", len(batch) * (len(variants) + 1)) as advance:
         for start in range(0, len(batch), ROWS):
             part = batch[start : start + ROWS].to(dense.device)
-            dense_BCE = _last_stream(base, part)
+            dense_BCE = streams(Pair.dense(dense), part, Gates.dense(dense.num_layers))[-1][1]
             advance(len(part))
-            for name, variant in variants.items():
-                rows[name].append(
-                    _compare(dense, dense_BCE, variant, _last_stream(variant, part), part)
-                )
-                advance(len(part))
+            for key, policies in variants_of.items():
+                ys = streams_by_policy(pairs[key], part, key[2], policies)
+                for name, y_BCE in ys.items():
+                    rows[name].append(_compare(dense, dense_BCE, variants[name], y_BCE, part))
+                    advance(len(part))
     return {
         name: Quality(kl_n=torch.cat([k for k, _ in parts]), nll_n=torch.cat([n for _, n in parts]))
         for name, parts in rows.items()
     }
-
-
-def _last_stream(variant: Variant, batch: Batch) -> Tensor:
-    return streams(variant.pair, batch, variant.gates, variant.policy)[-1][1]
 
 
 def _compare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,8 @@ from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.quality import Quality
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
-from pdtrim.plan import Frozen, Gates, PrunePlan, first_problem
+from pdtrim.plan import Gates, PrunePlan
+from pdtrim.records import Frozen, first_problem
 from pdtrim.stage.cost import Lengths, stage_flops
 from pdtrim.versions import host, versions
 
@@ -33,6 +35,7 @@ class Row(Frozen):
         search_block_tokens: tokens x blocks that the search ran.
         wall_s: seconds of planning (0 for a dense row).
         plan_digest: of the plan; None for the dense row.
+        metrics: further numbers by name, such as retrieval of the KV suite.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Row(Frozen):
     wall_s: float = Field(ge=0)
     plan_digest: str | None = None
     answer: str | None = None
+    metrics: dict[str, float] = Field(default_factory=dict)
 
 
 class ResultProvenance(Frozen):
@@ -121,6 +125,7 @@ def make_row(
     dense_kv_bytes: float,
     settings: str = "",
     answer: str | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> Row:
     """Put one variant's measurements together; ``plan`` None is the dense model.
 
@@ -150,6 +155,7 @@ def make_row(
         wall_s=plan.provenance.wall_s if plan else 0.0,
         plan_digest=plan.digest if plan else None,
         answer=answer,
+        metrics=dict(metrics or {}),
     )
 
 

@@ -27,18 +27,17 @@ from torch import Tensor
 
 from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
-from pdtrim.kv.request import KVRequest
 from pdtrim.methods.base import SEARCH_ORDER, Found, Method, Target
 from pdtrim.models.model import Model
 from pdtrim.plan import Stage
 from pdtrim.progress import Progress
 from pdtrim.search.anneal import Annealing, anneal
+from pdtrim.search.kv_budget import KV_SEQUENCES, resolve_policy
 from pdtrim.search.objective import (
     BudgetSpent,
     Measured,
     Objective,
     cosine_loss,
-    dense_trace,
 )
 from pdtrim.search.state import Removal
 from pdtrim.stage.forward import Trace
@@ -59,9 +58,9 @@ class Paper(Method):
         """See the module's docstring."""
         if target.mode != "subset":
             raise PlanError("method 'paper' knows mode 'subset' only: use --mode subset")
-        sample = calibration.search[:4].to(model.device)
-        rules = KVRequest.parse(target.kv).resolve(
-            model, sample, dense_trace(model, sample), block_size=target.block_size
+        sample = calibration.search[:KV_SEQUENCES]
+        rules = resolve_policy(
+            target.kv, model, sample, block_size=target.block_size, progress=progress
         )
         objective = Objective(model, calibration.search, loss=cosine_loss, budget=target.budget)
         rng = random.Random(target.seed)

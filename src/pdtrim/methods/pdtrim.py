@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
 from pdtrim.kv.policy import HandoverPolicy
-from pdtrim.kv.request import KVRequest
 from pdtrim.methods.base import SEARCH_ORDER, Found, Method, Target
 from pdtrim.models.model import Model
 from pdtrim.progress import Progress
 from pdtrim.search.anneal import Annealing, anneal
 from pdtrim.search.greedy import greedy, greedy_evaluations
-from pdtrim.search.objective import BudgetSpent, Measured, Objective, dense_trace
+from pdtrim.search.kv_budget import KV_SEQUENCES, resolve_policy
+from pdtrim.search.objective import BudgetSpent, Measured, Objective
 from pdtrim.search.state import Removal
 
 
@@ -42,10 +42,9 @@ class PDTrim(Method):
         self, model: Model, calibration: Calibration, target: Target, *, progress: Progress
     ) -> Found:
         """See the module's docstring."""
-        request = KVRequest.parse(target.kv)
-        sample = calibration.search[:4].to(model.device)
-        rules = request.resolve(
-            model, sample, dense_trace(model, sample), block_size=target.block_size
+        sample = calibration.search[:KV_SEQUENCES]
+        rules = resolve_policy(
+            target.kv, model, sample, block_size=target.block_size, progress=progress
         )
         policy = HandoverPolicy(rules=rules, block_size=target.block_size)
         objective = Objective(model, calibration.search, policy=policy, budget=target.budget)

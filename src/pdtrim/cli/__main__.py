@@ -1,0 +1,5 @@
+"""``python -m pdtrim.cli``."""
+
+from pdtrim.cli import main
+
+main()

@@ -1,0 +1,176 @@
+"""Verbs that make things: plan, inspect, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pdtrim.cli.common import Dtype, Json, ModelName, out, print_json, progress_of
+from pdtrim.errors import PdtrimError
+
+app = typer.Typer()
+
+
+def _count(text: str, blocks: int, option: str) -> int:
+    """``8`` blocks or a share such as ``0.25`` of all."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise PdtrimError(f"{option} '{text}': give a number of blocks or a share 0 .. 1") from None
+    if 0 < number < 1:
+        return round(number * blocks)
+    if number < 0 or number != int(number):
+        raise PdtrimError(f"{option} '{text}': give a whole number of blocks or a share 0 .. 1")
+    return int(number)
+
+
+@app.command(
+    epilog="Example: pdtrim plan smollm2 -o plan.json --prefill-remove 8 --decode-remove 0"
+)
+def plan(
+    model: ModelName,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the plan.")],
+    method: Annotated[str, typer.Option(help="pdtrim, or paper (as reconstructed).")] = "pdtrim",
+    mode: Annotated[
+        str | None,
+        typer.Option(help="projected or subset; the method's own if not given."),
+    ] = None,
+    prefill_remove: Annotated[str, typer.Option(help="Blocks, or a share such as 0.25.")] = "0.25",
+    decode_remove: Annotated[str, typer.Option(help="Blocks, or a share.")] = "0",
+    kv: Annotated[
+        str,
+        typer.Option(help="SELECTOR[:option=value,...][+CODEC], such as snapkv:share=0.5+int4."),
+    ] = "full",
+    kv_compression: Annotated[
+        float | None,
+        typer.Option(help="Instead of --kv: full bytes over bytes sent, mixed by measured KL."),
+    ] = None,
+    kv_bytes_per_token: Annotated[
+        float | None,
+        typer.Option(help="Instead of --kv: the same as bytes a prompt token."),
+    ] = None,
+    handover_ms: Annotated[
+        float | None,
+        typer.Option(help="Instead of --kv: time for a calibration prompt; with --link-gbit-s."),
+    ] = None,
+    link_gbit_s: Annotated[
+        float | None,
+        typer.Option(help="Speed of the link between the stages."),
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="self, FILE.txt, FILE.jsonl[.gz], or hub:NAME[:SPLIT[:FIELD]].")
+    ] = "self",
+    prompt_tokens: Annotated[int, typer.Option(help="Prompt of a calibration sequence.")] = 256,
+    continuation_tokens: Annotated[int, typer.Option(help="Its continuation.")] = 128,
+    sequences: Annotated[int, typer.Option(help="Calibration sequences that steer it.")] = 12,
+    budget: Annotated[
+        int | None,
+        typer.Option(help="Block-tokens the search may spend."),
+    ] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens in a page of the decode engine.")] = 1,
+    seed: Annotated[int, typer.Option()] = 0,
+    dtype: Dtype = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Search which blocks each stage can lose, and write the plan."""
+    from pdtrim.calibration.batches import CalibrationConfig, load_calibration
+    from pdtrim.methods import METHODS, Target
+    from pdtrim.models.loading import load_model
+    from pdtrim.report.inspect import picture
+    from pdtrim.search.kv_budget import budget_of
+    from pdtrim.search.link import LinkBudget
+
+    if method not in METHODS:
+        raise PdtrimError(f"unknown method '{method}': use one of {', '.join(METHODS)}")
+    mode = mode or METHODS[method].default_mode
+    if mode not in ("projected", "subset"):
+        raise PdtrimError(f"unknown mode '{mode}': use projected or subset")
+    budget_of(kv)  # a typing mistake should not wait for the model
+    text = CalibrationConfig(
+        source=calibration,
+        prompt_tokens=prompt_tokens,
+        continuation_tokens=continuation_tokens,
+        search=sequences,
+        rerank=(sequences + 1) // 2,
+        report=0,
+        seed=seed,
+    )
+    progress = progress_of(as_json)
+    with progress("loading the model", 1):
+        dense = load_model(model, dtype=dtype)
+    kv = LinkBudget(
+        compression=kv_compression,
+        bytes_per_token=kv_bytes_per_token,
+        handover_ms=handover_ms,
+        link_gbit_s=link_gbit_s,
+    ).policy(dense, kv, prompt_tokens)
+    target = Target(
+        prefill_remove=_count(prefill_remove, dense.num_layers, "--prefill-remove"),
+        decode_remove=_count(decode_remove, dense.num_layers, "--decode-remove"),
+        mode=mode,  # type: ignore[arg-type]
+        kv=kv,
+        seed=seed,
+        block_size=block_size,
+        budget=budget,
+    )
+    target.check(dense)
+    packed = load_calibration(dense, text, progress=progress)
+    made = METHODS[method]().plan(dense, packed, target, progress=progress)
+    made.save(output)
+    if as_json:
+        print_json({"plan": str(output), "digest": made.digest, **made.provenance.model_dump()})
+    else:
+        out.print(picture(made, prompt_tokens=prompt_tokens))
+        out.print(f"wrote {output}")
+
+
+@app.command(epilog="Example: pdtrim inspect plan.json")
+def inspect(
+    plan_file: Annotated[Path, typer.Argument(help="A plan, or an exported pair's folder.")],
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt length for the bytes.")] = 512,
+    as_json: Json = False,
+) -> None:
+    """Show which block runs where and what travels."""
+    from pdtrim.plan import PrunePlan
+    from pdtrim.report.inspect import picture
+    from pdtrim.runtime.session import plan_of
+
+    loaded = plan_of(plan_file) if plan_file.is_dir() else PrunePlan.load(plan_file)
+    if as_json:
+        print_json({"digest": loaded.digest, **loaded.to_json()})
+    else:
+        out.print(picture(loaded, prompt_tokens=prompt_tokens))
+
+
+@app.command(epilog="Example: pdtrim export plan.json -o pair")
+def export(
+    plan_file: Annotated[Path, typer.Argument(help="A plan.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the two stages.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Where the model is, if not where the plan says."),
+    ] = None,
+    dtype: Dtype = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Write the prefill and the decode checkpoint."""
+    from pdtrim.export import base_model
+    from pdtrim.export import export as write
+    from pdtrim.plan import PrunePlan
+
+    loaded = PrunePlan.load(plan_file)
+    with progress_of(as_json)("exporting", 2) as advance:
+        dense = base_model(loaded, source=model, dtype=dtype)
+        advance(1)
+        write(loaded, dense, output)
+    sizes = {
+        stage: sum(f.stat().st_size for f in (output / stage).glob("*.safetensors"))
+        for stage in ("prefill", "decode")
+    }
+    if as_json:
+        print_json({"folder": str(output), "digest": loaded.digest, "weight_bytes": sizes})
+    else:
+        for stage, size in sizes.items():
+            out.print(f"{output / stage}: {size / 2**20:.1f} MiB of weights")

@@ -1,0 +1,186 @@
+"""Verbs that measure: eval, demo, kv-sweep, bench-codec, bench-forward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pdtrim.cli.common import Dtype, Json, ModelName, out, print_json, progress_of, say_of
+
+app = typer.Typer()
+
+
+@app.command(
+    "eval",
+    epilog="Example: pdtrim eval plan.json --text held_out.jsonl --limit 16",
+)
+def evaluate(
+    target: Annotated[Path, typer.Argument(help="A plan, or an exported pair's folder.")],
+    text: Annotated[str, typer.Option(help="Held-out text: FILE.txt, FILE.jsonl or hub:NAME.")],
+    prompt_tokens: Annotated[int, typer.Option()] = 512,
+    continuation_tokens: Annotated[int, typer.Option()] = 256,
+    limit: Annotated[int, typer.Option(help="Sequences at most.")] = 16,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Also write result.json here."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Where the dense model is, if not where the plan says."),
+    ] = None,
+    dtype: Dtype = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Measure KL, NLL and perplexity of continuations, dense beside it."""
+    from pdtrim.evaluate.run import EvalConfig
+    from pdtrim.evaluate.run import evaluate as run
+    from pdtrim.report.table import table
+
+    config = EvalConfig(
+        text=text,
+        prompt_tokens=prompt_tokens,
+        continuation_tokens=continuation_tokens,
+        limit=limit,
+        dtype=dtype,
+        model=model,
+    )
+    result = run(target, config, progress=progress_of(as_json))
+    if output is not None:
+        result.save(output)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        out.print(table(result))
+
+
+@app.command(epilog="Example: pdtrim demo -o out/demo")
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all it makes.")],
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: Json = False,
+) -> None:
+    """Run the whole job on SmolLM2-135M-Instruct: plan, export, run, measure."""
+    from pdtrim.demo import run_demo
+    from pdtrim.report.table import table
+
+    result = run_demo(output, seed=seed, progress=progress_of(as_json), say=say_of(as_json))
+    if as_json:
+        print_json(result.to_json())
+        return
+    out.print(table(result))
+    for row in result.rows:
+        out.print(f"\n[bold]{row.name}[/]  {row.settings}", highlight=False)
+        out.print(row.answer or "", markup=False, highlight=False)
+    out.print(f"\nwrote {output / 'result.json'}")
+
+
+@app.command(epilog="Example: pdtrim kv-sweep smollm2 --text held_out.jsonl -o out/kv")
+def kv_sweep(
+    model: ModelName,
+    text: Annotated[str, typer.Option(help="Held-out text: FILE.txt, FILE.jsonl or hub:NAME.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all it makes.")],
+    calibration: Annotated[
+        str, typer.Option(help="Text of another source; self: the model writes it.")
+    ] = "self",
+    prompt_tokens: Annotated[int, typer.Option()] = 512,
+    continuation_tokens: Annotated[int, typer.Option()] = 256,
+    limit: Annotated[int, typer.Option(help="Sequences at most.")] = 8,
+    probes: Annotated[int, typer.Option(help="Retrieval probes a task; 0 for none.")] = 10,
+    seed: Annotated[int, typer.Option()] = 0,
+    dtype: Dtype = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Measure quality against bytes for all KV policies; write a table and a plot."""
+    from pdtrim.evaluate.kv_sweep import SweepConfig, markdown, sweep
+    from pdtrim.models.loading import load_model
+    from pdtrim.report.plot import plot_kv
+    from pdtrim.report.table import table
+    from pdtrim.stage.cost import Lengths
+
+    config = SweepConfig(
+        text=text,
+        calibration=calibration,
+        lengths=Lengths(prompt=prompt_tokens, continuation=continuation_tokens),
+        limit=limit,
+        probes=probes,
+        seed=seed,
+    )
+    result = sweep(load_model(model, dtype=dtype), config, progress=progress_of(as_json))
+    result.save(output / "result.json")
+    (output / "table.md").write_text(markdown(result), encoding="utf-8")
+    plot_kv(result, output / "kv")
+    if as_json:
+        print_json(result.to_json())
+    else:
+        out.print(table(result))
+        out.print(f"wrote {output}/result.json, table.md, kv.png and kv.svg")
+
+
+@app.command(epilog="Example: pdtrim bench-codec --codec int4 --codec k3v2:rotate=true")
+def bench_codec(
+    codec: Annotated[list[str], typer.Option(help="Give it again for more.")] = [  # noqa: B006
+        "int8",
+        "int4",
+        "k3v2:rotate=true",
+        "int2:rotate=true",
+        "fp8",
+        "lossless",
+    ],
+    heads: Annotated[int, typer.Option(help="KV heads, over all layers.")] = 90,
+    tokens: Annotated[int, typer.Option()] = 2048,
+    width: Annotated[int, typer.Option(help="Of a head.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    repeats: Annotated[int, typer.Option(help="Runs of each; the median counts.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Time the codecs beside a plain copy, and say up to which link speed they pay."""
+    from pdtrim.bench.codec import bench_codecs
+
+    report = bench_codecs(
+        codec,
+        heads=heads,
+        tokens=tokens,
+        width=width,
+        device=device,
+        repeats=repeats,
+        progress=progress_of(as_json),
+    )
+    print_json(report)
+
+
+@app.command(epilog="Example: pdtrim bench-forward smollm2 --prompt-tokens 512")
+def bench_forward(
+    model: ModelName,
+    prompt_tokens: Annotated[int, typer.Option()] = 512,
+    continuation_tokens: Annotated[int, typer.Option()] = 256,
+    rows: Annotated[int, typer.Option(help="Sequences a batch.")] = 4,
+    repeats: Annotated[int, typer.Option(help="Runs of each; the median counts.")] = 5,
+    dtype: Dtype = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Time the simulator against transformers' forward, and prefix reuse by depth."""
+    from pdtrim.bench.forward import bench
+    from pdtrim.models.loading import load_model
+
+    report = bench(
+        load_model(model, dtype=dtype),
+        prompt=prompt_tokens,
+        continuation=continuation_tokens,
+        rows=rows,
+        repeats=repeats,
+        progress=progress_of(as_json),
+    )
+    if as_json:
+        print_json(report)
+        return
+    out.print(
+        f"transformers {report['transformers_tokens_s']:.0f} tokens/s, simulator"
+        f" {report['simulator_tokens_s']:.0f}: ratio {report['ratio']:.2f}"
+    )
+    for entry in report["reuse"]:
+        out.print(
+            f"resume at block {entry['start']:>3}: {entry['time_share']:.2f} of the full time,"
+            f" {entry['block_share']:.2f} of the blocks"
+        )

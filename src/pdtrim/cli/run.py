@@ -1,0 +1,71 @@
+"""The verb that runs a pair: generate."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pdtrim.cli.common import Json, err, out, print_json
+
+app = typer.Typer()
+
+
+@app.command(epilog='Example: pdtrim generate pair --prompt "Explain what AI is." ')
+def generate(
+    folder: Annotated[Path, typer.Argument(help="An exported pair.")],
+    prompt: Annotated[list[str], typer.Option(help="Give it again for a batch.")],
+    max_new_tokens: Annotated[int, typer.Option()] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--raw", help="Use the chat template; by default if there is one."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Generate with the two processes; a single prompt streams."""
+    from pdtrim.runtime.session import Session
+    from pdtrim.stage.sampling import Sampling
+
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    with Session(folder) as session:
+        if len(prompt) == 1 and not as_json:
+            _stream(session, session.encode(prompt[0], chat=chat), max_new_tokens, sampling)
+        else:
+            results = session.generate(
+                prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat
+            )
+            if as_json:
+                print_json([vars(result) for result in results])
+            else:
+                for text, result in zip(prompt, results, strict=True):
+                    out.print(f"[bold]{text}[/]", highlight=False)
+                    out.print(result.text + "\n", markup=False, highlight=False)
+        _say_timing(session, as_json)
+
+
+def _stream(session: Any, tokens: list[int], max_new_tokens: int, sampling: Any) -> None:
+    ids: list[int] = []
+    shown = ""
+    for _, token in session.stream([tokens], max_new_tokens=max_new_tokens, sampling=sampling):
+        ids.append(token)
+        text = session.tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.endswith("�"):  # half of a character: wait for the rest
+            sys.stdout.write(text[len(shown) :])
+            sys.stdout.flush()
+            shown = text
+    sys.stdout.write("\n")
+
+
+def _say_timing(session: Any, as_json: bool) -> None:
+    if not as_json and session.timing is not None:
+        t = session.timing
+        err.print(
+            f"[dim]prefill {t.prefill_s:.2f} s, handover {sum(session.kv_bytes):,} bytes in"
+            f" {t.handover_s * 1000:.1f} ms, decode {t.decode_s:.2f} s with"
+            f" {t.cache_bytes / 2**20:.1f} MiB of KV cache[/]"
+        )

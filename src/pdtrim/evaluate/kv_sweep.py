@@ -1,0 +1,191 @@
+"""Quality against bytes for many KV policies on one model: what ``pdtrim kv-sweep`` does.
+
+No block is removed. All policies see the same prompts and the same target tokens; parameters that
+must be fitted come from calibration text of another source. Bytes cross a real loopback socket.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pdtrim.calibration.batches import CalibrationConfig, load_calibration, text_batch
+from pdtrim.evaluate.handover import loopback_bytes
+from pdtrim.evaluate.kv_suite import KvSuiteConfig, run_suite
+from pdtrim.evaluate.quality import Variant, measure_quality
+from pdtrim.evaluate.result import Result, make_provenance, make_row
+from pdtrim.kv.policy import HandoverPolicy
+from pdtrim.kv.request import KVRequest
+from pdtrim.methods.dense import dense_plan
+from pdtrim.models.model import Model
+from pdtrim.plan import PrunePlan
+from pdtrim.progress import Progress, silent
+from pdtrim.search.kv_budget import allocate, budget_of
+from pdtrim.search.objective import dense_trace
+from pdtrim.stage.cost import Lengths
+from pdtrim.stage.forward import Batch, Pair
+
+WIRE_PROMPTS = 2
+COMPRESSIONS = (2.5, 4.95, 10.0)  # of the selectors that drop tokens; 4.95 is the document's
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """On what to measure; ``probes`` 0 leaves retrieval out."""
+
+    text: str
+    calibration: str = "self"
+    lengths: Lengths = Lengths(prompt=512, continuation=256)  # noqa: RUF009 - frozen
+    limit: int = 8
+    probes: int = 10
+    budgets: tuple[float, ...] = (5.0, 8.0)
+    seed: int = 0
+
+
+def default_policies(head_dim: int, tokens: int) -> dict[str, str]:
+    """Family to policies, as ``family@name``; token counts are for prompts of ``tokens``."""
+    policies = {}
+    rotate = ",rotate=true" if head_dim & (head_dim - 1) == 0 else ""
+    for name in ("int8", "int4", "k4v2", "int3", "int2"):
+        policies[f"codec@{name}"] = f"full+{name}:recent=0"
+    if rotate:
+        for name in ("int4", "int3", "k3v2", "int2"):
+            policies[f"rotated codec@{name}"] = f"full+{name}:recent=0,group=128{rotate}"
+    policies["fp8@fp8"] = "full+fp8"
+    policies["lossless@lossless"] = "full+lossless"
+    for x in COMPRESSIONS:
+        share = round(1 / x, 4)
+        last = max(1, round(tokens / x) - 4)
+        policies[f"first_last@{x}x"] = f"first_last:first=4,last={last},layers=all"
+        policies[f"random@{x}x"] = f"random:first=4,last=1,share={share}"
+        policies[f"snapkv@{x}x"] = f"snapkv:share={share},window=32,value_norm=true"
+        policies[f"tova@{x}x"] = f"tova:share={share},first=4"
+        policies[f"expected_attention@{x}x"] = f"expected_attention:share={share}"
+        policies[f"gate@{x}x"] = f"gate:share={share},last=16"
+        policies[f"duo@{x}x"] = (
+            f"duo:share={round(max(0.0, (1 / x - 0.1) / 0.9), 3)},first=4,last=48"
+        )
+    policies["first_last in 26 layers@document"] = "first_last:first=4,last=60,layers=26"
+    policies["lazy_layer@tau 0.7"] = "lazy_layer:first=4,last=60,tau=0.7"
+    for share in (0.8, 0.6, 0.4):
+        codec = f"k3v2:recent=0,group=128{rotate}"
+        policies[f"snapkv+k3v2@{share}"] = f"snapkv:share={share},window=32,value_norm=true+{codec}"
+    return policies
+
+
+def sweep(model: Model, config: SweepConfig, *, progress: Progress = silent) -> Result:
+    """Rows ``dense`` and one a policy; retrieval in ``metrics``."""
+    batch = text_batch(
+        model,
+        config.text,
+        prompt_tokens=config.lengths.prompt,
+        continuation_tokens=config.lengths.continuation,
+        limit=config.limit,
+    )
+    plans = {"dense": dense_plan(model), **_plans(model, config, progress)}
+    policies = {name: HandoverPolicy.of(plan) for name, plan in plans.items()}
+    pair = Pair.dense(model)
+    variants = {name: Variant.of(plan, pair) for name, plan in plans.items()}
+    qualities = measure_quality(model, variants, batch, progress=progress)
+    metrics: dict[str, dict[str, float]] = {}
+    if config.probes:
+        suite = KvSuiteConfig(probes=config.probes, tokens=config.lengths.prompt, seed=config.seed)
+        policies["full"] = policies.pop("dense")
+        metrics = run_suite(pair, plans["dense"].gates, policies, suite, progress=progress)
+        metrics["dense"] = metrics["full"]
+    sizes = _bytes(model, plans, batch, progress)
+    rows = tuple(
+        make_row(
+            name,
+            model,
+            qualities[name],
+            plan,
+            lengths=config.lengths,
+            kv_bytes=sizes[name],
+            dense_kv_bytes=sizes["dense"],
+            settings=plan.provenance.method,
+            metrics=metrics.get(name, {}),
+        )
+        for name, plan in plans.items()
+    )
+    provenance = make_provenance(
+        model,
+        text=Path(config.text).name,
+        sequences=len(batch),
+        lengths=config.lengths,
+        plans=tuple(plans.values())[1:],
+    )
+    return Result(provenance=provenance, rows=rows)
+
+
+def markdown(result: Result) -> str:
+    """The sweep as a Markdown table, best KL first."""
+    lines = [
+        "| policy | KV bytes | compression | KL | retrieval, question visible | hidden |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(result.rows, key=lambda r: r.kl):
+        found = [
+            f"{100 * row.metrics[key]:.0f} %" if key in row.metrics else ""
+            for key in ("retrieval_visible", "retrieval_hidden")
+        ]
+        lines.append(
+            f"| {row.name} | {row.kv_bytes:,.0f} | {row.kv_compression:.2f}x"
+            f" | {row.kl:.4f} ± {row.kl_error:.4f} | {found[0]} | {found[1]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _plans(model: Model, config: SweepConfig, progress: Progress) -> dict[str, PrunePlan]:
+    text = load_calibration(
+        model,
+        CalibrationConfig(
+            source=config.calibration,
+            prompt_tokens=config.lengths.prompt,
+            continuation_tokens=min(128, config.lengths.continuation),
+            search=4,
+            rerank=0,
+            report=0,
+            seed=config.seed,
+        ),
+        progress=progress,
+    )
+    wanted = default_policies(model.head_dim, config.lengths.prompt - 1)
+    for compression in config.budgets:
+        wanted[f"budget@{compression:g}x"] = f"budget:compression={compression:g}"
+    dense = dense_plan(model)
+    sample = text.search.to(model.device)
+    trace = dense_trace(model, sample)
+    plans = {}
+    with progress("fitting policies", len(wanted)) as advance:
+        for name, policy in wanted.items():
+            budget = budget_of(policy)
+            if budget is None:
+                rules = KVRequest.parse(policy).resolve(model, sample, trace)
+            else:
+                rules = allocate(model, sample, budget).rules
+            provenance = dense.provenance.model_copy(
+                update={
+                    "method": policy,
+                    "calibration": text.source,
+                    "calibration_hash": text.hash,
+                    "seed": config.seed,
+                }
+            )
+            plans[name] = dense.model_copy(update={"kv": rules, "provenance": provenance})
+            advance(1)
+    return plans
+
+
+@torch.inference_mode()
+def _bytes(
+    model: Model, plans: dict[str, PrunePlan], batch: Batch, progress: Progress
+) -> dict[str, float]:
+    sizes = {}
+    with progress("counting bytes on the wire", len(plans)) as advance:
+        for name, plan in plans.items():
+            sizes[name] = loopback_bytes(plan, model, batch[:WIRE_PROMPTS])
+            advance(1)
+    return sizes

@@ -1,0 +1,327 @@
+"""A byte budget for the handover, split over layers by measured KL.
+
+The menu holds selectors and codecs; a layer takes one entry of it. All entries are first measured
+in every layer at once. From those nearest to the budget (the anchors) each layer's deviations to
+the other entries are measured alone, everything else held at the anchor: so interactions between
+layers are in the numbers, which matters because dropped tokens add up faster than linearly. For
+each anchor the deviations with the best trade are taken until the budget is met (a Lagrangian
+sweep), the result is measured as a whole, and the best result wins. It is never worse, on the
+calibration text, than the best single entry that meets the budget.
+
+KVServe (2605.13734) and LU-KV (2602.08585) allocate bits or tokens to heads offline; here both come
+from one menu, and the document's first/last rule, DuoAttention's heads and mixed precision are
+entries or mixtures of it.
+
+Shapes: L layers, O menu entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pdtrim.calibration.teacher import Teacher
+from pdtrim.errors import PlanError
+from pdtrim.kv.codecs import Raw
+from pdtrim.kv.frame import LENGTH
+from pdtrim.kv.policy import HandoverPolicy, HeadGroup, gather, hand_over
+from pdtrim.kv.request import KVRequest, prompt_and_queries
+from pdtrim.models.model import Model
+from pdtrim.plan import Gates, LayerKV
+from pdtrim.progress import Progress, silent
+from pdtrim.stage.forward import Batch, Pair, Trace, decode_stream, streams
+from pdtrim.stage.view import BlockView
+
+Rules = tuple[LayerKV, ...]
+
+WIRE = torch.bfloat16  # bytes are counted in the dtype that is served, whatever measures KL
+ANCHORS = 1
+KV_SEQUENCES = 4  # of the calibration text, on which KV policies are fitted and measured
+REACH = 2.0  # entries whose bytes differ from the budget by more than this factor are not tried
+
+
+def default_menu(head_dim: int) -> tuple[str, ...]:
+    """Selectors and codecs to mix; keys and values are rotated where the width allows it."""
+    rotate = ",rotate=true" if head_dim & (head_dim - 1) == 0 else ""
+    codecs = [f"{c}:recent=0,group=128{rotate}" for c in ("k4v3", "int3", "k3v2", "int2")]
+    whole = ["full+raw", "full+int8:recent=0", f"full+int4:recent=0{rotate}"]
+    whole += [f"full+{codec}" for codec in codecs]
+    cut = [
+        f"{selector}+{codec}"
+        for selector in ("snapkv:share=0.75", "snapkv:share=0.5")
+        for codec in codecs[1:]
+    ]
+    few = [
+        "first_last:first=4,last=60,layers=all",
+        f"first_last:first=4,last=124,layers=all+{codecs[0]}",
+        f"duo:share=0.5,first=4,last=60+{codecs[0]}",
+        f"snapkv:share=0.25+{codecs[0]}",
+    ]
+    return (*whole, *cut, *few)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """What a budget bought.
+
+    Attributes:
+        compression: full bf16 bytes over bytes of the calibration prompts' pairs and masks.
+        kl: on calibration text; ``uniform_kl`` that of the best single entry in all layers.
+        entries: the menu entry of each layer.
+    """
+
+    rules: Rules
+    compression: float
+    kl: float
+    uniform_kl: float
+    entries: tuple[str, ...]
+
+
+class KVObjective:
+    """KL of KV policies on the dense model, on one text.
+
+    The prompt's streams do not depend on the policy: they are run once, what a layer's rule hands
+    over is computed once for each rule, and a candidate costs decode's layers from the first in
+    which it differs from the policy that the search stands on.
+    """
+
+    def __init__(self, model: Model, batch: Batch) -> None:
+        self.model = model
+        self.batch = batch.to(model.device)
+        with torch.inference_mode():
+            gates = Gates.dense(model.num_layers)
+            self.dense: Trace = streams(Pair.dense(model), self.batch, gates)
+            self.teacher = Teacher.of(model, self.batch)
+            self.views = [
+                prompt_and_queries(model, self.batch, self.dense, layer)[0]
+                for layer in range(model.num_layers)
+            ]
+        self.base: list[list[HeadGroup]] = []
+        self.entries: list[Tensor] = []  # streams that enter each layer under the base
+
+    @torch.inference_mode()
+    def hand(self, rule: LayerKV, layer: int) -> list[HeadGroup]:
+        """What a rule hands over of a layer."""
+        policy = HandoverPolicy(rules=(rule,) * self.model.num_layers)
+        return hand_over(policy, layer, self.views[layer])
+
+    @torch.inference_mode()
+    def stand_on(self, rules: Rules) -> float:
+        """Make a policy the one that others are compared with; returns its KL."""
+        self.base = [self.hand(rule, layer) for layer, rule in enumerate(rules)]
+        y = self.dense[0][1]
+        self.entries = [y]
+        for layer in range(self.model.num_layers):
+            y = decode_stream(self.model, self.batch, self.base, y, start=layer, stop=layer + 1)
+            self.entries.append(y)
+        return self._kl(y)
+
+    @torch.inference_mode()
+    def kl_with(self, layer: int, groups: list[HeadGroup]) -> float:
+        """KL of the base with one layer's handover replaced."""
+        handed = [*self.base[:layer], groups, *self.base[layer + 1 :]]
+        y = decode_stream(self.model, self.batch, handed, self.entries[layer], start=layer)
+        return self._kl(y)
+
+    def _kl(self, y_BCE: Tensor) -> float:
+        return float(self.teacher.kl(self.model, y_BCE).mean())
+
+
+@torch.inference_mode()
+def rule_bytes(view: BlockView, rule: LayerKV) -> float:
+    """Mean bytes a prompt that a rule sends of a layer in bf16, its mask included."""
+    rows, G, N, D = view.k_BGND.shape
+    total = 0
+    for row in range(rows):
+        own = view.row(row, N)
+        keep_BGN = rule.selector.keep(own)
+        total += {"static": 0, "token": 1, "pair": G}[rule.selector.grain] * -(-N // 8)
+        for group in gather(own, keep_BGN):
+            k, v = (x[0].to(WIRE) for x in (group.k_BgMD, group.v_BgMD))
+            if rule.codec.variable:
+                total += rule.codec.encode(k, v).numel() + LENGTH.size
+            else:
+                total += rule.codec.nbytes(len(group.heads), k.shape[1], D, WIRE)
+    return total / rows
+
+
+def allocate(
+    model: Model,
+    batch: Batch,
+    compression: float,
+    *,
+    menu: Sequence[str] | None = None,
+    progress: Progress = silent,
+) -> Allocation:
+    """The policy with the least KL whose bytes are at most the full bytes over ``compression``.
+
+    Args:
+        batch: calibration text; its prompts should be as long as those to be served.
+        menu: KV policies by the grammar of ``kv/request.py``.
+
+    Raises:
+        PlanError: no entry of the menu is as small as that.
+    """
+    if compression < 1:
+        raise PlanError(f"KV compression {compression} must be at least 1")
+    names = tuple(menu or default_menu(model.head_dim))
+    objective = KVObjective(model, batch)
+    batch, trace = objective.batch, objective.dense
+    full = full_bytes(model, batch.prompt_BP.shape[1] - 1)
+    budget = full / compression
+    table = {name: KVRequest.parse(name).resolve(model, batch, trace) for name in names}
+    sizes = {
+        name: torch.tensor(
+            [rule_bytes(*pair) for pair in zip(objective.views, rules, strict=True)],
+            dtype=torch.float64,
+        )
+        for name, rules in table.items()
+    }
+    near = [n for n in names if budget / REACH <= float(sizes[n].sum()) <= budget * REACH]
+    meeting = [n for n in near if float(sizes[n].sum()) <= budget]
+    if not meeting:
+        least = full / min(float(s.sum()) for s in sizes.values())
+        raise PlanError(
+            f"KV compression {compression} is out of reach: the menu ends at {least:.1f}"
+        )
+    evaluations = len(near) + ANCHORS * model.num_layers * (len(near) - 1) + ANCHORS
+    with progress("splitting the KV budget", evaluations) as advance:
+        uniform = {}
+        for name in near:
+            uniform[name] = objective.stand_on(table[name])
+            advance(1)
+        best_uniform = min(meeting, key=lambda n: uniform[n])
+        found = [(uniform[best_uniform], table[best_uniform], (best_uniform,) * model.num_layers)]
+        for anchor in _anchors(near, uniform, sizes, budget):
+            entries = _mix(objective, table, sizes, near, anchor, budget, advance)
+            if entries is not None:
+                rules = tuple(table[name][layer] for layer, name in enumerate(entries))
+                found.append((objective.stand_on(rules), rules, entries))
+            advance(1)
+    kl, rules, entries = min(found, key=lambda item: item[0])
+    sent = sum(float(sizes[name][layer]) for layer, name in enumerate(entries))
+    return Allocation(
+        rules=rules,
+        compression=full / sent,
+        kl=kl,
+        uniform_kl=uniform[best_uniform],
+        entries=entries,
+    )
+
+
+def full_bytes(model: Model, tokens: int) -> float:
+    """Bytes of a prompt's whole KV cache in bf16."""
+    return model.num_layers * Raw().nbytes(model.num_kv_heads, tokens, model.head_dim, WIRE)
+
+
+def _anchors(
+    near: list[str], uniform: dict[str, float], sizes: dict[str, Tensor], budget: float
+) -> list[str]:
+    """The entries of the lower envelope of KL over bytes that stand nearest to the budget."""
+
+    def beaten(name: str) -> bool:
+        return any(
+            uniform[other] < uniform[name] and sizes[other].sum() <= sizes[name].sum()
+            for other in near
+        )
+
+    front = [name for name in near if not beaten(name)]
+    return sorted(front, key=lambda n: abs(float(sizes[n].sum()) / budget - 1))[:ANCHORS]
+
+
+def _mix(
+    objective: KVObjective,
+    table: dict[str, Rules],
+    sizes: dict[str, Tensor],
+    near: list[str],
+    anchor: str,
+    budget: float,
+    advance: Callable[[float], None],
+) -> tuple[str, ...] | None:
+    """Entries a layer that meet the budget with the least sum of measured deviations."""
+    base_kl = objective.stand_on(table[anchor])
+    layers = len(table[anchor])
+    cost_LO = torch.zeros(layers, len(near), dtype=torch.float64)
+    for layer in range(layers):
+        for o, name in enumerate(near):
+            if name != anchor:
+                groups = objective.hand(table[name][layer], layer)
+                cost_LO[layer, o] = objective.kl_with(layer, groups) - base_kl
+                advance(1)
+    bytes_LO = torch.stack([sizes[name] for name in near], dim=1)
+    choice = lagrangian(cost_LO, bytes_LO, budget)
+    return None if choice is None else tuple(near[o] for o in choice)
+
+
+def lagrangian(cost_LO: Tensor, bytes_LO: Tensor, budget: float) -> list[int] | None:
+    """The entry of each layer that minimises the summed cost at no more than the budget's bytes.
+
+    Exact on the convex hull of the trade; what is then left of the budget is spent greedily. None
+    if even the smallest entries pass the budget.
+    """
+    if float(bytes_LO.min(1).values.sum()) > budget:
+        return None
+    low, high = 0.0, 1.0
+
+    def pick(price: float) -> Tensor:
+        # among equal trades the smaller entry, so that a high price always ends in the budget
+        return (cost_LO + price * bytes_LO + 1e-18 * bytes_LO).argmin(1)
+
+    def spent(choice_L: Tensor) -> float:
+        return float(bytes_LO.gather(1, choice_L[:, None]).sum())
+
+    while spent(pick(high)) > budget:
+        high *= 4
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (low, middle) if spent(pick(middle)) <= budget else (middle, high)
+    choice_L = pick(high)
+    while True:  # spend what is left
+        left = budget - spent(choice_L)
+        now_cost = cost_LO.gather(1, choice_L[:, None])
+        now_bytes = bytes_LO.gather(1, choice_L[:, None])
+        gain = torch.where(bytes_LO - now_bytes <= left, now_cost - cost_LO, -torch.inf)
+        at = int(gain.argmax())
+        if float(gain.flatten()[at]) <= 1e-12:
+            return choice_L.tolist()
+        choice_L[at // cost_LO.shape[1]] = at % cost_LO.shape[1]
+
+
+def resolve_policy(
+    text: str,
+    model: Model,
+    batch: Batch,
+    *,
+    block_size: int = 1,
+    progress: Progress = silent,
+) -> Rules:
+    """One rule a layer, from a policy's text or from ``budget:compression=X``.
+
+    Args:
+        batch: calibration text.
+
+    Raises:
+        PlanError: the text is no policy, or the budget cannot be met.
+    """
+    batch = batch.to(model.device)
+    compression = budget_of(text)
+    if compression is not None:
+        return allocate(model, batch, compression, progress=progress).rules
+    with torch.inference_mode():
+        trace = streams(Pair.dense(model), batch, Gates.dense(model.num_layers))
+    return KVRequest.parse(text).resolve(model, batch, trace, block_size=block_size)
+
+
+def budget_of(text: str) -> float | None:
+    """The compression that ``budget:compression=X`` asks for; None for any other policy."""
+    if not text.startswith("budget"):
+        KVRequest.parse(text)  # so that a mistake is seen before any work
+        return None
+    number = text.removeprefix("budget:compression=")
+    try:
+        return float(number)
+    except ValueError:
+        raise PlanError(f"KV policy '{text}': write budget:compression=5") from None

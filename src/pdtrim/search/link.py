@@ -1,0 +1,56 @@
+"""From what a user knows of the link to a KV policy: a compression, bytes a token, or a time.
+
+Sending B bytes over a link of s bytes a second takes B / s. Encoding them at rate c (encode and
+decode in sequence) to B / x pays while ``B / c + B / (x s) < B / s``, that is for links slower than
+``s* = (1 - 1 / x) c`` (KVServe, 2605.13734). A link that meets the wanted time without compression
+gets the plain cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pdtrim.errors import PlanError
+from pdtrim.models.model import Model
+from pdtrim.search.kv_budget import full_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkBudget:
+    """At most one of a compression, bytes a prompt token, or milliseconds at a link's speed."""
+
+    compression: float | None = None
+    bytes_per_token: float | None = None
+    handover_ms: float | None = None
+    link_gbit_s: float | None = None
+
+    def policy(self, model: Model, otherwise: str, prompt_tokens: int) -> str:
+        """The KV policy it asks for: ``full``, ``budget:compression=X``, or ``otherwise``.
+
+        Raises:
+            PlanError: more than one wish, one beside a policy, or a number that is not positive.
+        """
+        wishes = [self.compression, self.bytes_per_token, self.handover_ms]
+        given = [wish for wish in wishes if wish is not None]
+        if any(number is not None and number <= 0 for number in (*wishes, self.link_gbit_s)):
+            raise PlanError("a KV budget must be above 0")
+        if len(given) > 1:
+            raise PlanError("give one of --kv-compression, --kv-bytes-per-token, --handover-ms")
+        if (self.handover_ms is None) != (self.link_gbit_s is None):
+            raise PlanError("--handover-ms and --link-gbit-s belong together")
+        if not given:
+            return otherwise
+        if otherwise != "full":
+            raise PlanError("give either --kv or a KV budget, not both")
+        compression = self._compression(full_bytes(model, prompt_tokens), prompt_tokens)
+        return "full" if compression <= 1 else f"budget:compression={compression:.4g}"
+
+    def _compression(self, full: float, tokens: int) -> float:
+        if self.compression is not None:
+            if self.compression < 1:
+                raise PlanError(f"KV compression {self.compression} must be at least 1")
+            return self.compression
+        if self.bytes_per_token is not None:
+            return full / tokens / self.bytes_per_token
+        assert self.handover_ms is not None and self.link_gbit_s is not None
+        return full / (self.link_gbit_s * 1e9 / 8 * self.handover_ms / 1e3)
