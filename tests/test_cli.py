@@ -137,6 +137,7 @@ MISTAKES = {
     "text": (("plan", "MODEL", "-o", "p.json", "--calibration", "no.txt"), "no text file"),
     "no pair": (("generate", "nowhere", "--prompt", "x"), "no prefill checkpoint"),
     "temperature": (("generate", "PAIR", "--prompt", "x", "--temperature", "-1"), "temperature"),
+    "suite": (("eval", "PLAN", "--text", "TEXT", "--suite", "x"), "unknown suite"),
     "limit": (("eval", "PLAN", "--text", "TEXT", "--limit", "0"), "at least 1"),
     "length": (("eval", "PLAN", "--text", "TEXT", "--prompt-tokens", "900000"), "tokens"),
     "full folder": (("export", "PLAN", "-o", "HERE", "--dtype", "float32"), "already holds"),

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pdtrim.cli.common import Dtype, Json, ModelName, out, print_json, progress_of, say_of
+from pdtrim.errors import PdtrimError
 
 app = typer.Typer()
 
@@ -22,6 +23,10 @@ def evaluate(
     prompt_tokens: Annotated[int, typer.Option()] = 512,
     continuation_tokens: Annotated[int, typer.Option()] = 256,
     limit: Annotated[int, typer.Option(help="Sequences at most.")] = 16,
+    suite: Annotated[
+        str | None, typer.Option(help="kv: also what decode still retrieves from the prompt.")
+    ] = None,
+    probes: Annotated[int, typer.Option(help="Probes a task of the suite.")] = 20,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Also write result.json here."),
@@ -38,6 +43,8 @@ def evaluate(
     from pdtrim.evaluate.run import evaluate as run
     from pdtrim.report.table import table
 
+    if suite not in (None, "kv"):
+        raise PdtrimError(f"unknown suite '{suite}': use kv")
     config = EvalConfig(
         text=text,
         prompt_tokens=prompt_tokens,
@@ -45,6 +52,7 @@ def evaluate(
         limit=limit,
         dtype=dtype,
         model=model,
+        probes=probes if suite else 0,
     )
     result = run(target, config, progress=progress_of(as_json))
     if output is not None:
@@ -53,6 +61,9 @@ def evaluate(
         print_json(result.to_json())
     else:
         out.print(table(result))
+        for row in result.rows if suite else ():
+            found = ", ".join(f"{k} {v:.3f}" for k, v in row.metrics.items())
+            out.print(f"{row.name}: {found}", highlight=False)
 
 
 @app.command(epilog="Example: pdtrim demo -o out/demo")

@@ -44,7 +44,7 @@ class SweepConfig:
     seed: int = 0
 
 
-def default_policies(head_dim: int, tokens: int) -> dict[str, str]:
+def default_policies(head_dim: int, tokens: int, num_layers: int) -> dict[str, str]:
     """Family to policies, as ``family@name``; token counts are for prompts of ``tokens``."""
     policies = {}
     rotate = ",rotate=true" if head_dim & (head_dim - 1) == 0 else ""
@@ -53,6 +53,7 @@ def default_policies(head_dim: int, tokens: int) -> dict[str, str]:
     if rotate:
         for name in ("int4", "int3", "k3v2", "int2"):
             policies[f"rotated codec@{name}"] = f"full+{name}:recent=0,group=128{rotate}"
+    window = max(4, min(32, tokens // 16))
     policies["fp8@fp8"] = "full+fp8"
     policies["lossless@lossless"] = "full+lossless"
     for x in COMPRESSIONS:
@@ -60,18 +61,22 @@ def default_policies(head_dim: int, tokens: int) -> dict[str, str]:
         last = max(1, round(tokens / x) - 4)
         policies[f"first_last@{x}x"] = f"first_last:first=4,last={last},layers=all"
         policies[f"random@{x}x"] = f"random:first=4,last=1,share={share}"
-        policies[f"snapkv@{x}x"] = f"snapkv:share={share},window=32,value_norm=true"
+        policies[f"snapkv@{x}x"] = f"snapkv:share={share},window={window},value_norm=true"
         policies[f"tova@{x}x"] = f"tova:share={share},first=4"
         policies[f"expected_attention@{x}x"] = f"expected_attention:share={share}"
         policies[f"gate@{x}x"] = f"gate:share={share},last=16"
         policies[f"duo@{x}x"] = (
             f"duo:share={round(max(0.0, (1 / x - 0.1) / 0.9), 3)},first=4,last=48"
         )
-    policies["first_last in 26 layers@document"] = "first_last:first=4,last=60,layers=26"
+    most = round(0.87 * num_layers)  # about the document's bytes at 512 tokens
+    document = f"first_last:first=4,last=60,layers={most}"
+    policies["first_last where attention concentrates@document"] = document
     policies["lazy_layer@tau 0.7"] = "lazy_layer:first=4,last=60,tau=0.7"
     for share in (0.8, 0.6, 0.4):
         codec = f"k3v2:recent=0,group=128{rotate}"
-        policies[f"snapkv+k3v2@{share}"] = f"snapkv:share={share},window=32,value_norm=true+{codec}"
+        policies[f"snapkv+k3v2@{share}"] = (
+            f"snapkv:share={share},window={window},value_norm=true+{codec}"
+        )
     return policies
 
 
@@ -152,7 +157,7 @@ def _plans(model: Model, config: SweepConfig, progress: Progress) -> dict[str, P
         ),
         progress=progress,
     )
-    wanted = default_policies(model.head_dim, config.lengths.prompt - 1)
+    wanted = default_policies(model.head_dim, config.lengths.prompt - 1, model.num_layers)
     for compression in config.budgets:
         wanted[f"budget@{compression:g}x"] = f"budget:compression={compression:g}"
     dense = dense_plan(model)

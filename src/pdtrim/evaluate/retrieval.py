@@ -9,8 +9,9 @@ Four tasks:
 
 The question ends in the words of the fact, so that a small base model only has to go on. An answer
 is always several tokens: engines that take the first output token from prefill would score an
-answer of one token without ever reading the KV cache that decode received. Numbers have 5 to 7 digits, for
-some vocabularies hold years and round numbers of 4 as one token; passwords are two words.
+answer of one token without ever reading the KV cache that decode received. Numbers have 5 to 7
+digits, for some vocabularies hold years and round numbers of 4 as one token; passwords are two
+words.
 """
 
 from __future__ import annotations

@@ -8,11 +8,13 @@ from pathlib import Path
 from pdtrim.calibration.batches import text_batch
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.handover import measured_bytes, measured_plan_bytes
+from pdtrim.evaluate.kv_suite import KvSuiteConfig, run_suite
 from pdtrim.evaluate.quality import Variant, measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
 from pdtrim.export import base_model, load_pair
+from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods.dense import dense_plan
-from pdtrim.plan import PrunePlan
+from pdtrim.plan import Gates, PrunePlan
 from pdtrim.progress import Progress, silent
 from pdtrim.runtime.session import plan_of
 from pdtrim.stage.cost import Lengths
@@ -23,7 +25,7 @@ WIRE_PROMPTS = 4  # prompts whose handover is counted; their lengths are equal
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """What to measure on."""
+    """What to measure on; ``probes`` a task of the KV suite, 0 to leave it out."""
 
     text: str
     prompt_tokens: int = 512
@@ -31,6 +33,7 @@ class EvalConfig:
     limit: int = 16
     dtype: str = "bfloat16"
     model: str | None = None
+    probes: int = 0
 
     def __post_init__(self) -> None:
         if min(self.prompt_tokens, self.continuation_tokens, self.limit) < 1:
@@ -64,6 +67,12 @@ def evaluate(target: str | Path, config: EvalConfig, *, progress: Progress = sil
         batch,
         progress=progress,
     )
+    metrics: dict[str, dict[str, float]] = {"dense": {}, name: {}}
+    if config.probes:
+        suite = KvSuiteConfig(probes=config.probes, tokens=config.prompt_tokens)
+        dense_gates, policy = Gates.dense(model.num_layers), HandoverPolicy.of(plan)
+        metrics["dense"] = run_suite(Pair.dense(model), dense_gates, {}, suite, progress)["full"]
+        metrics[name] = run_suite(pair, plan.gates, {name: policy}, suite, progress)[name]
     prompts = batch[:WIRE_PROMPTS]
     with progress("counting bytes on the wire", 2) as advance:
         dense_bytes = measured_plan_bytes(dense_plan(model), model, prompts)
@@ -83,6 +92,7 @@ def evaluate(target: str | Path, config: EvalConfig, *, progress: Progress = sil
             lengths=lengths,
             kv_bytes=size,
             dense_kv_bytes=dense_bytes,
+            metrics=metrics[row],
         )
         for row, row_plan, size in (("dense", None, dense_bytes), (name, plan, sent))
     )
