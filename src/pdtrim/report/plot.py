@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,10 +17,12 @@ FLOOR = 1e-4
 # Okabe and Ito's colours, told apart with any colour vision; their yellow is too pale for a line
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 # as many as share no factor with the colours: no pair comes twice in 56 families
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 STYLES = ("-", "--", ":", "-.")
 
-TICKS = tuple(step * 10.0**power for power in range(-2, 5) for step in (1, 1.5, 2, 3, 4, 5, 6, 8))
+STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8)
+WIDE_STEPS = (1, 2, 5)
+"""Of an axis on which the labels of ``STEPS`` would touch."""
 
 
 def plot_kv(result: Result, path_stem: Path) -> tuple[Path, Path]:
@@ -48,39 +51,41 @@ def plot_kv(result: Result, path_stem: Path) -> tuple[Path, Path]:
 
     # text as text, and ids that do not change from run to run
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pdtrim"}):
-        figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+        # a long legend needs more height
+        size = (8, max(5, 1.5 + 0.22 * len(lines)))
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         axes.set_xscale("log")
         axes.set_yscale("log")
-        handles: list[Any] = []
-        for i, rows in enumerate(lines.values()):
-            y = [max(row.kl, FLOOR) for row in rows]
-            # a log axis has no bar to 0 or less
-            below = [
-                at - max(row.kl - row.kl_error, FLOOR / 10) for at, row in zip(y, rows, strict=True)
-            ]
-            above = [max(row.kl + row.kl_error, at) - at for at, row in zip(y, rows, strict=True)]
-            handles.append(
-                axes.errorbar(
-                    [row.kv_compression for row in rows],
-                    y,
-                    yerr=[[max(0.0, down) for down in below], above],
-                    color=COLOURS[i % len(COLOURS)],
-                    marker=MARKERS[i % len(MARKERS)],
-                    linestyle=STYLES[i // len(COLOURS) % len(STYLES)],
-                    linewidth=1.5,
-                    markersize=5.5,
-                    markeredgecolor="white",
-                    markeredgewidth=0.6,
-                    elinewidth=0.7,
-                    capsize=2,
-                    capthick=0.7,
-                )
-            )
         axes.set_xlim(x_ticks[0] / 1.06, x_ticks[-1] * 1.06)
         # by the points: one wide bar should not squeeze all lines
         axes.set_ylim(min(y_all) / 1.5, max(y_all) * 1.6)
+        handles: list[Any] = []
+        for i, rows in enumerate(lines.values()):
+            y = [max(row.kl, FLOOR) for row in rows]
+            # a log axis has no bar down to 0, and a point on the floor none below it
+            down = [
+                max(0.0, at - max(row.kl - row.kl_error, FLOOR))
+                for at, row in zip(y, rows, strict=True)
+            ]
+            up = [max(0.0, row.kl + row.kl_error - at) for at, row in zip(y, rows, strict=True)]
+            drawing = axes.errorbar(
+                [row.kv_compression for row in rows],
+                y,
+                yerr=(down, up),
+                color=COLOURS[i % len(COLOURS)],
+                marker=MARKERS[i % len(MARKERS)],
+                linestyle=STYLES[i // len(COLOURS) % len(STYLES)],
+                linewidth=1.4,
+                markersize=6,
+                markeredgecolor="white",
+                markeredgewidth=0.5,
+                elinewidth=0.7,
+                capsize=2,
+                capthick=0.7,
+            )
+            handles.append(drawing.lines[0])  # without the bars, which would blur the legend
         axes.xaxis.set_major_locator(FixedLocator(x_ticks))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:g}x"))
@@ -97,9 +102,20 @@ def plot_kv(result: Result, path_stem: Path) -> tuple[Path, Path]:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel("compression of the KV bytes sent")
         axes.set_ylabel("KL to dense, nats a token")
-        axes.set_title(_title(result), loc="left", fontsize=10, parse_math=False)
-        figure.legend(
-            handles, list(lines), loc="outside right upper", frameon=False, fontsize="small"
+        # the figure's title, not the axes': it may be wider than them and runs above the legend
+        figure.suptitle(_title(result), x=0.01, ha="left", fontsize=10, parse_math=False)
+        # from top to bottom as the lines end on the right
+        order = sorted(zip(lines, handles, strict=True), key=lambda pair: -lines[pair[0]][-1].kl)
+        axes.legend(
+            [handle for _, handle in order],
+            [family for family, _ in order],
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1),
+            borderaxespad=0,
+            frameon=False,
+            fontsize="small",
+            handlelength=2.8,
+            labelspacing=0.7,
         )
         png, svg = (path_stem.with_name(path_stem.name + end) for end in (".png", ".svg"))
         png.parent.mkdir(parents=True, exist_ok=True)
@@ -126,9 +142,14 @@ def families(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 def ticks(values: Sequence[float]) -> list[float]:
     """Round numbers from just below the least value to just above the largest."""
-    low = max((tick for tick in TICKS if tick <= min(values)), default=TICKS[0])
-    high = min((tick for tick in TICKS if tick >= max(values)), default=TICKS[-1])
-    return [tick for tick in TICKS if low <= tick <= high]
+    low, high = min(values), max(values)
+    steps = STEPS if high < 30 * low else WIDE_STEPS
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    # read from text, because 3 * 10.0**-1 is not 0.3
+    marks = [float(f"{step}e{power}") for power in powers for step in steps]
+    first = max(mark for mark in marks if mark <= low)
+    last = min(mark for mark in marks if mark >= high)
+    return [mark for mark in marks if first <= mark <= last]
 
 
 def _title(result: Result) -> str:
