@@ -9,8 +9,8 @@ from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.frame import SentLayer
 from pdtrim.kv.join import join
 from pdtrim.kv.policy import gather, through
-from pdtrim.kv.request import KVRequest, concentration
 from pdtrim.kv.selectors import FirstLast, Full
+from pdtrim.search.kv_request import KVRequest, concentration
 from pdtrim.search.objective import dense_trace
 
 
@@ -137,7 +137,7 @@ def test_layers_are_chosen_where_attention_concentrates(monkeypatch):
     model = tiny_model("llama", layers=3)
     batch = random_batch(model)
     mass_LH = torch.tensor([[0.9, 0.9, 0.1, 0.1], [0.9, 0.1, 0.1, 0.1], [0.9, 0.9, 0.9, 0.85]])
-    monkeypatch.setattr("pdtrim.kv.request.concentration", lambda *a, **k: mass_LH)
+    monkeypatch.setattr("pdtrim.search.kv_request.concentration", lambda *a, **k: mass_LH)
 
     def selected(text):
         rules = KVRequest.parse(text).resolve(model, batch, [])

@@ -9,7 +9,6 @@ from helpers import random_batch, tiny_model
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.quality import Variant, measure_quality
 from pdtrim.kv.policy import HandoverPolicy
-from pdtrim.kv.request import KVRequest
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.search.kv_budget import (
     KVObjective,
@@ -20,6 +19,7 @@ from pdtrim.search.kv_budget import (
     resolve_policy,
     rule_bytes,
 )
+from pdtrim.search.kv_request import KVRequest
 from pdtrim.stage.forward import Pair
 
 MENU = (

@@ -5,8 +5,8 @@ import torch
 
 from helpers import make_plan, random_batch, tiny_model
 from pdtrim.kv.policy import HandoverPolicy
-from pdtrim.kv.request import KVRequest
 from pdtrim.plan import Gates
+from pdtrim.search.kv_request import KVRequest
 from pdtrim.search.objective import dense_trace
 from pdtrim.stage.forward import Pair, forward
 from test_runtime import through_the_socket

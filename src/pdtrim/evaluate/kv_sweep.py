@@ -17,12 +17,12 @@ from pdtrim.evaluate.kv_suite import KvSuiteConfig, run_suite
 from pdtrim.evaluate.quality import Variant, measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
 from pdtrim.kv.policy import HandoverPolicy
-from pdtrim.kv.request import KVRequest
 from pdtrim.methods.dense import dense_plan
 from pdtrim.models.model import Model
 from pdtrim.plan import PrunePlan
 from pdtrim.progress import Progress, silent
 from pdtrim.search.kv_budget import allocate, budget_of
+from pdtrim.search.kv_request import KVRequest
 from pdtrim.search.objective import dense_trace
 from pdtrim.stage.cost import Lengths
 from pdtrim.stage.forward import Batch, Pair

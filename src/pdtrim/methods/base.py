@@ -24,7 +24,8 @@ class Target:
 
     Attributes:
         prefill_remove, decode_remove: whole blocks that each stage loses.
-        kv: a KV policy (``kv/request.py``) or ``budget:compression=X`` (``search/kv_budget.py``).
+        kv: a KV policy (``search/kv_request.py``) or ``budget:compression=X``
+            (``search/kv_budget.py``).
         budget: block-tokens that the search may spend; None for the method's own effort.
     """
 

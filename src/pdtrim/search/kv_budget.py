@@ -28,10 +28,10 @@ from pdtrim.errors import PlanError
 from pdtrim.kv.codecs import Raw
 from pdtrim.kv.frame import LENGTH
 from pdtrim.kv.policy import HandoverPolicy, HeadGroup, gather, hand_over
-from pdtrim.kv.request import KVRequest, prompt_and_queries
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.progress import Progress, silent
+from pdtrim.search.kv_request import KVRequest, prompt_and_queries
 from pdtrim.stage.forward import Batch, Pair, Trace, decode_stream, streams
 from pdtrim.stage.view import BlockView
 
@@ -160,7 +160,7 @@ def allocate(
 
     Args:
         batch: calibration text; its prompts should be as long as those to be served.
-        menu: KV policies by the grammar of ``kv/request.py``.
+        menu: KV policies by the grammar of ``search/kv_request.py``.
 
     Raises:
         PlanError: no entry of the menu is as small as that.
