@@ -7,8 +7,11 @@ import torch
 
 from helpers import first_last, make_plan
 from pdtrim.demo import ROWS, run_demo
+from pdtrim.errors import PlanError
+from pdtrim.evaluate.kv_probe import check_codecs
 from pdtrim.evaluate.result import Result
 from pdtrim.export import export, load_pair
+from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods import PDTrim, Target
 from pdtrim.models.loading import load_model
@@ -70,6 +73,17 @@ def test_a_dense_pair_writes_what_transformers_generates(smollm2, tmp_path):
 
 def test_the_gguf_alias_gives_the_same_model_as_its_safetensors(smollm2):
     assert load_model("smollm2").fingerprint == smollm2.fingerprint
+
+
+def test_a_codec_that_breaks_the_model_is_refused(smollm2):
+    def plan(codec):
+        return make_plan(smollm2, Gates.dense(30), (LayerKV(codec=parse_codec(codec)),) * 30)
+
+    assert check_codecs(smollm2, plan("raw")) is None
+    found, possible = check_codecs(smollm2, plan("int4:recent=0,rotate=true"))
+    assert possible >= 4 and found >= possible / 2
+    with pytest.raises(PlanError, match=r"break .* finds [0-2] of 6 needles"):
+        check_codecs(smollm2, plan("int2:first=0,recent=0"))
 
 
 def test_the_demo_keeps_its_promise_with_a_short_search(tmp_path, monkeypatch, smollm2_folder):

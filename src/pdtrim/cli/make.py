@@ -152,17 +152,24 @@ def export(
         str | None,
         typer.Option(help="Where the model is, if not where the plan says."),
     ] = None,
+    probe: Annotated[
+        bool, typer.Option(help="Refuse KV codecs under which the model loses its needles.")
+    ] = True,
     dtype: Dtype = "bfloat16",
     as_json: Json = False,
 ) -> None:
     """Write the prefill and the decode checkpoint."""
+    from pdtrim.evaluate.kv_probe import check_codecs
     from pdtrim.export import base_model
     from pdtrim.export import export as write
     from pdtrim.plan import PrunePlan
 
     loaded = PrunePlan.load(plan_file)
-    with progress_of(as_json)("exporting", 2) as advance:
+    with progress_of(as_json)("exporting", 3) as advance:
         dense = base_model(loaded, source=model, dtype=dtype)
+        advance(1)
+        if probe and dense.tokenizer is not None:
+            check_codecs(dense, loaded)
         advance(1)
         write(loaded, dense, output)
     sizes = {
