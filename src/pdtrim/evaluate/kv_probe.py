@@ -1,9 +1,9 @@
 """A few needles before a codec is trusted with a model.
 
-Some models break under a codec that others bear: Qwen2.5-7B with plain 4-bit keys finds none of the
-needles that it finds in bf16, because a few of its key channels are huge. The probe asks a handful
-of needles with the plan's codecs, every pair kept, and without them. Selectors are left out: what
-they lose is a choice, a codec that breaks the model is a mistake.
+Some models break under a codec that others bear: Qwen2.5-7B is reported to find 0 to 4 % of needles
+with symmetric 4-bit keys a token, because a few of its key channels are huge. The probe asks a
+handful of needles with the plan's codecs, every pair kept, and without them. Selectors are left
+out: what they lose is a choice, a codec that breaks the model is a mistake.
 """
 
 from __future__ import annotations
