@@ -1,0 +1,50 @@
+"""A model in which some blocks have other weights; everything else is shared with the original."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from pdtrim.models.model import Model
+
+Weights = dict[str, Tensor]
+"""Parameters of one block, by their names below it, such as ``mlp.down_proj.weight``."""
+
+
+def swap_blocks(model: Model, blocks: Mapping[int, Weights]) -> Model:
+    """A copy of a dense model with other weights in the blocks named.
+
+    Args:
+        blocks: by dense layer index; parameters that are left out stay shared with ``model``.
+
+    Raises:
+        ValueError: a parameter that the block does not have, or of another shape.
+    """
+    swapped = {id(model.block(layer).module) for layer in blocks}
+    shared = {
+        id(part): part for part in (*model.network.parameters(), *model.network.buffers())
+    } | {id(layer): layer for layer in model.network.model.layers if id(layer) not in swapped}
+    network = copy.deepcopy(model.network, shared)
+    for layer, weights in blocks.items():
+        module = network.model.layers[layer]
+        for name, tensor in weights.items():
+            _put(module, layer, name, tensor.to(model.device, model.dtype))
+    return Model(network, model.tokenizer, name=model.name, revision=model.revision)
+
+
+def _put(block: nn.Module, layer: int, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    try:
+        owner = block.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"layer {layer} has no part '{path}'") from None
+    old = getattr(owner, leaf, None)
+    if not isinstance(old, nn.Parameter):
+        raise ValueError(f"layer {layer} has no parameter '{name}'")
+    if tensor.shape != old.shape:
+        raise ValueError(
+            f"layer {layer}: '{name}' is {tuple(tensor.shape)}, not {tuple(old.shape)}"
+        )
+    owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
