@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from pdtrim.bench.codec import LOUD_CHANNELS, bench_codecs, break_even, sample
+from pdtrim.bench.codec import LOUD_CHANNELS, bench_codecs, codec_speeds, sample
 from pdtrim.errors import PdtrimError, PlanError
 from pdtrim.kv.codecs import parse_codec
 
@@ -37,18 +37,6 @@ def test_every_codec_is_reported_with_its_compression(dtype, itemsize):
     coded = 2 * 3 * 36 * 16 * itemsize + 4 * 3 * (16 * 2 + 64) + 3 * 64 * 16
     assert by_name["int4:group=32"] == raw_bytes / coded
     assert by_name["lossless"] == raw_bytes / parse_codec("lossless").encode(*kv).numel() > 1
-
-
-def test_break_even_by_hand():
-    # 4x at 2 GB/s: three quarters of 16 Gbit/s
-    assert break_even(4, 2e9, 1) == pytest.approx(12)
-    assert break_even(2, 1e6, 1e-3) == pytest.approx(4)
-    assert break_even(1, 1e9, 1) == break_even(0.5, 1e9, 1) == 0
-    # at that speed both ways take the same time, and below it the encoded one takes less
-    n, compression, seconds = 3e8, 3.0, 0.25
-    link = break_even(compression, n, seconds) / 8 * 1e9
-    assert seconds + n / compression / link == pytest.approx(n / link)
-    assert seconds + n / compression / (link / 2) < n / (link / 2)
 
 
 def test_the_data_is_the_same_each_time_and_has_loud_key_channels():
@@ -83,3 +71,8 @@ def test_progress_counts_every_run():
 def test_what_cannot_be_timed_is_refused(change, error):
     with pytest.raises(error):
         bench_codecs(**{"names": ["raw"], **SHAPE, "repeats": 1, **change})
+
+
+def test_the_packed_codecs_and_the_entropy_codec_have_a_speed_each():
+    speeds = codec_speeds(width=32, dtype="bfloat16", device="cpu")
+    assert set(speeds) == {"any", "packed"} and min(speeds.values()) > 0

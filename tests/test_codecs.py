@@ -6,6 +6,7 @@ Shapes: L heads, M tokens, D head width.
 from __future__ import annotations
 
 import struct
+import zlib
 from itertools import pairwise
 
 import pytest
@@ -14,13 +15,14 @@ import zstandard
 from pydantic import TypeAdapter, ValidationError
 
 from pdtrim.errors import PlanError, WireError
-from pdtrim.kv.codecs import CODECS, Codec, Fp8, Integer, Lossless, Raw, parse_codec
+from pdtrim.kv.codecs import CODECS, Codec, Entropy, Fp8, Integer, Lossless, Raw, parse_codec
 from pdtrim.kv.codecs.hadamard import hadamard
 from pdtrim.kv.codecs.integer import fp16_below, pack, quantise, unpack
 
 NAMES = [
     *("raw", "fp8", "lossless", "int8", "int4", "int3", "int2", "k4v2", "k8v4"),
     *("int4:group=24,first=0,recent=0", "k3v2:group=5,first=1,recent=3", "int4:rotate=true"),
+    *("entropy", "entropy:k_step=0.05,v_step=2,first=0"),
 ]
 SHAPES = [(3, M, D) for M in (0, 1, 5, 37, 64, 200) for D in (8, 64, 128)] + [(0, 50, 8)]
 DTYPES = (torch.bfloat16, torch.float32)
@@ -61,6 +63,17 @@ def assert_close(codec, x_LMD, y_LMD, keys):
     if isinstance(codec, Fp8):
         step_L11 = x_LMD.abs().amax((1, 2), keepdim=True) / 448 if x_LMD.numel() else 0
         assert ((x_LMD - y_LMD).abs() <= x_LMD.abs() / 15.9 + step_L11 / 1000 + slack_LMD).all()
+        return
+    if isinstance(codec, Entropy):
+        x_LND, y_LND = x_LMD[:, codec.first :], y_LMD[:, codec.first :]
+        assert torch.equal(x_LMD[:, : codec.first], y_LMD[:, : codec.first])
+        if x_LND.numel():
+            centred = x_LND - x_LND.mean(1, keepdim=True) if keys else x_LND
+            dims, step = ((1, 2), codec.k_step) if keys else (2, codec.v_step)
+            rms = centred.square().mean(dims, keepdim=True).sqrt()
+            allowed = torch.maximum(step * rms, centred.abs().amax(dims, keepdim=True) / 127) / 2
+            slack = 1e-6 + (2**-9 + torch.finfo(dtype).eps) * x_LND.abs()
+            assert ((x_LND - y_LND).abs() <= 1.01 * allowed + slack).all()
         return
     coded = body(codec, x_LMD.shape[1])
     bits = codec.k_bits if keys else codec.v_bits
@@ -244,7 +257,7 @@ def test_equal_elements_come_back_exact(name, value):
     assert torch.equal(parse_codec(name).round_trip(x, x)[0], x)
 
 
-@pytest.mark.parametrize("name", ("fp8", "int4", "lossless"))
+@pytest.mark.parametrize("name", ("fp8", "int4", "entropy", "lossless"))
 @pytest.mark.parametrize("byte", (0x00, 0xFF))
 def test_garbage_of_the_right_length_is_refused(name, byte):
     codec = parse_codec(name)
@@ -256,7 +269,7 @@ def test_garbage_of_the_right_length_is_refused(name, byte):
 def test_no_number_is_refused_and_not_hidden():
     k, v = pairs(1, 100, 8)
     k[0, 50, 3] = torch.nan
-    for name in ("fp8", "int4"):
+    for name in ("fp8", "int4", "entropy"):
         with pytest.raises(WireError):
             parse_codec(name).round_trip(k, v)
 
@@ -309,6 +322,38 @@ def test_lossless_refuses_hostile_planes():
         data = torch.tensor(list(head), dtype=torch.uint8)
         with pytest.raises(WireError):
             Lossless().decode(data, 2, 100, 8, torch.bfloat16)
+
+
+def test_entropy_needs_fewer_bytes_than_a_grid_of_equal_error():
+    """Of normal values: the step that gives int3's error must cost at least a quarter bit less."""
+    k, v = pairs(4, 800, 64)
+    grid = parse_codec("int3:first=0,recent=0")
+    step = parse_codec("entropy:k_step=0.02,v_step=0.66,first=0")
+    errors = [(codec.round_trip(k, v)[1] - v).square().mean() for codec in (grid, step)]
+    assert errors[1] < errors[0]
+    k0 = torch.zeros_like(k)  # so that the values' bytes are nearly all there is
+    size = step.encode(k0, v).numel() * 8 / v.numel()
+    assert size < 3 + 32 / 64 - 0.25
+
+
+def test_entropy_refuses_hostile_codes():
+    L, M, D = 2, 100, 8
+    k, v = pairs(L, M, D, torch.bfloat16)
+    codec = Entropy()
+    good = codec.encode(k, v)
+    plain = 4 + 2 * 2 * L * 4 * D + 2 * L * D + 2 * L + 2 * L * 96
+    bomb = zlib.compressobj(9, zlib.DEFLATED, -15)
+    bomb = bomb.compress(bytes(2**24)) + bomb.flush()
+    border = int.from_bytes(bytes(good[:4].tolist()), "little")
+    keys = bytes(good[plain : plain + border].tolist())
+    values = bytes(good[plain + border :].tolist())
+    for bad in (bomb, b"", b"junk", keys[:-1], keys + b"x", bytes(L * 96 * D + 1)):
+        data = len(bad).to_bytes(4, "little") + bytes(good[4:plain].tolist()) + bad + values
+        with pytest.raises(WireError, match="entropy KV"):
+            codec.decode(torch.tensor(list(data), dtype=torch.uint8), L, M, D, torch.bfloat16)
+    for cut in (0, 3, plain - 1, plain + border - 1):
+        with pytest.raises(WireError):
+            codec.decode(good[:cut], L, M, D, torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", NAMES)

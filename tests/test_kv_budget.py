@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers import random_batch, tiny_model
+from pdtrim.calibration.recall import with_recall
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.quality import Variant, measure_quality
 from pdtrim.kv.policy import HandoverPolicy
@@ -13,12 +14,12 @@ from pdtrim.plan import Gates, LayerKV
 from pdtrim.search.kv_budget import (
     KVObjective,
     allocate,
-    budget_of,
     full_bytes,
     lagrangian,
     resolve_policy,
     rule_bytes,
 )
+from pdtrim.search.kv_menu import KVBudget, default_menu, parse_budget
 from pdtrim.search.kv_request import KVRequest
 from pdtrim.stage.forward import Pair
 
@@ -102,7 +103,7 @@ def test_a_budget_is_met_and_never_worse_than_one_entry_everywhere(model, text):
         sent = sum(rule_bytes(v, r) for v, r in zip(objective.views, found.rules, strict=True))
         assert full / sent == pytest.approx(found.compression) and found.compression >= compression
         assert found.kl <= found.uniform_kl
-        assert found.kl == pytest.approx(kl_of(model, text, found.rules), abs=1e-5)
+        assert found.kl == pytest.approx(kl_of(model, with_recall(text), found.rules), abs=1e-5)
     assert len(set(found.entries)) > 1, "the budget should mix entries here"
 
 
@@ -112,13 +113,28 @@ def test_a_budget_out_of_reach_or_misspelt_is_refused(model, text):
     with pytest.raises(PlanError, match="at least 1"):
         allocate(model, text, 0.5, menu=MENU)
     with pytest.raises(PlanError, match="write budget:compression=5"):
-        budget_of("budget:5")
+        parse_budget("budget:5")
     with pytest.raises(PlanError, match="unknown selector"):
-        budget_of("nearest")
-    assert budget_of("budget:compression=5") == 5.0 and budget_of("full") is None
+        parse_budget("nearest")
+    assert parse_budget("full") is None
+    for budget in (KVBudget(compression=5), KVBudget(compression=2.5, codecs="packed")):
+        assert parse_budget(budget.text) == budget
+    assert not any("entropy" in name for name in default_menu(64, "packed"))
+    assert any("entropy" in name for name in default_menu(64))
 
 
 def test_a_policys_text_resolves_for_every_layer(model, text):
     rules = resolve_policy("tova:share=0.5+int8", model, text)
     assert [r.selector.name for r in rules] == ["tova"] * 4
     assert [r.codec.name for r in rules] == ["int"] * 4
+
+
+def test_recall_copies_the_prompt_and_leaves_the_text_alone(model, text):
+    both = with_recall(text)
+    assert torch.equal(both.prompt_BP, text.prompt_BP.repeat(2, 1))
+    assert torch.equal(both.continuation_BC[:3], text.continuation_BC)
+    long = with_recall(random_batch(model, rows=2, prompt=90, new=70))
+    for prompt, copied in zip(long.prompt_BP[2:].tolist(), long.continuation_BC[2:].tolist()):
+        windows = [prompt[i : i + 32] for i in range(59)]
+        assert copied[:32] in windows and copied[32:64] in windows
+        assert copied[64:] in [window[:6] for window in windows]

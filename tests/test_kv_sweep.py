@@ -41,7 +41,11 @@ def test_every_family_is_measured_at_real_bytes(result):
     bits = [rows[f"codec@{name}"] for name in ("int8", "int4", "int3", "int2")]
     assert [r.kl for r in bits] == sorted(r.kl for r in bits)
     assert [r.kv_bytes for r in bits] == sorted((r.kv_bytes for r in bits), reverse=True)
-    assert rows["budget@3x"].kv_compression > 2.5  # the frame's header counts here
+    for family in ("budget", "budget, packed codecs"):
+        assert rows[f"{family}@3x"].kv_compression > 2.5  # the frame's header counts here
+    caches = {name: row.metrics["decode_cache_bytes"] for name, row in rows.items()}
+    assert caches["codec@int2"] == caches["dense"]  # a codec saves the link, not decode
+    assert caches["snapkv@4.95x"] < 0.3 * caches["dense"]
 
 
 def test_bytes_are_those_of_two_processes(model, tiny_text):
@@ -49,7 +53,8 @@ def test_bytes_are_those_of_two_processes(model, tiny_text):
 
     batch = text_batch(model, str(tiny_text), prompt_tokens=20, continuation_tokens=2, limit=2)
     plan = dense_plan(model)
-    assert loopback_bytes(plan, model, batch) == measured_plan_bytes(plan, model, batch)
+    counted = loopback_bytes(plan, model, batch)
+    assert counted.frame == measured_plan_bytes(plan, model, batch)
 
 
 def test_the_table_and_the_picture_show_every_row(result, tmp_path):

@@ -28,6 +28,7 @@ CODECS = (
     "raw",
     "fp8",
     "lossless",
+    "entropy:first=1",
     "int8:first=1,recent=2",
     "int4:first=1,recent=2,group=8",
     "k4v2:rotate=true,first=1,recent=2",

@@ -18,6 +18,8 @@ from pdtrim.errors import PdtrimError
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.models.loading import DTYPES
 from pdtrim.progress import Progress, silent
+from pdtrim.search.kv_menu import Codecs
+from pdtrim.search.link import break_even
 
 T = TypeVar("T")
 
@@ -88,13 +90,21 @@ def bench_codecs(
     }
 
 
-def break_even(compression: float, raw_bytes: float, seconds: float) -> float:
-    """Gbit/s of the link below which sending encoded beats sending raw; 0 if it never does.
-
-    For n raw bytes, ``S = n / seconds`` of encoding plus decoding and a link of B, encoded wins
-    when ``n / S + n / (CR B) < n / B``, so ``B* = (1 - 1 / CR) S`` (KVServe, arXiv 2605.13734).
-    """
-    return max(0.0, 1 - 1 / compression) * raw_bytes / seconds * 8 / 1e9
+def codec_speeds(*, width: int, dtype: str, device: str | torch.device) -> dict[Codecs, float]:
+    """GB/s through encoding and decoding on this machine, by the codecs that a budget may use."""
+    rotate = ",rotate=true" if width & (width - 1) == 0 else ""
+    names: dict[Codecs, str] = {"any": "entropy", "packed": f"int3:group=128,recent=0{rotate}"}
+    report = bench_codecs(
+        list(names.values()),
+        heads=16,
+        tokens=1024,
+        width=width,
+        dtype=dtype,
+        device=device,
+        repeats=5,
+    )
+    speed = {entry["codec"]: entry["both_gb_s"] for entry in report["codecs"]}
+    return {codecs: speed[name] for codecs, name in names.items()}
 
 
 def sample(heads: int, tokens: int, width: int) -> Tensor:
@@ -124,7 +134,7 @@ def _entry(
         "compression": compression,
         **{f"{part}_gb_s": speed for part, speed in speeds.items()},
         **{f"{part}_ratio": speed / copy for part, speed in speeds.items()},
-        "break_even_gbit_s": break_even(compression, raw_bytes, statistics.median(both)),
+        "break_even_gbit_s": break_even(compression, speeds["both"]),
     }
 
 

@@ -53,11 +53,11 @@ def plan(
     ] = None,
     handover_ms: Annotated[
         float | None,
-        typer.Option(help="Instead of --kv: time for a calibration prompt; with --link-gbit-s."),
+        typer.Option(help="Instead of --kv: time for a calibration prompt at --link-gbit-s."),
     ] = None,
     link_gbit_s: Annotated[
         float | None,
-        typer.Option(help="Speed of the link between the stages."),
+        typer.Option(help="Speed of the link; codecs that it outruns here are left out."),
     ] = None,
     calibration: Annotated[
         str, typer.Option(help="self, FILE.txt, FILE.jsonl[.gz], or hub:NAME[:SPLIT[:FIELD]].")
@@ -75,11 +75,12 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Search which blocks each stage can lose, and write the plan."""
+    from pdtrim.bench.codec import codec_speeds
     from pdtrim.calibration.batches import CalibrationConfig, load_calibration
     from pdtrim.methods import METHODS, Target
     from pdtrim.models.loading import load_model
     from pdtrim.report.inspect import picture
-    from pdtrim.search.kv_budget import budget_of
+    from pdtrim.search.kv_menu import parse_budget
     from pdtrim.search.link import LinkBudget
 
     if method not in METHODS:
@@ -87,7 +88,7 @@ def plan(
     mode = mode or METHODS[method].default_mode
     if mode not in ("projected", "subset"):
         raise PdtrimError(f"unknown mode '{mode}': use projected or subset")
-    budget_of(kv)  # a typing mistake should not wait for the model
+    parse_budget(kv)  # a typing mistake should not wait for the model
     text = CalibrationConfig(
         source=calibration,
         prompt_tokens=prompt_tokens,
@@ -100,12 +101,16 @@ def plan(
     progress = progress_of(as_json)
     with progress("loading the model", 1):
         dense = load_model(model, dtype=dtype)
+    speeds = None
+    if link_gbit_s is not None:
+        with progress("timing the codecs", 1):
+            speeds = codec_speeds(width=dense.head_dim, dtype=dtype, device=dense.device)
     kv = LinkBudget(
         compression=kv_compression,
         bytes_per_token=kv_bytes_per_token,
         handover_ms=handover_ms,
         link_gbit_s=link_gbit_s,
-    ).policy(dense, kv, prompt_tokens)
+    ).policy(dense, kv, prompt_tokens, codec_gb_s=speeds)
     target = Target(
         prefill_remove=_count(prefill_remove, dense.num_layers, "--prefill-remove"),
         decode_remove=_count(decode_remove, dense.num_layers, "--decode-remove"),
@@ -171,7 +176,7 @@ def export(
         if probe and dense.tokenizer is not None:
             check_codecs(dense, loaded)
         advance(1)
-        write(loaded, dense, output)
+        write(loaded, dense, output, blocks=plan_file.parent)
     sizes = {
         stage: sum(f.stat().st_size for f in (output / stage).glob("*.safetensors"))
         for stage in ("prefill", "decode")

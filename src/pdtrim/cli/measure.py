@@ -126,6 +126,8 @@ def kv_sweep(
         print_json(result.to_json())
     else:
         out.print(table(result))
+        for problem in result.problems:
+            out.print(f"[yellow]not to be trusted:[/] {problem}", highlight=False)
         out.print(f"wrote {output}/result.json, table.md, kv.png and kv.svg")
 
 
@@ -137,6 +139,7 @@ def bench_codec(
         "k3v2:rotate=true",
         "int2:rotate=true",
         "fp8",
+        "entropy",
         "lossless",
     ],
     heads: Annotated[int, typer.Option(help="KV heads, over all layers.")] = 90,

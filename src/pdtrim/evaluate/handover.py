@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from pdtrim.export import export
@@ -23,25 +24,42 @@ def measured_bytes(folder: str | Path, batch: Batch) -> float:
         return sum(session.kv_bytes) / len(session.kv_bytes)
 
 
-def loopback_bytes(plan: PrunePlan, model: Model, batch: Batch) -> float:
-    """The same within this process: the stages' own sender and receiver over a loopback socket."""
+@dataclass(frozen=True, kw_only=True)
+class Loopback:
+    """Mean bytes a prompt: of the frame, and of the pairs that decode then holds."""
+
+    frame: float
+    cache: float
+
+
+def loopback_bytes(plan: PrunePlan, model: Model, batch: Batch) -> Loopback:
+    """Counted within this process: the stages' own sender and receiver over a loopback socket."""
     receiver = Receiver(plan, model.dtype)
     sender = PrefillProcess(None, model, plan)
-    sizes = []
+    frames = caches = 0
     try:
         for prompt in batch.prompt_BP.tolist():
             tokens, request = prompt[:-1], secrets.token_bytes(16)
             receiver.expect(request, len(tokens))
             layout = Layout.of(plan, model.dtype, len(tokens))
             sender.ship(layout, request, sender.run([tokens])[0], receiver.port)
-            sizes.append(receiver.take(request).frame_bytes)
+            arrived = receiver.take(request)
+            frames += arrived.frame_bytes
+            groups = [group for layer in arrived.layers.values() for group in layer.groups]
+            caches += sum(g.k_BgMD.nbytes + g.v_BgMD.nbytes for g in groups)
     finally:
         sender.close()
         receiver.close()
-    return sum(sizes) / len(sizes)
+    return Loopback(frame=frames / len(batch), cache=caches / len(batch))
 
 
-def measured_plan_bytes(plan: PrunePlan, model: Model, batch: Batch) -> float:
-    """The same for a plan that has not been exported: a pair is made, run and removed."""
+def measured_plan_bytes(
+    plan: PrunePlan, model: Model, batch: Batch, *, blocks: Path | None = None
+) -> float:
+    """The same for a plan that has not been exported: a pair is made, run and removed.
+
+    Args:
+        blocks: the plan file's folder, for a plan with replaced blocks.
+    """
     with tempfile.TemporaryDirectory(prefix="pdtrim-") as folder:
-        return measured_bytes(export(plan, model, Path(folder) / "pair"), batch)
+        return measured_bytes(export(plan, model, Path(folder) / "pair", blocks=blocks), batch)

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from pdtrim.calibration.batches import CalibrationConfig, load_calibration, text_batch
-from pdtrim.evaluate.handover import loopback_bytes
+from pdtrim.evaluate.handover import Loopback, loopback_bytes
+from pdtrim.evaluate.kv_checks import sanity
 from pdtrim.evaluate.kv_suite import KvSuiteConfig, run_suite
 from pdtrim.evaluate.quality import Variant, measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
@@ -21,13 +22,15 @@ from pdtrim.methods.dense import dense_plan
 from pdtrim.models.model import Model
 from pdtrim.plan import PrunePlan
 from pdtrim.progress import Progress, silent
-from pdtrim.search.kv_budget import allocate, budget_of
+from pdtrim.search.kv_budget import allocate
+from pdtrim.search.kv_menu import STEPS, KVBudget, default_menu, parse_budget
 from pdtrim.search.kv_request import KVRequest
 from pdtrim.search.objective import dense_trace
 from pdtrim.stage.cost import Lengths
 from pdtrim.stage.forward import Batch, Pair
 
 WIRE_PROMPTS = 2
+SANITY = ("first_last@2.5x", "random@2.5x")
 COMPRESSIONS = (2.5, 4.95, 10.0)  # of the selectors that drop tokens; 4.95 is the document's
 
 
@@ -53,6 +56,8 @@ def default_policies(head_dim: int, tokens: int, num_layers: int) -> dict[str, s
     if rotate:
         for name in ("int4", "int3", "k3v2", "int2"):
             policies[f"rotated codec@{name}"] = f"full+{name}:recent=0,group=128{rotate}"
+    for k, v in STEPS:
+        policies[f"entropy codec@{k}/{v}"] = f"full+entropy:k_step={k},v_step={v}"
     window = max(4, min(32, tokens // 16))
     policies["fp8@fp8"] = "full+fp8"
     policies["lossless@lossless"] = "full+lossless"
@@ -60,7 +65,7 @@ def default_policies(head_dim: int, tokens: int, num_layers: int) -> dict[str, s
         share = round(1 / x, 4)
         last = max(1, round(tokens / x) - 4)
         policies[f"first_last@{x}x"] = f"first_last:first=4,last={last},layers=all"
-        policies[f"random@{x}x"] = f"random:first=4,last=1,share={share}"
+        policies[f"random@{x}x"] = f"random:first=0,last=0,share={share}"
         policies[f"snapkv@{x}x"] = f"snapkv:share={share},window={window},value_norm=true"
         policies[f"tova@{x}x"] = f"tova:share={share},first=4"
         policies[f"expected_attention@{x}x"] = f"expected_attention:share={share}"
@@ -73,15 +78,14 @@ def default_policies(head_dim: int, tokens: int, num_layers: int) -> dict[str, s
     policies["first_last where attention concentrates@document"] = document
     policies["lazy_layer@tau 0.7"] = "lazy_layer:first=4,last=60,tau=0.7"
     for share in (0.8, 0.6, 0.4):
-        codec = f"k3v2:recent=0,group=128{rotate}"
-        policies[f"snapkv+k3v2@{share}"] = (
-            f"snapkv:share={share},window={window},value_norm=true+{codec}"
+        policies[f"snapkv+entropy@{share}"] = (
+            f"snapkv:share={share},window={window},value_norm=true+entropy"
         )
     return policies
 
 
 def sweep(model: Model, config: SweepConfig, *, progress: Progress = silent) -> Result:
-    """Rows ``dense`` and one a policy; retrieval in ``metrics``."""
+    """Rows ``dense`` and one a policy; retrieval and decode's cache bytes in ``metrics``."""
     batch = text_batch(
         model,
         config.text,
@@ -94,12 +98,16 @@ def sweep(model: Model, config: SweepConfig, *, progress: Progress = silent) -> 
     pair = Pair.dense(model)
     variants = {name: Variant.of(plan, pair) for name, plan in plans.items()}
     qualities = measure_quality(model, variants, batch, progress=progress)
-    metrics: dict[str, dict[str, float]] = {}
+    metrics: dict[str, dict[str, float]] = {name: {} for name in plans}
+    problems: list[str] = []
     if config.probes:
         suite = KvSuiteConfig(probes=config.probes, tokens=config.lengths.prompt, seed=config.seed)
         policies["full"] = policies.pop("dense")
-        metrics = run_suite(pair, plans["dense"].gates, policies, suite, progress=progress)
-        metrics["dense"] = metrics["full"]
+        found = run_suite(pair, plans["dense"].gates, policies, suite, progress=progress)
+        metrics = {**found, "dense": found["full"]}
+        kls = {name: quality.kl for name, quality in qualities.items()}
+        kls["full"] = kls["dense"]
+        problems = sanity(found, kls, first_last=SANITY[0], random=SANITY[1])
     sizes = _bytes(model, plans, batch, progress)
     rows = tuple(
         make_row(
@@ -108,10 +116,10 @@ def sweep(model: Model, config: SweepConfig, *, progress: Progress = silent) -> 
             qualities[name],
             plan,
             lengths=config.lengths,
-            kv_bytes=sizes[name],
-            dense_kv_bytes=sizes["dense"],
+            kv_bytes=sizes[name].frame,
+            dense_kv_bytes=sizes["dense"].frame,
             settings=plan.provenance.method,
-            metrics=metrics.get(name, {}),
+            metrics={**metrics[name], "decode_cache_bytes": sizes[name].cache},
         )
         for name, plan in plans.items()
     )
@@ -122,14 +130,15 @@ def sweep(model: Model, config: SweepConfig, *, progress: Progress = silent) -> 
         lengths=config.lengths,
         plans=tuple(plans.values())[1:],
     )
-    return Result(provenance=provenance, rows=rows)
+    return Result(provenance=provenance, rows=rows, problems=tuple(problems))
 
 
 def markdown(result: Result) -> str:
     """The sweep as a Markdown table, best KL first."""
     lines = [
-        "| policy | KV bytes | compression | KL | retrieval, question visible | hidden |",
-        "|---|---|---|---|---|---|",
+        "| policy | KV bytes | compression | KL | retrieval, question visible | hidden"
+        " | decode cache |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in sorted(result.rows, key=lambda r: r.kl):
         found = [
@@ -138,8 +147,10 @@ def markdown(result: Result) -> str:
         ]
         lines.append(
             f"| {row.name} | {row.kv_bytes:,.0f} | {row.kv_compression:.2f}x"
-            f" | {row.kl:.4f} ± {row.kl_error:.4f} | {found[0]} | {found[1]} |"
+            f" | {row.kl:.4f} ± {row.kl_error:.4f} | {found[0]} | {found[1]}"
+            f" | {row.metrics['decode_cache_bytes'] / 2**20:.2f} MiB |"
         )
+    lines += [f"\nNot to be trusted: {problem}." for problem in result.problems]
     return "\n".join(lines) + "\n"
 
 
@@ -159,18 +170,21 @@ def _plans(model: Model, config: SweepConfig, progress: Progress) -> dict[str, P
     )
     wanted = default_policies(model.head_dim, config.lengths.prompt - 1, model.num_layers)
     for compression in config.budgets:
-        wanted[f"budget@{compression:g}x"] = f"budget:compression={compression:g}"
+        wanted[f"budget@{compression:g}x"] = KVBudget(compression=compression).text
+        packed = KVBudget(compression=compression, codecs="packed")
+        wanted[f"budget, packed codecs@{compression:g}x"] = packed.text
     dense = dense_plan(model)
     sample = text.search.to(model.device)
     trace = dense_trace(model, sample)
     plans = {}
     with progress("fitting policies", len(wanted)) as advance:
         for name, policy in wanted.items():
-            budget = budget_of(policy)
+            budget = parse_budget(policy)
             if budget is None:
                 rules = KVRequest.parse(policy).resolve(model, sample, trace)
             else:
-                rules = allocate(model, sample, budget).rules
+                menu = default_menu(model.head_dim, budget.codecs)
+                rules = allocate(model, sample, budget.compression, menu=menu).rules
             provenance = dense.provenance.model_copy(
                 update={
                     "method": policy,
@@ -187,7 +201,7 @@ def _plans(model: Model, config: SweepConfig, progress: Progress) -> dict[str, P
 @torch.inference_mode()
 def _bytes(
     model: Model, plans: dict[str, PrunePlan], batch: Batch, progress: Progress
-) -> dict[str, float]:
+) -> dict[str, Loopback]:
     sizes = {}
     with progress("counting bytes on the wire", len(plans)) as advance:
         for name, plan in plans.items():

@@ -76,11 +76,12 @@ class ResultProvenance(Frozen):
 
 
 class Result(Frozen):
-    """A result file."""
+    """A result file; ``problems`` are reasons not to trust it, found by its own sanity checks."""
 
     schema_id: Literal["pdtrim.result/1"] = Field(default="pdtrim.result/1", alias="schema")
     provenance: ResultProvenance
     rows: tuple[Row, ...] = Field(min_length=1)
+    problems: tuple[str, ...] = ()
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True

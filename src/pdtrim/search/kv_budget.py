@@ -8,6 +8,9 @@ each anchor the deviations with the best trade are taken until the budget is met
 sweep), the result is measured as a whole, and the best result wins. It is never worse, on the
 calibration text, than the best single entry that meets the budget.
 
+The text is calibration text and, below it, the same prompts continued by pieces of themselves
+(``calibration/recall.py``): KL on web text alone hardly needs what a question could ask for.
+
 KVServe (2605.13734) and LU-KV (2602.08585) allocate bits or tokens to heads offline; here both come
 from one menu, and the document's first/last rule, DuoAttention's heads and mixed precision are
 entries or mixtures of it.
@@ -23,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pdtrim.calibration.recall import with_recall
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.errors import PlanError
 from pdtrim.kv.codecs import Raw
@@ -31,6 +35,7 @@ from pdtrim.kv.policy import HandoverPolicy, HeadGroup, gather, hand_over
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.progress import Progress, silent
+from pdtrim.search.kv_menu import default_menu, parse_budget
 from pdtrim.search.kv_request import KVRequest, prompt_and_queries
 from pdtrim.stage.forward import Batch, Pair, Trace, decode_stream, streams
 from pdtrim.stage.view import BlockView
@@ -43,33 +48,13 @@ KV_SEQUENCES = 4  # of the calibration text, on which KV policies are fitted and
 REACH = 2.0  # entries whose bytes differ from the budget by more than this factor are not tried
 
 
-def default_menu(head_dim: int) -> tuple[str, ...]:
-    """Selectors and codecs to mix; keys and values are rotated where the width allows it."""
-    rotate = ",rotate=true" if head_dim & (head_dim - 1) == 0 else ""
-    codecs = [f"{c}:recent=0,group=128{rotate}" for c in ("k4v3", "int3", "k3v2", "int2")]
-    whole = ["full+raw", "full+int8:recent=0", f"full+int4:recent=0{rotate}"]
-    whole += [f"full+{codec}" for codec in codecs]
-    cut = [
-        f"{selector}+{codec}"
-        for selector in ("snapkv:share=0.75", "snapkv:share=0.5")
-        for codec in codecs[1:]
-    ]
-    few = [
-        "first_last:first=4,last=60,layers=all",
-        f"first_last:first=4,last=124,layers=all+{codecs[0]}",
-        f"duo:share=0.5,first=4,last=60+{codecs[0]}",
-        f"snapkv:share=0.25+{codecs[0]}",
-    ]
-    return (*whole, *cut, *few)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
     """What a budget bought.
 
     Attributes:
         compression: full bf16 bytes over bytes of the calibration prompts' pairs and masks.
-        kl: on calibration text; ``uniform_kl`` that of the best single entry in all layers.
+        kl: on calibration text and recall; ``uniform_kl`` that of the best single entry in all layers.
         entries: the menu entry of each layer.
     """
 
@@ -168,7 +153,7 @@ def allocate(
     if compression < 1:
         raise PlanError(f"KV compression {compression} must be at least 1")
     names = tuple(menu or default_menu(model.head_dim))
-    objective = KVObjective(model, batch)
+    objective = KVObjective(model, with_recall(batch))
     batch, trace = objective.batch, objective.dense
     full = full_bytes(model, batch.prompt_BP.shape[1] - 1)
     budget = full / compression
@@ -307,21 +292,10 @@ def resolve_policy(
         PlanError: the text is no policy, or the budget cannot be met.
     """
     batch = batch.to(model.device)
-    compression = budget_of(text)
-    if compression is not None:
-        return allocate(model, batch, compression, progress=progress).rules
+    budget = parse_budget(text)
+    if budget is not None:
+        menu = default_menu(model.head_dim, budget.codecs)
+        return allocate(model, batch, budget.compression, menu=menu, progress=progress).rules
     with torch.inference_mode():
         trace = streams(Pair.dense(model), batch, Gates.dense(model.num_layers))
     return KVRequest.parse(text).resolve(model, batch, trace, block_size=block_size)
-
-
-def budget_of(text: str) -> float | None:
-    """The compression that ``budget:compression=X`` asks for; None for any other policy."""
-    if not text.startswith("budget"):
-        KVRequest.parse(text)  # so that a mistake is seen before any work
-        return None
-    number = text.removeprefix("budget:compression=")
-    try:
-        return float(number)
-    except ValueError:
-        raise PlanError(f"KV policy '{text}': write budget:compression=5") from None

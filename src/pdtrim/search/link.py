@@ -2,17 +2,20 @@
 
 Sending B bytes over a link of s bytes a second takes B / s. Encoding them at rate c (encode and
 decode in sequence) to B / x pays while ``B / c + B / (x s) < B / s``, that is for links slower than
-``s* = (1 - 1 / x) c`` (KVServe, 2605.13734). A link that meets the wanted time without compression
-gets the plain cache.
+``s* = (1 - 1 / x) c`` (KVServe, 2605.13734). So where the link's speed is known, codecs whose
+measured rate it outruns are left out, and where it outruns all of them, or meets the wanted time
+without compression, the plain cache is sent.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pdtrim.errors import PlanError
 from pdtrim.models.model import Model
 from pdtrim.search.kv_budget import full_bytes
+from pdtrim.search.kv_menu import Codecs, KVBudget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +27,19 @@ class LinkBudget:
     handover_ms: float | None = None
     link_gbit_s: float | None = None
 
-    def policy(self, model: Model, otherwise: str, prompt_tokens: int) -> str:
-        """The KV policy it asks for: ``full``, ``budget:compression=X``, or ``otherwise``.
+    def policy(
+        self,
+        model: Model,
+        otherwise: str,
+        prompt_tokens: int,
+        *,
+        codec_gb_s: Mapping[Codecs, float] | None = None,
+    ) -> str:
+        """The KV policy it asks for: ``full``, ``budget:compression=X...``, or ``otherwise``.
+
+        Args:
+            codec_gb_s: encode plus decode, by the codecs that a budget may use; read where the
+                link's speed is given.
 
         Raises:
             PlanError: more than one wish, one beside a policy, or a number that is not positive.
@@ -36,14 +50,29 @@ class LinkBudget:
             raise PlanError("a KV budget must be above 0")
         if len(given) > 1:
             raise PlanError("give one of --kv-compression, --kv-bytes-per-token, --handover-ms")
-        if (self.handover_ms is None) != (self.link_gbit_s is None):
-            raise PlanError("--handover-ms and --link-gbit-s belong together")
+        if self.handover_ms is not None and self.link_gbit_s is None:
+            raise PlanError("--handover-ms needs --link-gbit-s")
         if not given:
+            if self.link_gbit_s is not None:
+                raise PlanError("--link-gbit-s needs one of --kv-compression and --handover-ms")
             return otherwise
         if otherwise != "full":
             raise PlanError("give either --kv or a KV budget, not both")
         compression = self._compression(full_bytes(model, prompt_tokens), prompt_tokens)
-        return "full" if compression <= 1 else f"budget:compression={compression:.4g}"
+        if compression <= 1:
+            return "full"
+        codecs = self._codecs(compression, codec_gb_s or {})
+        return "full" if codecs is None else KVBudget(compression=compression, codecs=codecs).text
+
+    def _codecs(self, compression: float, codec_gb_s: Mapping[Codecs, float]) -> Codecs | None:
+        """The smallest codecs that the link repays; None if it repays none."""
+        if self.link_gbit_s is None:
+            return "any"
+        for codecs in ("any", "packed"):
+            rate = codec_gb_s.get(codecs)
+            if rate is None or self.link_gbit_s < break_even(compression, rate):
+                return codecs
+        return None
 
     def _compression(self, full: float, tokens: int) -> float:
         if self.compression is not None:
@@ -54,3 +83,12 @@ class LinkBudget:
             return full / tokens / self.bytes_per_token
         assert self.handover_ms is not None and self.link_gbit_s is not None
         return full / (self.link_gbit_s * 1e9 / 8 * self.handover_ms / 1e3)
+
+
+def break_even(compression: float, gb_s: float) -> float:
+    """Gbit/s of the link below which encoded beats raw; 0 if it never does.
+
+    Args:
+        gb_s: raw gigabytes a second through encoding and then decoding.
+    """
+    return max(0.0, 1 - 1 / compression) * gb_s * 8

@@ -9,23 +9,25 @@ from pydantic import Field, ValidationError
 
 from pdtrim.errors import PlanError
 from pdtrim.kv.codecs.base import CodecBase
+from pdtrim.kv.codecs.entropy import Entropy
 from pdtrim.kv.codecs.fp8 import Fp8
 from pdtrim.kv.codecs.integer import Integer
 from pdtrim.kv.codecs.lossless import Lossless
 from pdtrim.kv.codecs.raw import Raw
 from pdtrim.records import first_problem
 
-Codec = Annotated[Raw | Fp8 | Integer | Lossless, Field(discriminator="name")]
+Codec = Annotated[Raw | Fp8 | Integer | Entropy | Lossless, Field(discriminator="name")]
 """Any codec, as a plan writes it: ``{"name": ..., parameters}``."""
 
 CODECS: dict[str, type[CodecBase]] = {
     "raw": Raw,
     "fp8": Fp8,
     "int": Integer,
+    "entropy": Entropy,
     "lossless": Lossless,
 }
 
-PRESETS = "raw (or bf16), fp8, lossless, int{2,3,4,8} or k{2,3,4,8}v{2,3,4,8}"
+PRESETS = "raw (or bf16), fp8, lossless, entropy, int{2,3,4,8} or k{2,3,4,8}v{2,3,4,8}"
 
 
 def parse_codec(text: str) -> CodecBase:
@@ -39,7 +41,7 @@ def parse_codec(text: str) -> CodecBase:
     if bits := re.fullmatch("int([0-9])|k([0-9])v([0-9])", preset):
         both, k_bits, v_bits = bits.groups()
         values = {"name": "int", "k_bits": int(both or k_bits), "v_bits": int(both or v_bits)}
-    elif preset in ("raw", "bf16", "fp8", "lossless"):
+    elif preset in ("raw", "bf16", "fp8", "entropy", "lossless"):
         values = {"name": "raw" if preset == "bf16" else preset}
     else:
         raise PlanError(f"codec {text!r}: {preset!r} is not one of {PRESETS}")
@@ -58,4 +60,14 @@ def parse_codec(text: str) -> CodecBase:
         ) from error
 
 
-__all__ = ["CODECS", "Codec", "CodecBase", "Fp8", "Integer", "Lossless", "Raw", "parse_codec"]
+__all__ = [
+    "CODECS",
+    "Codec",
+    "CodecBase",
+    "Entropy",
+    "Fp8",
+    "Integer",
+    "Lossless",
+    "Raw",
+    "parse_codec",
+]

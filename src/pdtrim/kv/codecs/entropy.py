@@ -1,0 +1,162 @@
+"""A uniform step and an entropy coder: small errors for all, few bits for what is usual.
+
+``code = round((x - mean) / step)``, ``x' = mean + step * code``. A key's step is ``k_step`` times
+the root mean square of its head over the prompt, each channel's mean taken off first: its error in
+a logit should not depend on which token it is. A value's step is ``v_step`` times that of its own
+token: values of sinks are small and much attended, so a common step would drown them. Codes have
+eight bits and are Huffman coded; a step grows where the largest code would not fit.
+
+At equal mean error a uniform step with an entropy coder needs fewer bits than any grid of ``2**b``
+equal codes (by a quarter to half a bit for normal values), because the grid must reach the extremes
+and spends whole bits on codes that are seldom used.
+
+Papers: KVTC (arXiv 2511.01815) quantises and then codes with DEFLATE, after a fixed rotation by
+principal components that is not done here; CacheGen (2310.07240) codes arithmetically. Different
+from both: no statistics but the prompt's own travel, and the step is chosen by plain root mean
+squares. DEFLATE is used for its Huffman codes alone (no matches are searched), on the host: a GPU's
+codes cross to the host and back, so this is for links slower than that.
+
+Bytes: u32 length of the key codes; raw first tokens ``[2, L, R, D]``; fp16 key means ``[L, D]``,
+key steps ``[L]``, value steps ``[L, N]``; key codes ``[L, D, N]`` and value codes ``[L, N, D]``,
+each as raw DEFLATE, or as they are where that is not shorter.
+
+Shapes: L heads, M tokens, N of them coded and R raw, D head width.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pdtrim.errors import WireError
+from pdtrim.kv.codecs.base import CodecBase
+from pdtrim.kv.codecs.integer import fp16_below
+
+HEAD = struct.Struct("<I")
+LARGEST = 127  # code
+
+
+class Entropy(CodecBase):
+    """Steps over root mean squares, and how many first tokens (attention sinks) stay raw."""
+
+    name: Literal["entropy"] = "entropy"
+    k_step: float = Field(default=0.4, ge=0.02, le=4)
+    v_step: float = Field(default=0.9, ge=0.02, le=4)
+    first: int = Field(default=4, ge=0)
+
+    def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
+        """See the base class."""
+        start = min(self.first, k_LMD.shape[1])
+        ends_2LRD = torch.stack((k_LMD[:, :start], v_LMD[:, :start]))
+        k_LND, v_LND = (x[:, start:].to(torch.float32).clamp(-65504, 65504) for x in (k_LMD, v_LMD))
+        mean_LD = _mean(k_LND, dim=1).to(torch.float16)
+        k_LND = k_LND - mean_LD[:, None].to(torch.float32)
+        k_step_L, k_codes_LND = quantise(k_LND, self.k_step, dims=(1, 2))
+        v_step_LN, v_codes_LND = quantise(v_LND, self.v_step, dims=(2,))
+        k_coded, v_coded = _press(k_codes_LND.transpose(1, 2)), _press(v_codes_LND)
+        tensors = [ends_2LRD, mean_LD, k_step_L, v_step_LN]
+        plain = [x.cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for x in tensors]
+        data = b"".join((HEAD.pack(len(k_coded)), *plain, k_coded, v_coded))
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(k_LMD.device)
+
+    def decode(
+        self, data: Tensor, heads: int, tokens: int, width: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """See the base class."""
+        L, D = heads, width
+        start = min(self.first, tokens)
+        N = tokens - start
+        plain = [HEAD.size, *self._plain_sizes(L, tokens, D, dtype)]
+        coded = data.numel() - sum(plain)
+        if coded < 0:
+            raise WireError(f"entropy KV of {data.numel()} bytes is cut short")
+        # the copies start at aligned addresses, wherever in a frame the bytes lie
+        head, ends, mean, k_step, v_step, body = (
+            part.clone() for part in data.cpu().split([*plain, coded])
+        )
+        border = min(int(head.view(torch.int32)), coded)
+        k_codes = _expand(body[: max(border, 0)], L * D * N).view(L, D, N).transpose(1, 2)
+        v_codes = _expand(body[max(border, 0) :], L * N * D).view(L, N, D)
+        k_LND = restore(k_codes, k_step.view(torch.float16).view(L, 1, 1))
+        k_LND = k_LND + mean.view(torch.float16).view(L, 1, D).to(torch.float32)
+        v_LND = restore(v_codes, v_step.view(torch.float16).view(L, N, 1))
+        ends_2LRD = ends.view(dtype).view(2, L, start, D)
+        k_LMD, v_LMD = (
+            torch.cat((end, body_LND.to(dtype)), dim=1).to(data.device)
+            for end, body_LND in zip(ends_2LRD, (k_LND, v_LND), strict=True)
+        )
+        return k_LMD, v_LMD
+
+    def nbytes(self, heads: int, tokens: int, width: int, dtype: torch.dtype) -> int:
+        """See the base class."""
+        coded = heads * (tokens - min(self.first, tokens)) * width
+        return HEAD.size + sum(self._plain_sizes(heads, tokens, width, dtype)) + 2 * coded
+
+    @property
+    def variable(self) -> bool:
+        """The content decides."""
+        return True
+
+    def _plain_sizes(self, heads: int, tokens: int, width: int, dtype: torch.dtype) -> list[int]:
+        """Bytes of the parts before the codes, in wire order."""
+        start = min(self.first, tokens)
+        return [
+            2 * heads * start * width * dtype.itemsize,
+            2 * heads * width,
+            2 * heads,
+            2 * heads * (tokens - start),
+        ]
+
+
+def quantise(x_LND: Tensor, step: float, *, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Steps fp16, one for all elements along ``dims``, and codes int8 ``[L, N, D]``."""
+    # summed in fp64, so that fp16 hides in which order a device adds
+    rms = _mean(x_LND.double().square(), dim=dims, keepdim=True).sqrt()
+    most = x_LND.abs().amax(dims, keepdim=True) if x_LND.numel() else torch.zeros_like(rms)
+    wide = torch.maximum((step * rms).to(torch.float32), most.to(torch.float32) / LARGEST)
+    steps = (-fp16_below(-wide.clamp(max=65504))).clamp(min=2.0**-24)
+    codes = (x_LND / steps.to(torch.float32)).round().clamp(-LARGEST, LARGEST).to(torch.int8)
+    return steps, codes
+
+
+def restore(codes: Tensor, steps: Tensor) -> Tensor:
+    """fp32 of what :func:`quantise` made; refuses steps that it cannot have made."""
+    if not (steps.isfinite().all() and (steps > 0).all()):
+        raise WireError("entropy KV holds a step that is no number or not above 0")
+    return codes * steps.to(torch.float32)
+
+
+def _mean(x: Tensor, *, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:
+    """Mean in fp64; 0 of nothing."""
+    return (
+        x.double().mean(dim, keepdim=keepdim).nan_to_num(0.0)
+        if x.numel()
+        else x.double().sum(dim, keepdim=keepdim)
+    )
+
+
+def _press(codes: Tensor) -> bytes:
+    """Huffman codes of int8 codes; as they are where that is not shorter."""
+    stored = codes.contiguous().cpu().numpy().tobytes()
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    coded = coder.compress(stored) + coder.flush()
+    return coded if len(coded) < len(stored) else stored
+
+
+def _expand(part: Tensor, size: int) -> Tensor:
+    """int8 ``[size]`` of uint8, whatever the peer sent."""
+    if part.numel() == size:
+        return part.view(torch.int8)
+    coder = zlib.decompressobj(-15)
+    try:
+        codes = coder.decompress(part.numpy().tobytes(), max(size, 1))
+    except zlib.error as error:
+        raise WireError(f"entropy KV cannot be expanded: {error}") from error
+    if len(codes) != size or not coder.eof or coder.unused_data:
+        raise WireError("entropy KV holds codes that are not of its shape's size")
+    return torch.frombuffer(bytearray(codes), dtype=torch.int8)
