@@ -10,6 +10,7 @@ from pdtrim.models.loading import load_model
 from pdtrim.models.model import Model
 from pdtrim.plan import STAGES, PrunePlan
 from pdtrim.stage.forward import Pair
+from pdtrim.stage.replaced import pair_of
 
 
 def base_model(
@@ -40,19 +41,24 @@ def check_base(model: Model, plan: PrunePlan) -> None:
         )
 
 
-def export(plan: PrunePlan, model: Model, folder: str | Path) -> Path:
+def export(
+    plan: PrunePlan, model: Model, folder: str | Path, *, blocks: str | Path | None = None
+) -> Path:
     """Write both checkpoints below ``folder`` and return it.
 
-    A folder that holds something else is left alone.
+    A folder that holds something else is left alone. Replaced blocks go into the checkpoint of
+    their stage, which then needs their files no more.
+
+    Args:
+        blocks: the plan file's folder, where the files of its replaced blocks are.
 
     Raises:
-        PlanError: another model's plan, a plan with trained blocks (not supported yet), or a
+        PlanError: another model's plan, a replaced block's file that is missing or altered, or a
             folder that is in use.
     """
     folder = Path(folder)
     check_base(model, plan)
-    if plan.replacements:
-        raise PlanError("this plan has trained replacement blocks, which export cannot place yet")
+    pair = pair_of(plan, model, None if blocks is None else Path(blocks))
     if folder.exists() and not folder.is_dir():
         raise PlanError(f"{folder} is a file: give a folder")
     if folder.is_dir():
@@ -62,8 +68,8 @@ def export(plan: PrunePlan, model: Model, folder: str | Path) -> Path:
             raise PlanError(
                 f"{folder} already holds '{(others + foreign)[0]}': give an empty folder"
             )
-    save_stage(model, plan, "prefill", folder / "prefill")
-    save_stage(model, plan, "decode", folder / "decode")
+    save_stage(pair.prefill, plan, "prefill", folder / "prefill")
+    save_stage(pair.decode, plan, "decode", folder / "decode")
     return folder
 
 

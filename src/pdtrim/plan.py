@@ -172,7 +172,13 @@ class BaseModelRef(Frozen):
 
 
 class Replacement(Frozen):
-    """A trained block that stands at ``layer`` of a stage in place of the ``merged`` layers."""
+    """Other weights for a block that a stage runs.
+
+    Attributes:
+        layer: where it stands; parameters that its file leaves out are the dense model's.
+        merged: the layers whose work it does.
+        weights: its safetensors file, relative to the plan file's folder.
+    """
 
     stage: Stage
     layer: int = Field(ge=0)
@@ -234,6 +240,13 @@ class PrunePlan(Frozen):
         for item in self.replacements:
             if any(not 0 <= i < self.model.num_layers for i in (item.layer, *item.merged)):
                 raise ValueError(f"replacement at {item.layer} names a layer that does not exist")
+            if item.layer not in self.gates.layers(item.stage):
+                raise ValueError(
+                    f"replacement at {item.layer}: {item.stage} runs nothing of that layer"
+                )
+        places = [(item.stage, item.layer) for item in self.replacements]
+        if len(set(places)) != len(places):
+            raise ValueError("two replacements for one layer of a stage: give at most one")
         return self
 
     @cached_property

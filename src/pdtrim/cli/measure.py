@@ -131,6 +131,51 @@ def kv_sweep(
         out.print(f"wrote {output}/result.json, table.md, kv.png and kv.svg")
 
 
+@app.command(epilog="Example: pdtrim sensitivity smollm2 --text held_out.jsonl -o out/blocks")
+def sensitivity(
+    model: ModelName,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all it makes.")],
+    text: Annotated[str, typer.Option(help="FILE.txt, FILE.jsonl, hub:NAME, or self.")] = "self",
+    prompt_tokens: Annotated[int, typer.Option()] = 256,
+    continuation_tokens: Annotated[int, typer.Option()] = 256,
+    sequences: Annotated[int, typer.Option()] = 8,
+    seed: Annotated[int, typer.Option()] = 0,
+    dtype: Dtype = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Measure what losing each block alone costs each stage; write a table and a heat map."""
+    from pdtrim.calibration.batches import CalibrationConfig, load_calibration
+    from pdtrim.models.loading import load_model
+    from pdtrim.report.heatmap import plot_sensitivity
+    from pdtrim.report.table import sensitivity_table
+    from pdtrim.search.sensitivity import WAYS
+    from pdtrim.search.sensitivity import sensitivity as measure
+
+    progress = progress_of(as_json)
+    dense = load_model(model, dtype=dtype)
+    config = CalibrationConfig(
+        source=text,
+        prompt_tokens=prompt_tokens,
+        continuation_tokens=continuation_tokens,
+        search=sequences,
+        rerank=0,
+        report=0,
+        seed=seed,
+    )
+    kl_WL = measure(
+        dense, load_calibration(dense, config, progress=progress).search, progress=progress
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "table.md").write_text(sensitivity_table(kl_WL, tuple(WAYS)), encoding="utf-8")
+    title = f"{dense.name}: KL of losing one block"
+    plot_sensitivity(kl_WL, tuple(WAYS), output / "blocks.png", title=title)
+    if as_json:
+        print_json({way: row for way, row in zip(WAYS, kl_WL.tolist(), strict=True)})
+    else:
+        out.print(sensitivity_table(kl_WL, tuple(WAYS)), highlight=False)
+        out.print(f"wrote {output}/table.md and blocks.png")
+
+
 @app.command(epilog="Example: pdtrim bench-codec --codec int4 --codec k3v2:rotate=true")
 def bench_codec(
     codec: Annotated[list[str], typer.Option(help="Give it again for more.")] = [  # noqa: B006

@@ -19,6 +19,7 @@ from pdtrim.progress import Progress, silent
 from pdtrim.runtime.session import plan_of
 from pdtrim.stage.cost import Lengths
 from pdtrim.stage.forward import Pair
+from pdtrim.stage.replaced import pair_of
 
 WIRE_PROMPTS = 4  # prompts whose handover is counted; their lengths are equal
 
@@ -59,7 +60,7 @@ def evaluate(target: str | Path, config: EvalConfig, *, progress: Progress = sil
         continuation_tokens=config.continuation_tokens,
         limit=config.limit,
     )
-    pair = load_pair(target)[0] if target.is_dir() else Pair.dense(model)
+    pair = load_pair(target)[0] if target.is_dir() else pair_of(plan, model, target.parent)
     name = plan.provenance.method
     qualities = measure_quality(
         model,
@@ -80,7 +81,7 @@ def evaluate(target: str | Path, config: EvalConfig, *, progress: Progress = sil
         if target.is_dir():
             sent = measured_bytes(target, prompts)
         else:
-            sent = measured_plan_bytes(plan, model, prompts)
+            sent = measured_plan_bytes(plan, model, prompts, blocks=target.parent)
         advance(1)
     lengths = Lengths(prompt=config.prompt_tokens, continuation=config.continuation_tokens)
     rows = tuple(

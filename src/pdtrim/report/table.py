@@ -1,8 +1,11 @@
-"""A result as a table on the terminal."""
+"""Results as tables."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.table import Table
+from torch import Tensor
 
 from pdtrim.evaluate.result import Result
 
@@ -31,3 +34,11 @@ def table(result: Result) -> Table:
             f"{row.prefill_blocks}/{row.decode_blocks}",
         )
     return view
+
+
+def sensitivity_table(kl_WL: Tensor, ways: Sequence[str]) -> str:
+    """Markdown: a row a block, a column a way to lose it."""
+    lines = ["| block | " + " | ".join(ways) + " |", "|---|" + "---|" * len(ways)]
+    for layer, kl_W in enumerate(kl_WL.T.tolist()):
+        lines.append(f"| {layer} | " + " | ".join(f"{kl:.4f}" for kl in kl_W) + " |")
+    return "\n".join(lines) + "\n"

@@ -4,7 +4,8 @@ Query t sees keys 0 .. S - T + t: exactly the prompt keys that travelled, and th
 
 On a CPU in bf16, torch's fused kernel reaches a fraction of the speed of plain matrix products
 (54 against 900 GFLOP/s on two AVX512-BF16 cores), so there the scores are computed in query tiles
-that fit the cache and stop at the diagonal. Everywhere else the fused kernel is used.
+that fit the cache and stop at the diagonal. Autograd goes through them too, six times as fast as
+through the fused kernel (256 queries, 511 keys). Everywhere else the fused kernel is used.
 
 Shapes: B batch, H query heads, G KV heads, R = H / G, T queries, S keys, D head width.
 """
@@ -38,7 +39,7 @@ def attend(
     if queries == 0:
         return q_BHTD
     slow_fused = q_BHTD.device.type == "cpu" and q_BHTD.dtype == torch.bfloat16
-    if slow_fused and not torch.is_grad_enabled():
+    if slow_fused:
         return _tiled(q_BHTD * scale, k_BGSD, v_BGSD, allowed_BTS)
     causal = allowed_BTS is None and queries == keys
     mask = None
@@ -58,7 +59,7 @@ def _tiled(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, allowed_BTS: Tensor |
     q_BGRTD = q_BHTD.view(B, G, R, T, D)
     kt_PDS = k_BGSD.transpose(-1, -2).reshape(B * G, D, S)
     v_PSD = v_BGSD.reshape(B * G, S, D)
-    out = torch.empty_like(q_BGRTD)
+    out = []
     for start in range(0, T, tile):
         stop = min(T, start + tile)
         width, seen = stop - start, S - T + stop
@@ -71,6 +72,5 @@ def _tiled(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, allowed_BTS: Tensor |
             hidden = ~allowed_BTS[:, None, None, start:stop, :seen]
             scores.masked_fill_(hidden, -torch.inf)
         weights = scores.softmax(-1).view(B * G, R * width, seen)
-        mixed = torch.bmm(weights, v_PSD[:, :seen]).view(B, G, R, width, D)
-        out[:, :, :, start:stop] = mixed
-    return out.view(B, H, T, D)
+        out.append(torch.bmm(weights, v_PSD[:, :seen]).view(B, H, width, D))
+    return torch.cat(out, dim=2)

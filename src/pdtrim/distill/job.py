@@ -1,0 +1,124 @@
+"""One training run: its settings, and everything else that decides its numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from pdtrim.distill.student import Compute, Descent
+from pdtrim.distill.trainable import Which
+from pdtrim.errors import PlanError
+from pdtrim.kv.policy import HandoverPolicy
+from pdtrim.models.model import Model
+from pdtrim.models.replace import Weights
+from pdtrim.plan import Gates
+from pdtrim.stage.forward import Batch
+
+FREE = ("max_seconds", "checkpoint_seconds")
+"""Settings that may change when a run is resumed: they decide when it stops, not what it does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """How to train.
+
+    Attributes:
+        which: blocks that train, see ``trainable.py``.
+        warmup: share of the steps in which the learning rate rises; then it falls to 0 by a cosine.
+        rows: sequences run together; ``accumulate`` times as many make one step.
+        seed: of the order of the rows, new in each epoch.
+        compute: type of the forward and backward pass; weights and Adam's states are fp32.
+        keep_dense: keep the dense model's last stream of all rows in memory (E numbers a
+            continuation token) instead of running it again each time: for several epochs on a CPU.
+        max_seconds: of training, over all resumes; None for no limit.
+        evaluate_every: steps between two looks at the held-out text.
+        patience: looks without a new best after which it stops; None for never.
+
+    Raises:
+        PlanError: a number out of range.
+    """
+
+    which: Which = "all"
+    steps: int = 1000
+    learning_rate: float = 1e-4
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    rows: int = 4
+    accumulate: int = 1
+    seed: int = 0
+    compute: Compute = "bfloat16"
+    keep_dense: bool = False
+    max_seconds: float | None = None
+    checkpoint_seconds: float = 60
+    evaluate_every: int = 50
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "rows", "accumulate", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{name} must be at least 1")
+        if self.learning_rate <= 0 or not 0 <= self.warmup <= 1 or self.weight_decay < 0:
+            raise PlanError("the learning rate must be above 0, warmup a share, decay 0 or more")
+
+    @property
+    def descent(self) -> Descent:
+        """How the weights move."""
+        return Descent(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            warmup=self.warmup,
+            weight_decay=self.weight_decay,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is trained on what; the fields are ``distill``'s arguments.
+
+    Raises:
+        PlanError: no rows.
+    """
+
+    model: Model
+    gates: Gates
+    policy: HandoverPolicy
+    data: Batch
+    held_out: Batch
+    config: DistillConfig
+    start: Mapping[int, Weights]
+    prefill: Model | None
+
+    def __post_init__(self) -> None:
+        if not len(self.data) or not len(self.held_out):
+            raise PlanError("distillation needs at least 1 row of text and 1 held-out row")
+
+    def identity(self) -> str:
+        """SHA-256 (hex) of everything that decides the run's numbers."""
+        texts = (self.data, self.held_out)
+        ids = [ids for text in texts for ids in (text.prompt_BP, text.continuation_BC)]
+        settings = {k: v for k, v in asdict(self.config).items() if k not in FREE}
+        facts = {
+            "config": settings,
+            "gates": self.gates.model_dump(mode="json"),
+            "kv": [rule.model_dump(mode="json") for rule in self.policy.rules],
+            "block_size": self.policy.block_size,
+            "model": [self.model.fingerprint, str(self.model.dtype)],
+            "prefill": None if self.prefill is None else self.prefill.fingerprint,
+            "shapes": [list(part.shape) for part in ids],
+        }
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        for part in ids:
+            digest.update(_bytes(part.long()))
+        for layer, weights in sorted(self.start.items()):
+            for name, tensor in sorted(weights.items()):
+                digest.update(f"{layer}.{name}".encode())
+                digest.update(_bytes(tensor.float()))
+        return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().numpy().tobytes()

@@ -1,0 +1,515 @@
+"""Training decode's blocks, held against transformers, the simulator and itself."""
+
+import contextlib
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from helpers import first_last, random_batch, tiny_model
+from pdtrim.distill import train
+from pdtrim.distill.loss import backward_kl, dense_stream, kl_of
+from pdtrim.distill.merge import MergeConfig, better_slot, merge, observe
+from pdtrim.distill.schedule import rate_share, rows_of
+from pdtrim.distill.student import Descent, Student, frozen
+from pdtrim.distill.train import DistillConfig, distill
+from pdtrim.distill.trainable import trainable_layers
+from pdtrim.errors import PlanError
+from pdtrim.kv.policy import HandoverPolicy
+from pdtrim.models.replace import swap_blocks
+from pdtrim.plan import Gates, LayerKV
+from pdtrim.stage import attention
+from pdtrim.stage.forward import Batch, Pair, forward, streams
+
+DESCENT = Descent(steps=10, learning_rate=1e-3, warmup=0.1)
+CONFIG = DistillConfig(
+    which="all",
+    steps=12,
+    learning_rate=2e-3,
+    rows=4,
+    compute="float32",
+    evaluate_every=3,
+    checkpoint_seconds=0,
+)
+GATES = Gates.removing(4, decode={2})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def text(model):
+    return random_batch(model, rows=24, seed=1), random_batch(model, rows=6, seed=2)
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(step):
+    """A progress that dies when ``step`` steps are done."""
+
+    @contextlib.contextmanager
+    def progress(what, total):
+        done = 0
+
+        def advance(amount):
+            nonlocal done
+            done += amount
+            if done == step:
+                raise Killed
+
+        yield advance
+
+    return progress
+
+
+def whole_kl(pair, batch, gates, policy=None):
+    """The exact KL of the simulator's logits."""
+    with torch.no_grad():
+        dense = forward(Pair.dense(pair.prefill), batch, Gates.dense(gates.num_layers))
+        ours = forward(pair, batch, gates, policy)
+    kl = F.kl_div(ours.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="none")
+    return float(kl.sum(-1).mean())
+
+
+def perturbed(model, layer, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: p.detach() + 0.05 * torch.randn(p.shape, generator=generator)
+        for name, p in model.block(layer).module.named_parameters()
+    }
+
+
+def assert_same(a, b, **tolerance):
+    assert a.blocks.keys() == b.blocks.keys()
+    for layer, weights in a.blocks.items():
+        assert weights.keys() == b.blocks[layer].keys()
+        for name, tensor in weights.items():
+            if tolerance:
+                torch.testing.assert_close(tensor, b.blocks[layer][name], **tolerance)
+            else:
+                assert torch.equal(tensor, b.blocks[layer][name]), (layer, name)
+
+
+def without_time(history):
+    return [dataclasses.replace(point, seconds=0) for point in history]
+
+
+# which blocks train
+
+
+@pytest.mark.parametrize(
+    "decode,merged,pairs,neighbours",
+    [
+        ({2, 3}, (), None, (1, 4)),
+        ({2, 4}, (), None, (1, 3, 5)),
+        ({0}, (), None, (1,)),
+        ({5, 6}, (0,), (0,), (0, 4)),
+        ((), (3,), (3,), (3,)),
+    ],
+)
+def test_blocks_that_train(decode, merged, pairs, neighbours):
+    gates = Gates.removing(7, decode=decode)
+    if pairs is None:
+        with pytest.raises(PlanError, match="no block to train"):
+            trainable_layers("pairs", gates, merged)
+    else:
+        assert trainable_layers("pairs", gates, merged) == pairs
+    assert trainable_layers("neighbours", gates, merged) == neighbours
+    assert trainable_layers("all", gates, merged) == gates.layers("decode")
+
+
+def test_a_cut_inside_a_block_lies_beside_its_other_half():
+    halves = Gates(
+        prefill_attention=("full",) * 5,
+        prefill_mlp=(True,) * 5,
+        decode_attention=(True, False, True, True, True),
+        decode_mlp=(True, True, True, False, True),
+    )
+    assert trainable_layers("neighbours", halves, ()) == (0, 1, 3, 4)
+    with pytest.raises(PlanError, match="does not run"):
+        trainable_layers("all", Gates.removing(5, decode={3}), (3,))
+
+
+def test_each_epoch_shows_each_row_once_in_a_new_order():
+    shown = [row for step in range(6) for row in rows_of(step, 4, 12, seed=3)]
+    assert sorted(shown[:12]) == sorted(shown[12:]) == list(range(12))
+    assert shown[:12] != shown[12:] != list(range(12))
+    assert rows_of(5, 4, 12, seed=3) == shown[20:]
+
+
+def test_the_learning_rate_rises_and_falls():
+    shares = [rate_share(step, 20, 0.2) for step in range(20)]
+    assert shares[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert shares[4:] == sorted(shares[4:], reverse=True) and 0 < shares[-1] < 0.02
+    assert rate_share(0, 1, 0.0) == 1.0
+
+
+# gradients
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("rule,kept", [(LayerKV(), range(8)), (first_last(2, 3), [0, 1, 5, 6, 7])])
+def test_gradients_equal_those_of_transformers(family, rule, kept):
+    """The reference: transformers' own cache of the prompt, cut to what travels."""
+    model = tiny_model(family)
+    policy = HandoverPolicy(rules=(rule,) * 4)
+    batch = random_batch(model, rows=3, new=30)  # more positions than one slice of the head
+    start = {1: perturbed(model, 1)}
+    base = frozen(model, torch.float32)
+    student = Student(model, base, Gates.dense(4), range(4), start, DESCENT)
+    dense_BCE = dense_stream(base, batch)
+    pair = Pair(prefill=base, decode=student.model)
+    kl = backward_kl(pair, batch, Gates.dense(4), policy, dense_BCE)
+    student.collect()
+
+    network = copy.deepcopy(model.network)
+    with torch.no_grad():
+        cache = network(batch.prefill_ids_BN, use_cache=True).past_key_values
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
+        whole = torch.cat((batch.prompt_BP, batch.continuation_BC), dim=1)[:, :-1]
+        dense = network(whole).logits[:, batch.prompt_BP.shape[1] - 1 :].log_softmax(-1)
+        for name, tensor in start[1].items():
+            network.model.layers[1].get_parameter(name).copy_(tensor)
+    at = torch.arange(8, 8 + 30)[None]
+    ours = network(batch.decode_ids_BC, past_key_values=cache, position_ids=at).logits
+    ours = ours.log_softmax(-1)
+    expected = F.kl_div(ours, dense, log_target=True, reduction="none").sum(-1).mean()
+    expected.backward()
+    torch.testing.assert_close(kl, expected.detach(), atol=1e-5, rtol=1e-5)
+    assert len(student.masters) == sum(1 for _ in network.model.layers.parameters())
+    for key, master in student.masters.items():
+        layer, name = key.split(".", 1)
+        grad = network.model.layers[int(layer)].get_parameter(name).grad
+        assert grad.abs().max() > 1e-4, key
+        torch.testing.assert_close(master.grad, grad, atol=1e-5, rtol=1e-4)
+
+
+def test_prefills_side_is_not_recorded(model):
+    batch = random_batch(model)
+    base = frozen(model, torch.float32)
+    student = Student(model, base, GATES, [1], {}, DESCENT)
+    trace = streams(Pair(prefill=base, decode=student.model), batch, GATES)
+    assert not any(x.requires_grad for x, _ in trace)
+    assert [y.requires_grad for _, y in trace] == [False, False, True, True, True]
+    theirs, ours = (m.block(3).module.mlp.up_proj.weight for m in (model, student.model))
+    assert ours.data_ptr() == theirs.data_ptr()  # blocks that do not train cost no memory
+
+
+def test_a_step_is_clipped_and_decays_matrices_only(model):
+    gates = Gates.dense(4)
+    base = frozen(model, torch.float32)
+    still = dataclasses.replace(DESCENT, weight_decay=0.1, warmup=0.0)
+    student = Student(model, base, gates, [1], {}, still)
+    before = student.copy_weights(torch.float32)
+    for master in student.masters.values():
+        master.grad.fill_(3.0)
+    student.step(0)
+    size = sum(master.numel() for master in student.masters.values()) ** 0.5
+    mean = student.state()["mean"]["1.mlp.up_proj.weight"]
+    torch.testing.assert_close(mean, torch.full_like(mean, 0.1 / size))
+    for key, tensor in before.items():
+        decayed = tensor * (1 - 1e-3 * 0.1) if tensor.dim() > 1 else tensor
+        torch.testing.assert_close(student.masters[key], decayed - 1e-3, atol=2e-6, rtol=0)
+
+
+def test_tiled_attention_has_the_fused_kernels_gradients(monkeypatch):
+    monkeypatch.setattr(attention, "TILE_SCORES", 4000)  # several tiles
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, heads, n, 16) for heads, n in ((6, 40), (2, 65), (2, 65))]
+    allowed = torch.rand(2, 40, 65) < 0.6
+    allowed[:, :, 0] = True
+    grads = []
+    for tiled in (False, True):
+        q, k, v = (x.clone().requires_grad_() for x in inputs)
+        out = (
+            attention._tiled(q * 0.25, k, v, allowed)
+            if tiled
+            else attention.attend(q, k, v, scale=0.25, allowed_BTS=allowed)
+        )
+        out.square().sum().backward()
+        grads.append((q.grad, k.grad, v.grad))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+# two blocks into one
+
+
+def error_in_the_simulator(model, batch, first, slot, decode=None):
+    """Relative error behind the pair when decode runs only ``slot`` of the two."""
+    other = 2 * first + 1 - slot
+    gates = Gates.removing(model.num_layers, decode={other})
+    with torch.no_grad():
+        target = streams(Pair.dense(model), batch, Gates.dense(model.num_layers))[first + 2][1]
+        pair = Pair(prefill=model, decode=decode or model)
+        out = streams(pair, batch, gates)[first + 2][1]
+    spread = target - target.mean((0, 1))
+    return float((out - target).square().mean() / spread.square().mean())
+
+
+def test_the_nearer_block_is_where_a_merge_begins():
+    chosen = set()
+    for seed in range(3):
+        model = tiny_model("mistral", layers=5, seed=seed)
+        batch = random_batch(model, rows=10, prompt=12)
+        for first in range(3):
+            errors = {
+                slot: error_in_the_simulator(model, batch, first, slot)
+                for slot in (first, first + 1)
+            }
+            slot, error = better_slot(model, observe(model, batch, first))
+            assert slot == min(errors, key=errors.get)
+            assert error == pytest.approx(errors[slot], rel=1e-4)
+            chosen.add(slot - first)
+    assert chosen == {0, 1}
+
+
+def test_local_regression_lowers_the_error(model):
+    batch = random_batch(model, rows=32, seed=4)
+    config = MergeConfig(steps=60, learning_rate=5e-3, rows=8, compute="float32")
+    merged = merge(model, batch, 1, config)
+    assert merged.merged == (1, 2) and merged.layer in merged.merged
+    assert merged.error_after < 0.6 * merged.error_before
+    decode = swap_blocks(model, {merged.layer: merged.weights})
+    measured = error_in_the_simulator(model, batch, 1, merged.layer, decode)
+    assert measured == pytest.approx(merged.error_after, rel=1e-4)
+    again = merge(model, batch, 1, config)
+    assert all(torch.equal(t, again.weights[name]) for name, t in merged.weights.items())
+
+
+def test_a_merge_never_makes_it_worse(model):
+    batch = random_batch(model, rows=4, seed=4)
+    wild = MergeConfig(steps=2, learning_rate=10.0, rows=4, compute="float32")
+    merged = merge(model, batch, 1, wild)
+    assert merged.error_after == merged.error_before
+    own = dict(model.block(merged.layer).module.named_parameters())
+    assert all(torch.equal(t, own[name]) for name, t in merged.weights.items())
+    with pytest.raises(PlanError, match="to merge"):
+        merge(model, batch, 3, wild)
+
+
+# distillation
+
+
+@pytest.mark.parametrize("keep_dense", [False, True])
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_training_lowers_held_out_kl_of_the_pair_itself(model, compute, keep_dense):
+    """The numbers it reports are those of the dense prefill model with the trained decode model."""
+    data, held_out = random_batch(model, rows=48, seed=1), random_batch(model, rows=6, seed=2)
+    gates = Gates.removing(4, prefill={3}, decode={2})
+    policy = HandoverPolicy(rules=(LayerKV(), first_last(2, 3), LayerKV(), LayerKV()))
+    config = dataclasses.replace(
+        CONFIG, steps=40, evaluate_every=10, compute=compute, keep_dense=keep_dense
+    )
+    out = distill(model, gates, policy, data, held_out, config)
+    trained = Pair(prefill=model, decode=swap_blocks(model, out.blocks))
+    near = {"abs": 1e-4 if compute == "float32" else 2e-2}
+    before = whole_kl(Pair.dense(model), held_out, gates, policy)
+    after = whole_kl(trained, held_out, gates, policy)
+    assert out.held_out_before == pytest.approx(before, **near)
+    assert out.held_out_after == pytest.approx(after, **near)
+    assert after < 0.9 * before
+    assert [point.step for point in out.history] == [0, 10, 20, 30, 40]
+    assert out.history[0].train_kl is None and out.history[1].train_kl > out.history[-1].train_kl
+
+
+def test_only_the_chosen_parts_change(model, text):
+    gates = GATES.model_copy(update={"decode_attention": (True, False, False, True)})
+    before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    flags = [p.requires_grad for p in model.network.parameters()]
+    out = distill(
+        model, gates, None, *text, dataclasses.replace(CONFIG, which="neighbours", steps=2)
+    )
+    assert out.blocks.keys() == {0, 1, 3}
+    for layer, weights in out.blocks.items():
+        own = dict(model.block(layer).module.named_parameters())
+        mlp_only = layer == 1
+        assert weights.keys() == {n for n in own if "mlp" in n or "post" in n or not mlp_only}
+        assert all(not torch.equal(tensor, own[name]) for name, tensor in weights.items())
+        assert all(tensor.dtype == model.dtype for tensor in weights.values())
+    now = model.network.state_dict()
+    assert all(torch.equal(tensor, now[name]) for name, tensor in before.items())
+    assert flags == [p.requires_grad for p in model.network.parameters()]
+
+
+def test_merged_blocks_start_from_their_weights_and_prefill_from_its_own(model, text):
+    data, held_out = text
+    start = {1: perturbed(model, 1)}
+    prefill = swap_blocks(model, {0: perturbed(model, 0, seed=1)})
+    config = dataclasses.replace(CONFIG, which="pairs", steps=1, learning_rate=1e-12)
+    out = distill(model, GATES, None, data, held_out, config, start=start, prefill=prefill)
+    assert out.blocks.keys() == {1}
+    for name, tensor in start[1].items():
+        torch.testing.assert_close(out.blocks[1][name], tensor, atol=1e-8, rtol=0)
+    pair = Pair(prefill=prefill, decode=swap_blocks(model, start))
+    with torch.no_grad():
+        ys = [
+            streams(Pair.dense(model), held_out, Gates.dense(4))[-1][1],
+            streams(pair, held_out, GATES)[-1][1],
+        ]
+    assert out.held_out_before == pytest.approx(float(kl_of(model, *ys).mean()), rel=1e-5)
+
+
+def test_small_updates_are_not_lost_in_bf16(text):
+    model = tiny_model("llama")
+    model.network.to(torch.bfloat16)
+    config = dataclasses.replace(CONFIG, steps=40, compute="bfloat16", learning_rate=4e-5)
+    out = distill(model, GATES, None, *text, config)
+    own = model.block(1).module.mlp.up_proj.weight
+    step = own.abs() * 2**-8  # half of bf16's spacing is above one update
+    moved = (out.blocks[1]["mlp.up_proj.weight"] != own) & (step > 4e-5 * 2)
+    assert moved.sum() > 50
+
+
+def test_the_seed_decides_the_weights(model, text):
+    config = dataclasses.replace(CONFIG, steps=3)
+    torch.manual_seed(1)
+    first = distill(model, GATES, None, *text, config)
+    torch.manual_seed(2)
+    assert_same(first, distill(model, GATES, None, *text, config))
+    other = distill(model, GATES, None, *text, dataclasses.replace(config, seed=1))
+    with pytest.raises(AssertionError):
+        assert_same(first, other)
+
+
+def test_accumulated_micro_batches_equal_one_batch(model, text):
+    """The first moment after one step is the gradient: a rounding error cannot hide in it."""
+    together = dataclasses.replace(CONFIG, steps=3, rows=4, learning_rate=1e-3)
+    apart = dataclasses.replace(together, rows=2, accumulate=2)
+    a, b = (distill(model, GATES, None, *text, config) for config in (together, apart))
+    assert_same(a, b, atol=2e-5, rtol=0)
+    assert [p.train_kl for p in a.history[1:]] == pytest.approx(
+        [p.train_kl for p in b.history[1:]], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("where", ["progress", "say"])
+def test_a_killed_run_goes_on_to_the_same_weights(model, text, tmp_path, where):
+    config = dataclasses.replace(CONFIG, rows=5, accumulate=2, weight_decay=0.1)
+    whole = distill(model, GATES, None, *text, config)
+    file = tmp_path / "run" / "state.safetensors"
+    with pytest.raises(Killed):
+        if where == "progress":
+            distill(model, GATES, None, *text, config, checkpoint=file, progress=killed_at(7))
+        else:
+
+            def say(line):
+                if line.startswith("step 6"):  # evaluated, not yet saved
+                    raise Killed
+
+            distill(model, GATES, None, *text, config, checkpoint=file, say=say)
+    lines = []
+    resumed = distill(model, GATES, None, *text, config, checkpoint=file, say=lines.append)
+    assert not any(line.startswith("step 3") for line in lines)
+    assert_same(resumed, whole)
+    assert without_time(resumed.history) == without_time(whole.history)
+    again = distill(model, GATES, None, *text, config, checkpoint=file, say=pytest.fail)
+    assert_same(again, whole)
+    assert [file.name] == [path.name for path in file.parent.iterdir()]
+
+
+def test_another_runs_checkpoint_is_refused(model, text, tmp_path):
+    data, held_out = text
+    file = tmp_path / "state.safetensors"
+    config = dataclasses.replace(CONFIG, steps=1)
+    distill(model, GATES, None, data, held_out, config, checkpoint=file)
+    flipped = Batch(prompt_BP=data.prompt_BP.flip(0), continuation_BC=data.continuation_BC.flip(0))
+    kept = HandoverPolicy(rules=(first_last(1, 2), *(LayerKV(),) * 3))
+    others = [
+        (model, GATES, None, data, held_out, dataclasses.replace(config, seed=1), {}),
+        (model, Gates.removing(4, decode={1}), None, data, held_out, config, {}),
+        (model, GATES, kept, data, held_out, config, {}),
+        (model, GATES, None, flipped, held_out, config, {}),
+        (model, GATES, None, data, data[:4], config, {}),
+        (tiny_model("llama", seed=1), GATES, None, data, held_out, config, {}),
+        (model, GATES, None, data, held_out, config, {"start": {1: perturbed(model, 1)}}),
+        (model, GATES, None, data, held_out, config, {"prefill": tiny_model("llama", seed=1)}),
+    ]
+    for *args, more in others:
+        with pytest.raises(PlanError, match="another run"):
+            distill(*args, checkpoint=file, **more)
+    distill(
+        model,
+        GATES,
+        HandoverPolicy.full(4),
+        data,
+        held_out,
+        dataclasses.replace(config, max_seconds=1e6, checkpoint_seconds=5),
+        checkpoint=file,
+        say=pytest.fail,
+    )
+    first, second = ({1: perturbed(model, 1, seed=seed)} for seed in (0, 1))
+    other = tmp_path / "other.safetensors"
+    distill(model, GATES, None, data, held_out, config, start=first, checkpoint=other)
+    with pytest.raises(PlanError, match="another run"):
+        distill(model, GATES, None, data, held_out, config, start=second, checkpoint=other)
+    save_file({"x": torch.zeros(1)}, file)
+    with pytest.raises(PlanError, match="not a training checkpoint"):
+        distill(model, GATES, None, data, held_out, config, checkpoint=file)
+    file.write_bytes(b"{")
+    with pytest.raises(PlanError, match="cannot read"):
+        distill(model, GATES, None, data, held_out, config, checkpoint=file)
+
+
+def test_an_early_stop_keeps_the_best_weights(model, text, tmp_path):
+    data, held_out = text
+    wild = dataclasses.replace(
+        CONFIG, steps=60, learning_rate=0.02, evaluate_every=1, patience=4, warmup=0.9
+    )
+    file = tmp_path / "state.safetensors"
+    out = distill(model, GATES, None, data, held_out, wild, checkpoint=file)
+    kls = [point.held_out_kl for point in out.history]
+    best = kls.index(min(kls))
+    assert best > 0 and len(kls) == best + 1 + 4 < 60
+    assert out.held_out_after == min(kls) < kls[-1]
+    pair = Pair(prefill=model, decode=swap_blocks(model, out.blocks))
+    assert whole_kl(pair, held_out, GATES) == pytest.approx(min(kls), abs=1e-4)
+    again = distill(model, GATES, None, data, held_out, wild, checkpoint=file, say=pytest.fail)
+    assert_same(again, out)
+
+
+def test_training_time_counts_over_resumes(model, text, tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
+
+    def ticking(kill):
+        @contextlib.contextmanager
+        def progress(what, total):
+            with killed_at(kill)(what, total) as inner:
+
+                def advance(amount):
+                    clock[0] += 10
+                    inner(amount)
+
+                yield advance
+
+        return progress
+
+    file = tmp_path / "state.safetensors"
+    config = dataclasses.replace(CONFIG, max_seconds=55)
+    with pytest.raises(Killed):
+        distill(model, GATES, None, *text, config, checkpoint=file, progress=ticking(4))
+    clock[0] += 1000  # nobody trains
+    out = distill(model, GATES, None, *text, config, checkpoint=file, progress=ticking(-1))
+    assert [point.step for point in out.history] == [0, 3, 5]
+    assert out.history[-1].seconds >= 55
+    more = dataclasses.replace(config, max_seconds=None)
+    out = distill(model, GATES, None, *text, more, checkpoint=file)
+    assert out.history[-1].step == CONFIG.steps
+
+
+def test_settings_out_of_range_are_refused(model, text):
+    data, held_out = text
+    for change in ({"steps": 0}, {"rows": 0}, {"learning_rate": 0.0}, {"warmup": 1.5}):
+        with pytest.raises(PlanError):
+            dataclasses.replace(CONFIG, **change)
+    with pytest.raises(PlanError, match="1 row"):
+        distill(model, GATES, None, data, held_out[:0], CONFIG)
