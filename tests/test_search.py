@@ -15,8 +15,10 @@ from pdtrim.methods import Paper, PDTrim, Target
 from pdtrim.methods.paper import redundancy
 from pdtrim.plan import Gates
 from pdtrim.search.anneal import Annealing, accepts, anneal, swap
+from pdtrim.search.goal import Goal
 from pdtrim.search.greedy import greedy
 from pdtrim.search.objective import BudgetSpent, Objective, cosine_loss, dense_trace
+from pdtrim.search.one_shot import one_shot
 from pdtrim.search.state import Removal
 from pdtrim.stage.forward import Pair, forward, streams
 
@@ -84,16 +86,17 @@ def test_the_budget_is_never_passed(model):
     batch = random_batch(model)
     objective = Objective(model, batch, budget=1000)
     start = objective.measure(Removal(num_layers=6, mode="projected"))
+    goal = Goal.blocks(6, decode=5)
     with pytest.raises(BudgetSpent):
-        greedy(objective, start, "decode", 5)
+        greedy(objective, start, goal)
     assert objective.spent <= 1000
     with pytest.raises(PlanError, match="budget of 1000"):
         PDTrim().plan(
             model,
             calibration_of(model),
-            Target(prefill_remove=3, decode_remove=2, budget=1000),
+            Target(prefill_remove=3, decode_remove=2, budget=1000, search="greedy"),
         )
-    annealed = anneal(objective, start, Annealing(steps=5), rng=random.Random(0))
+    annealed = anneal(objective, start, goal, Annealing(steps=5), rng=random.Random(0))
     assert annealed.state == start.state
 
 
@@ -101,7 +104,7 @@ def test_greedy_takes_the_best_block_at_each_step(model):
     batch = random_batch(model, rows=4)
     objective = Objective(model, batch)
     start = objective.measure(Removal(num_layers=6, mode="projected"))
-    found = greedy(objective, start, "decode", 2)
+    found = greedy(objective, start, Goal.blocks(6, decode=2))
     singles = {
         i: float(exact_kl(model, batch, Gates.removing(6, decode={i})).mean()) for i in range(6)
     }
@@ -112,8 +115,66 @@ def test_greedy_takes_the_best_block_at_each_step(model):
         if i != first
     }
     assert found.state.decode == {first, min(pairs, key=pairs.get)}
-    lazy = greedy(objective, start, "decode", 2, shortlist=6)
+    lazy = greedy(objective, start, Goal.blocks(6, decode=2), shortlist=6)
     assert lazy.state == found.state
+
+
+def test_a_thrifty_greedy_ends_where_a_plain_one_does_not(model):
+    batch, goal = random_batch(model, rows=4), Goal.blocks(6, decode=3)
+    free = Objective(model, batch)
+    dense = Removal(num_layers=6, mode="projected")
+    plain = greedy(free, free.measure(dense), goal)
+    for budget in (free.spent, free.spent * 4 // 5):
+        objective = Objective(model, batch, budget=budget)
+        found = greedy(objective, objective.measure(dense), goal, thrifty=True)
+        assert goal.met(found.state) and objective.spent <= budget
+        if budget == free.spent:
+            assert found.state == plain.state  # nothing is left out where all can be paid
+        else:
+            first = sorted(free.memo, key=free.memo.get)
+            alone = [min(s.decode) for s in first if len(s.decode) == 1]
+            tried = [s for s in objective.memo if len(s.decode) == 2]
+            second = {min(s.decode - {alone[0]}) for s in tried}
+            assert second == set(alone[1 : 1 + len(second)])  # those that looked best before
+            assert 0 < len(second) < 5
+
+
+@pytest.mark.parametrize("mode", ["projected", "subset"])
+def test_one_shot_takes_the_blocks_that_cost_least_alone(model, mode):
+    batch = random_batch(model, rows=4)
+    objective = Objective(model, batch)
+    start = objective.measure(Removal(num_layers=6, mode=mode))
+    found = one_shot(objective, start, Goal.blocks(6, prefill=1, decode=3)).state
+    alone = {
+        i: float(exact_kl(model, batch, Gates.removing(6, decode={i})).mean()) for i in range(6)
+    }
+    assert found.decode == set(sorted(alone, key=alone.get)[:3])
+    before = found.decode if mode == "subset" else frozenset()
+    candidates = before or range(6)
+    harm = {
+        i: float(
+            exact_kl(model, batch, Gates.removing(6, prefill={i}, decode=before, mode=mode)).mean()
+        )
+        for i in candidates
+    }
+    assert found.prefill == {min(harm, key=harm.get)}
+
+
+def test_parts_of_the_text_add_up_to_the_whole(model):
+    batch = random_batch(model, rows=8)
+    state = Removal(num_layers=6, mode="projected", decode=frozenset({2}))
+    whole = Objective(model, batch)
+    measured = whole.measure(state)
+    nested = Objective(model, batch)
+    before = nested.spent
+    for parts in nested.levels:
+        loss_n = nested.score(state, parts)
+        assert torch.equal(loss_n, measured.loss_n[: len(loss_n)])
+        assert (state in nested.memo) == (parts == len(nested.batches))
+    assert nested.levels == [1, 2, 4] and nested.memo == whole.memo
+    assert nested.spent - before == whole.spent - before  # no part is charged twice
+    nested.score(state, 2)
+    assert nested.spent == whole.spent
 
 
 @pytest.mark.parametrize("mode,prefill,decode", [("projected", 2, 1), ("subset", 1, 3)])
@@ -157,15 +218,16 @@ def test_swaps_keep_the_counts_and_the_subset_rule():
         state = Removal(
             num_layers=7, mode=mode, prefill=frozenset({1}), decode=frozenset({1, 4, 5})
         )
+        goal = Goal.blocks(7, prefill=1, decode=3)
         seen = set()
         for _ in range(200):
-            state = swap(state, rng)
+            state = swap(state, goal, rng)
             assert (len(state.prefill), len(state.decode)) == (1, 3)
             state.gates  # raises where a rule is broken  # noqa: B018
             seen.add(state)
         assert len(seen) > 20
     whole = Removal(num_layers=3, mode="projected")
-    assert swap(whole, rng) is None
+    assert swap(whole, Goal.blocks(3), rng) is None
 
 
 def test_metropolis_accepts_by_temperature():

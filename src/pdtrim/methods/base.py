@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, Literal
 
 from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
 from pdtrim.models.model import Model
 from pdtrim.plan import STAGES, Gates, LayerKV, Mode, Provenance, PrunePlan, Stage
 from pdtrim.progress import Progress, silent
+from pdtrim.search.journal import Journal
+from pdtrim.search.state import Grain
 from pdtrim.versions import versions
 
-SEARCH_ORDER: tuple[Stage, ...] = ("decode", "prefill")
-"""Decode first: it is the sensitive stage, and in mode ``subset`` prefill's set lies in its."""
+Search = Literal["one_shot", "greedy", "anneal", "evolution", "hybrid"]
+Metric = Literal["blocks", "flops", "kv_bytes", "latency"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,26 +27,36 @@ class Target:
     """What to remove and what to send.
 
     Attributes:
-        prefill_remove, decode_remove: whole blocks that each stage loses.
+        prefill_remove, decode_remove: whole blocks that each stage loses; for metric ``blocks``.
         kv: a KV policy (``search/kv_request.py``) or ``budget:compression=X``
             (``search/kv_budget.py``).
         budget: block-tokens that the search may spend; None for the method's own effort.
+        search: what method ``pdtrim`` searches with.
+        grain: whether attention and MLP of a block go together or apart.
+        metric: what is counted (``search/goal.py``); all but ``blocks`` go by the shares.
+        prefill_share, decode_share: shares of each stage's operations or time that it must save;
+            with ``kv_bytes``, decode's is the share of the handover's bytes, and prefill has none.
     """
 
-    prefill_remove: int
-    decode_remove: int
+    prefill_remove: int = 0
+    decode_remove: int = 0
     mode: Mode = "projected"
     kv: str = "full"
     seed: int = 0
     block_size: int = 1
     budget: int | None = None
+    search: Search = "hybrid"
+    grain: Grain = "block"
+    metric: Metric = "blocks"
+    prefill_share: float = 0.0
+    decode_share: float = 0.0
 
     def remove(self, stage: Stage) -> int:
         """Blocks that a stage loses."""
         return self.prefill_remove if stage == "prefill" else self.decode_remove
 
     def check(self, model: Model) -> None:
-        """Raise PlanError for counts that no plan can meet."""
+        """Raise PlanError for counts and shares that no plan can meet."""
         for stage in STAGES:
             count = self.remove(stage)
             if not 0 <= count < model.num_layers:
@@ -55,6 +69,18 @@ class Target:
                 "mode 'subset' keeps prefill's removed blocks inside decode's: prefill cannot"
                 f" lose {self.prefill_remove} when decode loses {self.decode_remove}"
             )
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        shares = self.prefill_share, self.decode_share
+        if not all(0 <= share < 1 for share in shares):
+            raise PlanError(f"shares to save {shares} must be at least 0 and below 1")
+        if self.metric == "blocks" and any(shares):
+            raise PlanError("metric 'blocks' counts blocks: give no shares, or another metric")
+        if self.metric != "blocks" and self.prefill_remove + self.decode_remove:
+            raise PlanError(f"metric '{self.metric}' goes by shares: give no counts of blocks")
+        if self.metric == "kv_bytes" and self.prefill_share:
+            raise PlanError("metric 'kv_bytes' knows decode's share only: prefill saves no bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +101,13 @@ class Method(ABC):
 
     @abstractmethod
     def search(
-        self, model: Model, calibration: Calibration, target: Target, *, progress: Progress
+        self,
+        model: Model,
+        calibration: Calibration,
+        target: Target,
+        *,
+        progress: Progress,
+        journal: Journal | None,
     ) -> Found:
         """Find gates and a KV policy."""
 
@@ -86,15 +118,23 @@ class Method(ABC):
         target: Target,
         *,
         progress: Progress = silent,
+        journal: Path | None = None,
     ) -> PrunePlan:
         """Search, and record how.
 
+        Args:
+            journal: a file in which the search's measurements are kept, and from which a search
+                that was interrupted goes on.
+
         Raises:
-            PlanError: the target cannot be met.
+            PlanError: the target cannot be met, or the journal belongs to another search.
         """
         target.check(model)
         started = time.perf_counter()
-        found = self.search(model, calibration, target, progress=progress)
+        record = None
+        if journal is not None:
+            record = Journal(journal, self._search_hash(model, calibration, target))
+        found = self.search(model, calibration, target, progress=progress, journal=record)
         return PrunePlan(
             model=model.ref,
             gates=found.gates,
@@ -112,3 +152,19 @@ class Method(ABC):
                 versions=versions(),
             ),
         )
+
+    def _search_hash(self, model: Model, calibration: Calibration, target: Target) -> str:
+        """SHA-256 (hex) of everything that the search's measurements depend on."""
+        parts = (
+            self,
+            target,
+            model.fingerprint,
+            model.dtype,
+            model.device,
+            calibration.hash,
+            calibration.search.prompt_BP.shape,
+            calibration.search.continuation_BC.shape,
+            len(calibration.rerank),
+            versions(),
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -27,11 +27,13 @@ from torch import Tensor
 
 from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
-from pdtrim.methods.base import SEARCH_ORDER, Found, Method, Target
+from pdtrim.methods.base import Found, Method, Target
 from pdtrim.models.model import Model
 from pdtrim.plan import Stage
 from pdtrim.progress import Progress
 from pdtrim.search.anneal import Annealing, anneal
+from pdtrim.search.goal import SEARCH_ORDER, Goal
+from pdtrim.search.journal import Journal
 from pdtrim.search.kv_budget import KV_SEQUENCES, resolve_policy
 from pdtrim.search.objective import (
     BudgetSpent,
@@ -53,22 +55,34 @@ class Paper(Method):
     annealing: Annealing = field(default_factory=lambda: Annealing(steps=40))
 
     def search(
-        self, model: Model, calibration: Calibration, target: Target, *, progress: Progress
+        self,
+        model: Model,
+        calibration: Calibration,
+        target: Target,
+        *,
+        progress: Progress,
+        journal: Journal | None,
     ) -> Found:
         """See the module's docstring."""
         if target.mode != "subset":
             raise PlanError("method 'paper' knows mode 'subset' only: use --mode subset")
+        if (target.metric, target.grain) != ("blocks", "block"):
+            raise PlanError("method 'paper' counts whole blocks only: use method 'pdtrim'")
         sample = calibration.search[:KV_SEQUENCES]
         rules = resolve_policy(
             target.kv, model, sample, block_size=target.block_size, progress=progress
         )
-        objective = Objective(model, calibration.search, loss=cosine_loss, budget=target.budget)
+        objective = Objective(
+            model, calibration.search, loss=cosine_loss, budget=target.budget, journal=journal
+        )
+        goal = Goal.blocks(
+            model.num_layers, prefill=target.prefill_remove, decode=target.decode_remove
+        )
         rng = random.Random(target.seed)
         try:
             current = objective.measure(Removal(num_layers=model.num_layers, mode="subset"))
             for stage in SEARCH_ORDER:
-                count = target.remove(stage)
-                current = self._prune(objective, current, stage, count, rng, progress)
+                current = self._prune(objective, current, goal, stage, rng, progress)
         except BudgetSpent as error:
             raise PlanError(
                 f"a budget of {target.budget} block-tokens does not reach the end of the iterative"
@@ -80,11 +94,12 @@ class Paper(Method):
         self,
         objective: Objective,
         current: Measured,
+        goal: Goal,
         stage: Stage,
-        count: int,
         rng: random.Random,
         progress: Progress,
     ) -> Measured:
+        count = goal.least(stage)
         if count == 0:
             return current
         pruning_set = self._pruning_set(current, stage, count)
@@ -99,6 +114,7 @@ class Paper(Method):
             return anneal(
                 objective,
                 current,
+                goal,
                 self.annealing,
                 rng=rng,
                 allowed=pruning_set,

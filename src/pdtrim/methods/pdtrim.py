@@ -1,9 +1,9 @@
-"""``pdtrim``: the default method. Greedy seed, then annealed swaps, on KL of the real objective.
+"""``pdtrim``: the default method. A hybrid search, or another, on KL of the real objective.
 
 The loss is the mean KL to the dense model on continuation tokens under prefill/decode inference,
-with the KV policy in place: what a user of the pair sees, and what no baseline optimises. Decode is
-pruned first because it is the sensitive stage; prefill's greedy then knows decode's losses, and the
-annealing swaps blocks of both stages together. The best states are ranked again on text that the
+with the KV policy in place: what a user of the pair sees, and what no baseline optimises. Greedy
+prunes decode first because it is the sensitive stage; prefill's greedy then knows decode's losses,
+and what follows changes both stages together. The best states are ranked again on text that the
 search has not seen.
 
 In mode ``projected`` a block that prefill skips still gives decode its keys and values, computed
@@ -14,32 +14,49 @@ Prefill work that nothing reads is then removed; it changes nothing.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
 from pdtrim.kv.policy import HandoverPolicy
-from pdtrim.methods.base import SEARCH_ORDER, Found, Method, Target
+from pdtrim.methods.base import Found, Method, Target
+from pdtrim.methods.goals import goal_of
 from pdtrim.models.model import Model
 from pdtrim.progress import Progress
 from pdtrim.search.anneal import Annealing, anneal
+from pdtrim.search.evolution import Evolution, evolution
+from pdtrim.search.goal import SEARCH_ORDER, Goal
 from pdtrim.search.greedy import greedy, greedy_evaluations
+from pdtrim.search.hybrid import Hybrid, hybrid
+from pdtrim.search.journal import Journal
 from pdtrim.search.kv_budget import KV_SEQUENCES, resolve_policy
 from pdtrim.search.objective import BudgetSpent, Measured, Objective
+from pdtrim.search.one_shot import one_shot
 from pdtrim.search.state import Removal
 
 
 @dataclass(frozen=True, kw_only=True)
 class PDTrim(Method):
-    """Settings: candidates a greedy step re-measures, annealing, finalists of the re-ranking."""
+    """Settings: candidates a greedy step re-measures, the searches, finalists of the re-ranking.
+
+    ``annealing`` holds for the searches ``anneal`` and ``hybrid``.
+    """
 
     name = "pdtrim"
     shortlist: int | None = 10
     annealing: Annealing = field(default_factory=Annealing)
+    evolution: Evolution = field(default_factory=Evolution)
+    hybrid: Hybrid = field(default_factory=Hybrid)
     finalists: int = 4
 
     def search(
-        self, model: Model, calibration: Calibration, target: Target, *, progress: Progress
+        self,
+        model: Model,
+        calibration: Calibration,
+        target: Target,
+        *,
+        progress: Progress,
+        journal: Journal | None,
     ) -> Found:
         """See the module's docstring."""
         sample = calibration.search[:KV_SEQUENCES]
@@ -47,15 +64,17 @@ class PDTrim(Method):
             target.kv, model, sample, block_size=target.block_size, progress=progress
         )
         policy = HandoverPolicy(rules=rules, block_size=target.block_size)
-        objective = Objective(model, calibration.search, policy=policy, budget=target.budget)
-        start = objective.measure(Removal(num_layers=model.num_layers, mode=target.mode))
-        if target.prefill_remove + target.decode_remove == 0:
-            return Found(gates=start.state.gates.without_dead_work(), kv=rules, block_tokens=0)
-        seed = self._greedy(objective, start, target, progress)
-        with progress("annealing", self.annealing.steps) as advance:
-            rng = random.Random(target.seed)
-            best = anneal(objective, seed, self.annealing, rng=rng, advance=advance)
-        state, spent = self._rerank(model, calibration, policy, objective, best.state, progress)
+        goal = goal_of(target, model, calibration, policy, journal)
+        objective = Objective(
+            model, calibration.search, policy=policy, budget=target.budget, journal=journal
+        )
+        dense = Removal(num_layers=model.num_layers, mode=target.mode, grain=target.grain)
+        if goal.met(dense):
+            return Found(gates=dense.gates.without_dead_work(), kv=rules, block_tokens=0)
+        best = self._search(objective, dense, goal, target, progress)
+        if not goal.met(best.state):
+            raise PlanError(f"no state was found that saves this much in {target.metric}")
+        state, spent = self._rerank(model, calibration, objective, goal, best.state, progress)
         return Found(
             gates=state.gates.without_dead_work(),
             kv=rules,
@@ -63,45 +82,71 @@ class PDTrim(Method):
             kl=objective.memo[state],
         )
 
-    def _greedy(
-        self, objective: Objective, start: Measured, target: Target, progress: Progress
+    def _search(
+        self,
+        objective: Objective,
+        dense: Removal,
+        goal: Goal,
+        target: Target,
+        progress: Progress,
     ) -> Measured:
-        current = start
-        try:
-            for stage in SEARCH_ORDER:
-                total = greedy_evaluations(start.state, target.remove(stage), self.shortlist)
-                with progress(f"removing {stage} blocks", total) as advance:
-                    current = greedy(
+        rng = random.Random(target.seed)
+        with progress(f"searching: {target.search}", self._steps(goal, dense, target)) as advance:
+            try:
+                start = objective.measure(dense)
+                if target.search == "one_shot":
+                    return one_shot(objective, start, goal, advance=advance)
+                if target.search == "evolution":
+                    return evolution(
+                        objective, start, goal, self.evolution, rng=rng, advance=advance
+                    )
+                if target.search == "hybrid":
+                    return hybrid(
                         objective,
-                        current,
-                        stage,
-                        target.remove(stage),
+                        start,
+                        goal,
+                        replace(self.hybrid, annealing=self.annealing),
+                        rng=rng,
                         shortlist=self.shortlist,
                         advance=advance,
                     )
-        except BudgetSpent as error:
-            raise PlanError(
-                f"a budget of {target.budget} block-tokens does not reach the end of the greedy"
-                " search: give more, fewer blocks to remove, or less calibration text"
-            ) from error
-        return current
+                seed = greedy(objective, start, goal, shortlist=self.shortlist, advance=advance)
+                if target.search == "greedy":
+                    return seed
+                return anneal(objective, seed, goal, self.annealing, rng=rng, advance=advance)
+            except BudgetSpent as error:
+                raise PlanError(
+                    f"a budget of {target.budget} block-tokens does not reach the end of the"
+                    f" {target.search} search's first phase: give more, fewer blocks to remove, or"
+                    " less calibration text"
+                ) from error
+
+    def _steps(self, goal: Goal, dense: Removal, target: Target) -> int:
+        """About how often the search advances its bar."""
+        if target.search == "one_shot":
+            return dense.num_units * sum(goal.least(stage) > 0 for stage in SEARCH_ORDER)
+        if target.search == "evolution":
+            return self.evolution.generations
+        steps = greedy_evaluations(goal, dense, self.shortlist)
+        return steps if target.search == "greedy" else steps + self.annealing.steps
 
     def _rerank(
         self,
         model: Model,
         calibration: Calibration,
-        policy: HandoverPolicy,
         objective: Objective,
+        goal: Goal,
         best: Removal,
         progress: Progress,
     ) -> tuple[Removal, int]:
         """The best of the finalists on search and re-rank text together, and what that cost."""
-        sizes = len(best.prefill), len(best.decode)
-        complete = [s for s in objective.memo if (len(s.prefill), len(s.decode)) == sizes]
+        complete = [s for s in objective.memo if goal.met(s)]
         finalists = sorted(complete, key=lambda s: objective.memo[s])[: self.finalists]
         if len(calibration.rerank) == 0 or len(finalists) == 1:
             return best, 0
-        second = Objective(model, calibration.rerank, policy=policy)
+        second = Objective(
+            model, calibration.rerank, policy=objective.policy, journal=objective.journal
+        )
         share = len(calibration.rerank) / (len(calibration.rerank) + len(calibration.search))
         losses: dict[Removal, float] = {}
         with progress("ranking finalists", len(finalists)) as advance:

@@ -1,16 +1,19 @@
-"""Greedy removal: take out the block whose loss hurts least, again and again.
+"""Greedy removal: take out the unit whose loss hurts least for what it saves, again and again.
 
-SLEB (2402.09025) with two differences: the measure is KL on continuation tokens under
-prefill/decode inference instead of NLL, and no block is protected. With a ``shortlist`` only the
-candidates that looked best at their last evaluation are measured again (lazy greedy): a block that
-was costly with few others gone is seldom cheap with more.
+SLEB (2402.09025) with three differences: the measure is KL on continuation tokens under
+prefill/decode inference instead of NLL, no block is protected, and harm is weighed by what a
+removal saves. With a ``shortlist`` only the candidates that looked best at their last evaluation
+are measured again (lazy greedy): a block that was costly with few others gone is seldom cheap with
+more.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from pdtrim.plan import Stage
+from pdtrim.search.goal import SEARCH_ORDER, Goal
 from pdtrim.search.objective import Measured, Objective
 from pdtrim.search.state import Removal
 
@@ -18,40 +21,95 @@ from pdtrim.search.state import Removal
 def greedy(
     objective: Objective,
     start: Measured,
-    stage: Stage,
-    count: int,
+    goal: Goal,
     *,
     shortlist: int | None = None,
+    thrifty: bool = False,
+    stages: tuple[Stage, ...] = SEARCH_ORDER,
     advance: Callable[[float], None] = lambda amount: None,
 ) -> Measured:
-    """Remove ``count`` more blocks from one stage; stops early only when none is removable.
+    """Remove units, stage after stage, until the goal is met; ends early only when none is left.
+
+    Args:
+        thrifty: shorten the list of candidates where measuring all would not leave a dense pass
+            for each removal still to come.
 
     Raises:
         BudgetSpent: the objective's budget ran out.
     """
-    current = start
-    harm: dict[int, float] = {}  # loss added by a block when it was last tried
-    for step in range(count):
-        objective.stand_on(current)
-        candidates = current.state.removable(stage)
-        if step and shortlist is not None:
-            candidates = sorted(candidates, key=lambda i: harm[i])[:shortlist]
-        best: Measured | None = None
-        for layer in candidates:
-            tried = objective.measure(current.state.remove(stage, layer))
-            harm[layer] = tried.loss - current.loss
-            if best is None or tried.loss < best.loss:
-                best = tried
-            advance(1)
-        if best is None:
-            break
-        current = best
-    return current
+    run = _Greedy(objective, goal, shortlist, thrifty, advance)
+    to_come = sum(goal.least(stage) for stage in stages)
+    for stage in stages:
+        to_come -= goal.least(stage)
+        start = run.prune(start, stage, to_come)
+    return start
 
 
-def greedy_evaluations(state: Removal, count: int, shortlist: int | None) -> int:
-    """How many evaluations :func:`greedy` makes at most, for progress bars."""
-    first = state.num_layers
-    return sum(
-        min(first - i, shortlist if i and shortlist is not None else first) for i in range(count)
-    )
+class _Greedy:
+    """What all stages of a greedy search share."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        goal: Goal,
+        shortlist: int | None,
+        thrifty: bool,
+        advance: Callable[[float], None],
+    ) -> None:
+        self.objective, self.goal, self.shortlist = objective, goal, shortlist
+        self.thrifty, self.advance = thrifty, advance
+
+    def prune(self, current: Measured, stage: Stage, to_come: int) -> Measured:
+        """Reach one stage's goal; ``to_come`` removals follow in later stages."""
+        harm: dict[int, float] = {}  # loss added by a unit when it was last tried
+        least = self.goal.least(stage)
+        while self.goal.missing(current.state, stage):
+            least = max(least - 1, 0)
+            self.objective.stand_on(current)
+            best: tuple[float, float] | None = None
+            found = current
+            for unit in self._candidates(current.state, stage, harm, least + to_come):
+                tried = self.objective.measure(current.state.remove(stage, unit))
+                harm[unit] = tried.loss - current.loss
+                rank = self.goal.price(current.state, stage, unit, harm[unit]), tried.loss
+                if best is None or rank < best:
+                    best, found = rank, tried
+                self.advance(1)
+            if best is None:
+                break
+            current = found
+        costly_first = sorted(harm, key=lambda unit: -harm[unit])
+        trimmed = self.goal.trim(current.state, stage, costly_first)
+        return current if trimmed == current.state else self.objective.measure(trimmed)
+
+    def _candidates(
+        self, state: Removal, stage: Stage, harm: dict[int, float], to_come: int
+    ) -> list[int]:
+        """Units to try, those that looked best first where not all are."""
+        units = self.goal.useful(state, stage)
+
+        def price(unit: int) -> float:
+            return self.goal.price(state, stage, unit, harm.get(unit, math.inf))
+
+        if harm and self.shortlist is not None:
+            units = sorted(units, key=price)[: self.shortlist]
+        budget = self.objective.budget
+        if not self.thrifty or budget is None:
+            return units
+        left = budget - self.objective.spent - to_come * self.objective.dense_cost
+        quotes = {unit: self.objective.quote(state.remove(stage, unit)) for unit in units}
+        if sum(quotes.values()) > left:
+            units = sorted(units, key=lambda unit: (price(unit), quotes[unit]))
+        while len(units) > 1 and sum(quotes[unit] for unit in units) > left:
+            units.pop()
+        return units
+
+
+def greedy_evaluations(goal: Goal, start: Removal, shortlist: int | None) -> int:
+    """How many evaluations :func:`greedy` makes about, for progress bars."""
+    total = 0
+    for stage in SEARCH_ORDER:
+        first = start.num_units
+        for step in range(goal.least(stage)):
+            total += min(first - step, shortlist if step and shortlist is not None else first)
+    return total

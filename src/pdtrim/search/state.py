@@ -1,26 +1,59 @@
-"""A search state: the sets of whole blocks that each stage has lost."""
+"""A search state: the sets of units that each stage has lost.
+
+A unit is a whole block (grain ``block``: unit u is layer u) or a part of one (grain ``part``: unit
+2 * layer is that layer's attention, 2 * layer + 1 its MLP).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Set
+from dataclasses import dataclass, replace
+from typing import Literal
 
+from pdtrim.errors import PlanError
 from pdtrim.plan import Gates, Mode, Stage
+
+Grain = Literal["block", "part"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Removal:
-    """Removed blocks a stage. In mode ``subset`` prefill's lie inside decode's."""
+    """Removed units a stage. In mode ``subset`` prefill's lie inside decode's."""
 
     num_layers: int
     mode: Mode
+    grain: Grain = "block"
     prefill: frozenset[int] = frozenset()
     decode: frozenset[int] = frozenset()
 
     @property
+    def num_units(self) -> int:
+        """Units of a stage."""
+        return self.num_layers * units_per_layer(self.grain)
+
+    @property
     def gates(self) -> Gates:
         """What runs."""
-        return Gates.removing(
-            self.num_layers, prefill=self.prefill, decode=self.decode, mode=self.mode
+        if self.grain == "block":
+            return Gates.removing(
+                self.num_layers, prefill=self.prefill, decode=self.decode, mode=self.mode
+            )
+        extra = sorted(self.prefill - self.decode)
+        if self.mode == "subset" and extra:
+            raise PlanError(f"mode 'subset': prefill removes parts {extra}, which decode keeps")
+        layers = range(self.num_layers)
+        return Gates(
+            prefill_attention=tuple(
+                "full"
+                if 2 * i not in self.prefill
+                else "off"
+                if 2 * i in self.decode
+                else "kv"  # decode reads keys and values that prefill has no other use for
+                for i in layers
+            ),
+            prefill_mlp=_kept(self.prefill, range(1, self.num_units, 2)),
+            decode_attention=_kept(self.decode, range(0, self.num_units, 2)),
+            decode_mlp=_kept(self.decode, range(1, self.num_units, 2)),
         )
 
     def of(self, stage: Stage) -> frozenset[int]:
@@ -28,25 +61,35 @@ class Removal:
         return self.prefill if stage == "prefill" else self.decode
 
     def removable(self, stage: Stage) -> list[int]:
-        """Blocks that the stage may lose next."""
-        allowed: set[int] = set(range(self.num_layers))
+        """Units that the stage may lose next."""
+        allowed: set[int] = set(range(self.num_units))
         if stage == "prefill" and self.mode == "subset":
             allowed = set(self.decode)
         return sorted(allowed - self.of(stage))
 
     def restorable(self, stage: Stage) -> list[int]:
-        """Blocks that the stage may take back."""
+        """Units that the stage may take back."""
         held = self.decode - self.prefill if self.mode == "subset" else self.decode
         return sorted(self.prefill if stage == "prefill" else held)
 
-    def remove(self, stage: Stage, layer: int) -> Removal:
-        """The state with one more block gone."""
-        return self._with(stage, self.of(stage) | {layer})
+    def remove(self, stage: Stage, unit: int) -> Removal:
+        """The state with one more unit gone."""
+        return self._with(stage, self.of(stage) | {unit})
 
-    def restore(self, stage: Stage, layer: int) -> Removal:
-        """The state with one block back."""
-        return self._with(stage, self.of(stage) - {layer})
+    def restore(self, stage: Stage, unit: int) -> Removal:
+        """The state with one unit back."""
+        return self._with(stage, self.of(stage) - {unit})
 
-    def _with(self, stage: Stage, layers: frozenset[int]) -> Removal:
-        prefill, decode = (layers, self.decode) if stage == "prefill" else (self.prefill, layers)
-        return Removal(num_layers=self.num_layers, mode=self.mode, prefill=prefill, decode=decode)
+    def _with(self, stage: Stage, units: frozenset[int]) -> Removal:
+        if stage == "prefill":
+            return replace(self, prefill=units)
+        return replace(self, decode=units)
+
+
+def units_per_layer(grain: Grain) -> int:
+    """Units that a layer is made of."""
+    return 1 if grain == "block" else 2
+
+
+def _kept(gone: Set[int], units: range) -> tuple[bool, ...]:
+    return tuple(unit not in gone for unit in units)

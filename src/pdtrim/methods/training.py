@@ -1,0 +1,165 @@
+"""Train decode's blocks of a plan that is already chosen: what ``pdtrim distill`` does.
+
+First, where the rule of the two sets says so (``sets.py``), a removed decode block and a kept
+neighbour become one block, fitted by local regression. Then decode's blocks are trained on the
+dense model's log-probabilities. Prefill and its KV stay as the plan has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from pdtrim.distill.job import DistillConfig
+from pdtrim.distill.merge import MergeConfig, Merged, merge
+from pdtrim.distill.train import Distilled, distill
+from pdtrim.kv.policy import HandoverPolicy
+from pdtrim.methods.sets import SetRule, merges, similarity
+from pdtrim.models.model import Model
+from pdtrim.models.replace import Weights
+from pdtrim.models.replacements import load_blocks, save_blocks
+from pdtrim.plan import Gates, PrunePlan
+from pdtrim.progress import Progress, silent
+from pdtrim.repair.cuts import merged_layers
+from pdtrim.search.objective import dense_trace
+from pdtrim.stage.forward import Batch
+from pdtrim.stage.replaced import pair_of
+
+RULE_ROWS = 8  # sequences on which the rule measures similarity
+MERGE_ROWS = 64  # sequences that a merged block is fitted to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Which pairs merge, and how blocks are trained."""
+
+    rule: SetRule = SetRule(reading="none")  # noqa: RUF009 - frozen
+    merging: MergeConfig = field(default_factory=MergeConfig)
+    distillation: DistillConfig = field(default_factory=DistillConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A plan's gates with merged slots moved, and decode's trained blocks.
+
+    Attributes:
+        merged: pairs that became one block.
+        blocks: of both stages, prefill's as the plan had them; for ``save_blocks``.
+    """
+
+    gates: Gates
+    merged: tuple[Merged, ...]
+    blocks: dict[str, dict[int, Weights]]
+    distilled: Distilled
+
+
+def train_plan(
+    plan: PrunePlan,
+    model: Model,
+    text: Batch,
+    held_out: Batch,
+    config: Training,
+    *,
+    folder: Path | None = None,
+    checkpoint: Path | None = None,
+    progress: Progress = silent,
+    say: Callable[[str], None] = lambda text: None,
+) -> Trained:
+    """Merge and distil; the same seed gives the same weights on a CPU.
+
+    Args:
+        held_out: text that chooses the best weights; not in ``text``.
+        folder: the plan file's, if it has replaced blocks already.
+        checkpoint: a file from which an interrupted training goes on.
+
+    Raises:
+        PlanError: nothing to train, or the checkpoint is not of this run.
+    """
+    pair = pair_of(plan, model, folder)
+    before = load_blocks(plan, model, folder) if folder and plan.replacements else {}
+    gates, merged = plan.gates, []
+    for first, second in _pairs(plan, model, text, config.rule):
+        made = merge(model, text[:MERGE_ROWS], first, config.merging, progress=progress)
+        say(
+            f"blocks {first} and {second} at {made.layer}: relative error"
+            f" {made.error_before:.3f} to {made.error_after:.3f}"
+        )
+        gates = with_slot(gates, made.layer, first + second - made.layer)
+        merged.append(made)
+    start = dict(before.get("decode", {})) | {made.layer: made.weights for made in merged}
+    kept = set(gates.layers("decode"))
+    distilled = distill(
+        model,
+        gates,
+        HandoverPolicy.of(plan),
+        text,
+        held_out,
+        config.distillation,
+        start={layer: weights for layer, weights in start.items() if layer in kept},
+        prefill=None if pair.prefill is model else pair.prefill,
+        checkpoint=checkpoint,
+        progress=progress,
+        say=say,
+    )
+    return Trained(
+        gates=gates,
+        merged=tuple(merged),
+        blocks={"prefill": dict(before.get("prefill", {})), "decode": distilled.blocks},
+        distilled=distilled,
+    )
+
+
+def save_trained(plan: PrunePlan, trained: Trained, path: Path) -> PrunePlan:
+    """Write the plan with its trained blocks: ``path`` and a folder beside it."""
+    stands_for = {**merged_layers(trained.gates)}
+    stands_for |= {("decode", made.layer): made.merged for made in trained.merged}
+    made = plan.model_copy(
+        update={
+            "gates": trained.gates,
+            "replacements": save_blocks(
+                trained.blocks,  # type: ignore[arg-type]  # keys are stages
+                stands_for,
+                path.parent,
+                f"{path.stem}.blocks",
+            ),
+        }
+    )
+    made = PrunePlan.from_json(made.to_json())
+    made.save(path)
+    return made
+
+
+def with_slot(gates: Gates, layer: int, other: int) -> Gates:
+    """Decode runs ``layer`` whole and nothing of ``other``; prefill makes the KV that it reads."""
+    attention, mlp = list(gates.decode_attention), list(gates.decode_mlp)
+    attention[layer] = mlp[layer] = True
+    attention[other] = mlp[other] = False
+    prefill = list(gates.prefill_attention)
+    if prefill[layer] == "off":
+        prefill[layer] = "kv"
+    return gates.model_copy(
+        update={
+            "decode_attention": tuple(attention),
+            "decode_mlp": tuple(mlp),
+            "prefill_attention": tuple(prefill),
+        }
+    ).without_dead_work()
+
+
+@torch.inference_mode()
+def _pairs(
+    plan: PrunePlan, model: Model, text: Batch, rule: SetRule
+) -> tuple[tuple[int, int], ...]:
+    if rule.reading == "none":
+        return ()
+    traces = [dense_trace(model, text[:RULE_ROWS].to(model.device))]
+    block_L, pair_L = (similarity(traces, "decode", span=span) for span in (1, 2))
+    gone = [
+        layer
+        for layer in range(model.num_layers)
+        if not (plan.gates.decode_attention[layer] or plan.gates.decode_mlp[layer])
+    ]
+    return merges(gone, rule.distilled(block_L, pair_L))
