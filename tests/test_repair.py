@@ -246,30 +246,32 @@ def test_a_pair_with_other_weights_is_repaired_as_it_is(setting):
     )
     blocks = repair(model, gates, policy, fit, "linear", pair=spoilt)
     assert held_out_kl(setting, blocks, spoilt) < 0.9 * held_out_kl(setting, {}, spoilt)
-    kind, again, kls = best_repair(
-        model, gates, policy, fit, random_batch(model, rows=4, seed=3), ("linear",), pair=spoilt
-    )
-    assert kind == "linear" and kls["linear"] < kls["none"]
-    assert torch.equal(again["decode"][2][name], blocks["decode"][2][name])
 
 
 def test_the_best_repair_is_chosen_on_held_out_text(setting):
     model, gates, policy, fit, held_out = setting
-    kind, blocks, kls = best_repair(model, gates, policy, fit, held_out)
-    assert list(kls) == list(KINDS) and kls[kind] == min(kls.values())
-    assert kls["none"] == pytest.approx(held_out_kl(setting, {}), rel=1e-5)
-    assert kls[kind] == pytest.approx(held_out_kl(setting, blocks), rel=1e-5)
-    assert kind != "none"
+    best = best_repair(model, gates, policy, fit, held_out)
+    assert best.tried["prefill"]["none"] == pytest.approx(held_out_kl(setting, {}), rel=1e-5)
+    assert best.kl == pytest.approx(held_out_kl(setting, best.blocks), rel=1e-5)
+    for stage, tried in best.tried.items():
+        assert list(tried) == list(KINDS)
+        assert tried[best.kinds[stage]] == min(tried.values())
+    # decode's repair is tried on prefill's
+    assert best.tried["decode"]["none"] == min(best.tried["prefill"].values())
+    assert best.kl == min(best.tried["decode"].values()) and best.text != "none"
+    alone = repair(model, gates, policy, fit, "linear", stages=("decode",))
+    assert alone["prefill"] == {} and alone["decode"]
 
 
 def test_none_wins_where_repairs_hurt(setting):
     model, gates, policy, _, held_out = setting
     four_tokens = random_batch(model, rows=1, prompt=3, new=2)
-    kind, blocks, kls = best_repair(
+    best = best_repair(
         model, gates, policy, four_tokens, held_out, ("diagonal", "linear"), ridge=1e-6
     )
-    assert kls["none"] < min(kls["diagonal"], kls["linear"])
-    assert kind == "none" and blocks == {"prefill": {}, "decode": {}}
+    for tried in best.tried.values():
+        assert tried["none"] < min(tried["diagonal"], tried["linear"])
+    assert best.text == "none" and best.blocks == {"prefill": {}, "decode": {}}
 
 
 def test_nothing_before_a_cut_and_nothing_removed_leave_the_weights_alone(setting):

@@ -12,7 +12,7 @@ from pdtrim.calibration.batches import Calibration
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.errors import PlanError
 from pdtrim.methods import Paper, PDTrim, Target
-from pdtrim.methods.paper import redundancy
+from pdtrim.methods.sets import similarity
 from pdtrim.plan import Gates
 from pdtrim.search.anneal import Annealing, accepts, anneal, swap
 from pdtrim.search.goal import Goal
@@ -245,7 +245,7 @@ def test_a_plan_repeats_with_its_seed(model):
     assert len(digests) == 1
 
 
-def test_redundancy_is_the_cosine_of_a_blocks_input_and_output():
+def test_similarity_is_the_cosine_of_an_input_and_an_output():
     flows = [
         torch.tensor([[[1.0, 0.0]]]),
         torch.tensor([[[1.0, 1.0]]]),
@@ -253,7 +253,9 @@ def test_redundancy_is_the_cosine_of_a_blocks_input_and_output():
     ]
     trace = [(flow, 3 * flow) for flow in flows]
     for stage in ("prefill", "decode"):
-        torch.testing.assert_close(redundancy([trace], stage), torch.full((2,), 0.5**0.5))
+        torch.testing.assert_close(similarity([trace], stage), torch.full((2,), 0.5**0.5))
+        two = similarity([trace], stage, span=2)
+        torch.testing.assert_close(two, torch.zeros(2))
 
 
 def test_paper_keeps_prefills_set_inside_decodes_and_optimises_the_cosine(model):

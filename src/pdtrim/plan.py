@@ -27,7 +27,7 @@ MAX_PLAN_BYTES = 16 * 2**20
 
 Stage = Literal["prefill", "decode"]
 AttentionGate = Literal["full", "kv", "off"]
-Mode = Literal["projected", "subset"]
+Mode = Literal["projected", "subset", "unified"]
 STAGES: tuple[Stage, ...] = ("prefill", "decode")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -89,7 +89,8 @@ class Gates(Frozen):
         """Gates without the whole blocks named, a set for each stage.
 
         A block that only prefill loses keeps its KV projection in mode ``projected`` and is an
-        error in mode ``subset`` (the paper's rule: prefill's set lies inside decode's).
+        error in mode ``subset`` (the paper's rule: prefill's set lies inside decode's). In mode
+        ``unified`` the stages lose the same blocks.
         """
         gone_prefill, gone_decode = set(prefill), set(decode)
         for layer in gone_prefill | gone_decode:
@@ -101,6 +102,8 @@ class Gates(Frozen):
                 f"mode 'subset': prefill removes {extra}, which decode keeps; remove them from"
                 " decode too, or use mode 'projected'"
             )
+        if mode == "unified" and gone_prefill != gone_decode:
+            raise PlanError("mode 'unified': both stages lose the same blocks")
         layers = range(num_layers)
         return cls(
             prefill_attention=tuple(
@@ -205,6 +208,8 @@ class Provenance(Frozen):
     calibration_hash: str
     search_block_tokens: int = Field(ge=0)
     search_kl: float | None = None
+    repair: str = "none"
+    distillation: str = "none"
     wall_s: float = Field(default=0.0, ge=0)
     versions: dict[str, str] = Field(default_factory=dict)
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
-from pdtrim.cli.common import Dtype, Json, ModelName, out, print_json, progress_of
+from pdtrim.cli.common import Device, Dtype, Json, ModelName, out, print_json, progress_of
+from pdtrim.cli.work import Work
 from pdtrim.errors import PdtrimError
 
 app = typer.Typer()
+
+Metric = Literal["blocks", "flops", "kv_bytes", "latency"]
+Grain = Literal["block", "part"]
+Search = Literal["one_shot", "greedy", "anneal", "evolution", "hybrid"]
+Repair = Literal["best", "none"]
 
 
 def _count(text: str, blocks: int, option: str) -> int:
@@ -26,6 +32,21 @@ def _count(text: str, blocks: int, option: str) -> int:
     return int(number)
 
 
+def _removal(metric: str, prefill: str, decode: str, blocks: int) -> dict[str, Any]:
+    """The target's counts, or its shares."""
+    if metric == "blocks":
+        return {
+            "prefill_remove": _count(prefill, blocks, "--prefill-remove"),
+            "decode_remove": _count(decode, blocks, "--decode-remove"),
+        }
+    try:
+        return {"prefill_share": float(prefill), "decode_share": float(decode)}
+    except ValueError:
+        raise PdtrimError(
+            f"with --metric {metric} give shares, not '{prefill}' and '{decode}'"
+        ) from None
+
+
 @app.command(
     epilog="Example: pdtrim plan smollm2 -o plan.json --prefill-remove 8 --decode-remove 0"
 )
@@ -35,10 +56,21 @@ def plan(
     method: Annotated[str, typer.Option(help="pdtrim, or paper (as reconstructed).")] = "pdtrim",
     mode: Annotated[
         str | None,
-        typer.Option(help="projected or subset; the method's own if not given."),
+        typer.Option(help="projected, subset or unified; the method's own if not given."),
     ] = None,
     prefill_remove: Annotated[str, typer.Option(help="Blocks, or a share such as 0.25.")] = "0.25",
     decode_remove: Annotated[str, typer.Option(help="Blocks, or a share.")] = "0",
+    metric: Annotated[
+        Metric,
+        typer.Option(help="What is removed: with all but blocks, both counts are shares."),
+    ] = "blocks",
+    grain: Annotated[
+        Grain, typer.Option(help="block: whole blocks; part: attention and MLP apart.")
+    ] = "block",
+    search: Annotated[Search, typer.Option(help="How method pdtrim searches.")] = "hybrid",
+    repair: Annotated[
+        Repair, typer.Option(help="best: correct kept blocks for what was cut, in closed form.")
+    ] = "best",
     kv: Annotated[
         str,
         typer.Option(help="SELECTOR[:option=value,...][+CODEC], such as snapkv:share=0.5+int4."),
@@ -70,13 +102,17 @@ def plan(
         typer.Option(help="Block-tokens the search may spend."),
     ] = None,
     block_size: Annotated[int, typer.Option(help="Tokens in a page of the decode engine.")] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a search that was interrupted.")
+    ] = False,
     seed: Annotated[int, typer.Option()] = 0,
+    device: Device = "cpu",
     dtype: Dtype = "bfloat16",
     as_json: Json = False,
 ) -> None:
     """Search which blocks each stage can lose, and write the plan."""
     from pdtrim.bench.codec import codec_speeds
-    from pdtrim.calibration.batches import CalibrationConfig, load_calibration
+    from pdtrim.calibration.batches import CalibrationConfig
     from pdtrim.methods import METHODS, Target
     from pdtrim.models.loading import load_model
     from pdtrim.report.inspect import picture
@@ -86,8 +122,9 @@ def plan(
     if method not in METHODS:
         raise PdtrimError(f"unknown method '{method}': use one of {', '.join(METHODS)}")
     mode = mode or METHODS[method].default_mode
-    if mode not in ("projected", "subset"):
-        raise PdtrimError(f"unknown mode '{mode}': use projected or subset")
+    if mode not in ("projected", "subset", "unified"):
+        raise PdtrimError(f"unknown mode '{mode}': use projected, subset or unified")
+    work = Work(output.with_name(f"{output.stem}.search"), resume=resume)
     parse_budget(kv)  # a typing mistake should not wait for the model
     text = CalibrationConfig(
         source=calibration,
@@ -100,7 +137,7 @@ def plan(
     )
     progress = progress_of(as_json)
     with progress("loading the model", 1):
-        dense = load_model(model, dtype=dtype)
+        dense = load_model(model, dtype=dtype, device=device)
     speeds = None
     if link_gbit_s is not None:
         with progress("timing the codecs", 1):
@@ -112,8 +149,11 @@ def plan(
         link_gbit_s=link_gbit_s,
     ).policy(dense, kv, prompt_tokens, codec_gb_s=speeds)
     target = Target(
-        prefill_remove=_count(prefill_remove, dense.num_layers, "--prefill-remove"),
-        decode_remove=_count(decode_remove, dense.num_layers, "--decode-remove"),
+        **_removal(metric, prefill_remove, decode_remove, dense.num_layers),
+        metric=metric,
+        grain=grain,
+        search=search,
+        repair=repair if method == "pdtrim" else "none",
         mode=mode,  # type: ignore[arg-type]
         kv=kv,
         seed=seed,
@@ -121,9 +161,11 @@ def plan(
         budget=budget,
     )
     target.check(dense)
-    packed = load_calibration(dense, text, progress=progress)
-    made = METHODS[method]().plan(dense, packed, target, progress=progress)
-    made.save(output)
+    with work:
+        packed = work.text(dense, text, progress)
+        made = METHODS[method]().plan(
+            dense, packed, target, progress=progress, journal=work.journal, output=output
+        )
     if as_json:
         print_json({"plan": str(output), "digest": made.digest, **made.provenance.model_dump()})
     else:

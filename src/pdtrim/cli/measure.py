@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pdtrim.cli.common import Dtype, Json, ModelName, out, print_json, progress_of, say_of
+from pdtrim.cli.common import Device, Dtype, Json, ModelName, out, print_json, progress_of, say_of
 from pdtrim.errors import PdtrimError
 
 app = typer.Typer()
@@ -129,6 +130,78 @@ def kv_sweep(
         for problem in result.problems:
             out.print(f"[yellow]not to be trusted:[/] {problem}", highlight=False)
         out.print(f"wrote {output}/result.json, table.md, kv.png and kv.svg")
+
+
+@app.command(epilog="Example: pdtrim ablate smollm2 --text held_out.jsonl -o out/ablation")
+def ablate(
+    model: ModelName,
+    text: Annotated[list[str], typer.Option(help="Held-out text; give it again for more.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder; what is there is kept.")],
+    calibration: Annotated[str, typer.Option(help="Text of another source, or self.")] = "self",
+    prompt_tokens: Annotated[int, typer.Option()] = 256,
+    continuation_tokens: Annotated[int, typer.Option()] = 256,
+    sequences: Annotated[int, typer.Option(help="Of calibration text.")] = 12,
+    limit: Annotated[int, typer.Option(help="Sequences of each held-out text.")] = 16,
+    budget: Annotated[float, typer.Option(help="Of each search, in dense passes.")] = 90,
+    prefill_remove: Annotated[int, typer.Option()] = 10,
+    unified_remove: Annotated[int, typer.Option()] = 6,
+    decode_remove: Annotated[int, typer.Option()] = 6,
+    train_steps: Annotated[int, typer.Option(help="Of the paper's light distillation.")] = 100,
+    train_sequences: Annotated[int, typer.Option()] = 64,
+    seeds: Annotated[str, typer.Option(help="Of calibration text and search.")] = "0,1,2",
+    device: Device = "cpu",
+    dtype: Dtype = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Measure what each part of the method is worth; write result.json and a table."""
+    from pdtrim.evaluate.ablation import AblationConfig, markdown
+    from pdtrim.evaluate.ablation import ablate as run
+    from pdtrim.models.loading import load_model
+    from pdtrim.stage.cost import Lengths
+    from pdtrim.versions import host, versions
+
+    try:
+        numbers = tuple(int(seed) for seed in seeds.split(","))
+    except ValueError:
+        raise PdtrimError(f"--seeds '{seeds}': give numbers such as 0,1,2") from None
+    config = AblationConfig(
+        texts=_named(text),
+        calibration=calibration,
+        seeds=numbers,
+        lengths=Lengths(prompt=prompt_tokens, continuation=continuation_tokens),
+        sequences=sequences,
+        limit=limit,
+        budget=budget,
+        prefill=prefill_remove,
+        unified=unified_remove,
+        decode=decode_remove,
+        train_steps=train_steps,
+        train_sequences=train_sequences,
+    )
+    dense = load_model(model, dtype=dtype, device=device)
+    cells = run(dense, config, output, progress=progress_of(as_json), say=say_of(as_json))
+    made = {
+        "model": dense.name,
+        "dtype": dtype,
+        "versions": versions(),
+        "host": host(),
+        "cells": [cell.model_dump() for cell in cells],
+    }
+    (output / "result.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    (output / "table.md").write_text(markdown(cells), encoding="utf-8")
+    if as_json:
+        print_json(made)
+    else:
+        out.print(markdown(cells), highlight=False, soft_wrap=True)
+
+
+def _named(sources: list[str]) -> dict[str, str]:
+    """Texts by a short name: the folder and file of a path, without what they share."""
+    names = [source.removesuffix(".gz").rsplit(".", 1)[0].split("/")[-2:] for source in sources]
+    short = [" ".join(name) for name in names]
+    if len(set(short)) < len(short):
+        raise PdtrimError("two --text have the same name: rename one")
+    return dict(zip(short, sources, strict=True))
 
 
 @app.command(epilog="Example: pdtrim sensitivity smollm2 --text held_out.jsonl -o out/blocks")

@@ -5,15 +5,27 @@ from __future__ import annotations
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
 from pdtrim.models.model import Model
-from pdtrim.plan import STAGES, Gates, LayerKV, Mode, Provenance, PrunePlan, Stage
+from pdtrim.models.replacements import save_blocks
+from pdtrim.plan import (
+    STAGES,
+    Gates,
+    LayerKV,
+    Mode,
+    Provenance,
+    PrunePlan,
+    Replacement,
+    Stage,
+)
 from pdtrim.progress import Progress, silent
+from pdtrim.repair.apply import Blocks
+from pdtrim.repair.cuts import merged_layers
 from pdtrim.search.journal import Journal
 from pdtrim.search.state import Grain
 from pdtrim.versions import versions
@@ -34,6 +46,8 @@ class Target:
         search: what method ``pdtrim`` searches with.
         grain: whether attention and MLP of a block go together or apart.
         metric: what is counted (``search/goal.py``); all but ``blocks`` go by the shares.
+        repair: ``best`` corrects kept blocks for what was cut, in closed form and where held-out
+            text says that it helps; their weights then go with the plan.
         prefill_share, decode_share: shares of each stage's operations or time that it must save;
             with ``kv_bytes``, decode's is the share of the handover's bytes, and prefill has none.
     """
@@ -48,6 +62,7 @@ class Target:
     search: Search = "hybrid"
     grain: Grain = "block"
     metric: Metric = "blocks"
+    repair: Literal["none", "best"] = "none"
     prefill_share: float = 0.0
     decode_share: float = 0.0
 
@@ -69,6 +84,10 @@ class Target:
                 "mode 'subset' keeps prefill's removed blocks inside decode's: prefill cannot"
                 f" lose {self.prefill_remove} when decode loses {self.decode_remove}"
             )
+        if self.mode == "unified" and (
+            self.prefill_remove != self.decode_remove or self.prefill_share != self.decode_share
+        ):
+            raise PlanError("mode 'unified': both stages lose the same, so ask the same of both")
         self._check_shares()
 
     def _check_shares(self) -> None:
@@ -85,12 +104,18 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a method's search ends with."""
+    """What a method's search ends with.
+
+    Attributes:
+        repair, blocks: what was done to kept blocks, in words, and their weights by stage.
+    """
 
     gates: Gates
     kv: tuple[LayerKV, ...]
     block_tokens: int
     kl: float | None = None
+    repair: str = "none"
+    blocks: Blocks = field(default_factory=dict)
 
 
 class Method(ABC):
@@ -119,10 +144,13 @@ class Method(ABC):
         *,
         progress: Progress = silent,
         journal: Path | None = None,
+        output: Path | None = None,
     ) -> PrunePlan:
         """Search, and record how.
 
         Args:
+            output: where the plan is to be written, with repaired blocks in a folder beside it;
+                None writes nothing, and then nothing can be repaired.
             journal: a file in which the search's measurements are kept, and from which a search
                 that was interrupted goes on.
 
@@ -130,15 +158,23 @@ class Method(ABC):
             PlanError: the target cannot be met, or the journal belongs to another search.
         """
         target.check(model)
+        if target.repair != "none" and output is None:
+            raise PlanError("a repair makes weights that go with the plan: say where it is written")
         started = time.perf_counter()
         record = None
         if journal is not None:
             record = Journal(journal, self._search_hash(model, calibration, target))
         found = self.search(model, calibration, target, progress=progress, journal=record)
-        return PrunePlan(
+        replaced: tuple[Replacement, ...] = ()
+        if output is not None and any(found.blocks.values()):
+            name = f"{output.stem}.blocks"
+            stands_for = merged_layers(found.gates)
+            replaced = save_blocks(found.blocks, stands_for, output.parent, name)
+        plan = PrunePlan(
             model=model.ref,
             gates=found.gates,
             kv=found.kv,
+            replacements=replaced,
             block_size=target.block_size,
             provenance=Provenance(
                 method=self.name,
@@ -148,10 +184,14 @@ class Method(ABC):
                 calibration_hash=calibration.hash,
                 search_block_tokens=found.block_tokens,
                 search_kl=found.kl,
+                repair=found.repair,
                 wall_s=round(time.perf_counter() - started, 3),
                 versions=versions(),
             ),
         )
+        if output is not None:
+            plan.save(output)
+        return plan
 
     def _search_hash(self, model: Model, calibration: Calibration, target: Target) -> str:
         """SHA-256 (hex) of everything that the search's measurements depend on."""

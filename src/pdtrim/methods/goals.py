@@ -62,7 +62,7 @@ def _goal(
     if target.metric == "blocks":
         return Goal.blocks(
             model.num_layers,
-            prefill=target.prefill_remove,
+            prefill=0 if target.mode == "unified" else target.prefill_remove,
             decode=target.decode_remove,
             grain=target.grain,
             attention=attention_share(model.config, lengths),
@@ -74,7 +74,7 @@ def _goal(
         return Goal.flops(
             model.config,
             lengths,
-            prefill_share=target.prefill_share,
+            prefill_share=0.0 if target.mode == "unified" else target.prefill_share,
             decode_share=target.decode_share,
             grain=target.grain,
             mode=target.mode,
@@ -90,7 +90,7 @@ def _goal(
     half = len(values) // 2
     return Goal.latency(
         {"prefill": values[:half], "decode": values[half:]},
-        prefill_share=target.prefill_share,
+        prefill_share=0.0 if target.mode == "unified" else target.prefill_share,
         decode_share=target.decode_share,
     )
 

@@ -11,23 +11,20 @@ blocks, ``spread`` times as many as are to be removed; removal takes the most re
 set, measured anew in the pruned stream after each removal; the annealing then swaps blocks inside
 the set to bring the last stream of decode closest (cosine) to the dense model's. Redundancy is
 averaged over prompt tokens for prefill and over continuation tokens for decode. The temperature
-schedule is that of ``search/anneal.py``. The distillation set is not built here: no block is
-trained. The paper calibrates on PIQA and MMLU, which it also reports; here the text is the user's.
+schedule is that of ``search/anneal.py``. Removal is from both sets; which removed blocks then merge
+with a neighbour is the rule of ``sets.py``, and ``training.py`` fits them. The paper calibrates on
+PIQA and MMLU, which it also reports; here the text is the user's.
 """
 
 from __future__ import annotations
 
-import itertools
 import random
 from dataclasses import dataclass, field
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
 from pdtrim.methods.base import Found, Method, Target
+from pdtrim.methods.sets import similarity
 from pdtrim.models.model import Model
 from pdtrim.plan import Stage
 from pdtrim.progress import Progress
@@ -42,7 +39,6 @@ from pdtrim.search.objective import (
     cosine_loss,
 )
 from pdtrim.search.state import Removal
-from pdtrim.stage.forward import Trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +66,12 @@ class Paper(Method):
             raise PlanError("method 'paper' counts whole blocks only: use method 'pdtrim'")
         sample = calibration.search[:KV_SEQUENCES]
         rules = resolve_policy(
-            target.kv, model, sample, block_size=target.block_size, progress=progress
+            target.kv,
+            model,
+            sample,
+            block_size=target.block_size,
+            progress=progress,
+            journal=journal,
         )
         objective = Objective(
             model, calibration.search, loss=cosine_loss, budget=target.budget, journal=journal
@@ -106,7 +107,7 @@ class Paper(Method):
         with progress(f"removing {stage} blocks", count + self.annealing.steps) as advance:
             for _ in range(count):
                 objective.stand_on(current)
-                redundancy_L = redundancy(current.traces, stage)
+                redundancy_L = similarity(current.traces, stage)
                 open_blocks = [i for i in current.state.removable(stage) if i in pruning_set]
                 layer = max(open_blocks, key=lambda i: float(redundancy_L[i]))
                 current = objective.measure(current.state.remove(stage, layer))
@@ -123,28 +124,8 @@ class Paper(Method):
             )
 
     def _pruning_set(self, current: Measured, stage: Stage, count: int) -> frozenset[int]:
-        redundancy_L = redundancy(current.traces, stage)
+        redundancy_L = similarity(current.traces, stage)
         ranked = sorted(
             current.state.removable(stage), key=lambda i: float(redundancy_L[i]), reverse=True
         )
         return frozenset(ranked[: max(count, round(self.spread * count))])
-
-
-def redundancy(traces: list[Trace], stage: Stage) -> Tensor:
-    """Cosine similarity of each block's input and output, mean over the stage's tokens, ``[L]``.
-
-    The last block's output is the stream before the final norm, as ShortGPT (2403.03853) defines.
-    """
-    side = 0 if stage == "prefill" else 1
-    columns = []
-    for trace in traces:
-        flows = [entry[side].float() for entry in trace]
-        columns.append(
-            torch.stack(
-                [
-                    F.cosine_similarity(before, after, dim=-1).mean()
-                    for before, after in itertools.pairwise(flows)
-                ]
-            )
-        )
-    return torch.stack(columns).mean(0)

@@ -23,6 +23,7 @@ from pdtrim.methods.base import Found, Method, Target
 from pdtrim.methods.goals import goal_of
 from pdtrim.models.model import Model
 from pdtrim.progress import Progress
+from pdtrim.repair.apply import Repaired, best_repair
 from pdtrim.search.anneal import Annealing, anneal
 from pdtrim.search.evolution import Evolution, evolution
 from pdtrim.search.goal import SEARCH_ORDER, Goal
@@ -39,6 +40,8 @@ from pdtrim.search.state import Removal
 class PDTrim(Method):
     """Settings: candidates a greedy step re-measures, the searches, finalists of the re-ranking.
 
+    ``repaired`` of the finalists are repaired, if the target asks for it, and the best then wins.
+
     ``annealing`` holds for the searches ``anneal`` and ``hybrid``.
     """
 
@@ -48,6 +51,7 @@ class PDTrim(Method):
     evolution: Evolution = field(default_factory=Evolution)
     hybrid: Hybrid = field(default_factory=Hybrid)
     finalists: int = 4
+    repaired: int = 2
 
     def search(
         self,
@@ -61,7 +65,12 @@ class PDTrim(Method):
         """See the module's docstring."""
         sample = calibration.search[:KV_SEQUENCES]
         rules = resolve_policy(
-            target.kv, model, sample, block_size=target.block_size, progress=progress
+            target.kv,
+            model,
+            sample,
+            block_size=target.block_size,
+            progress=progress,
+            journal=journal,
         )
         policy = HandoverPolicy(rules=rules, block_size=target.block_size)
         goal = goal_of(target, model, calibration, policy, journal)
@@ -74,13 +83,16 @@ class PDTrim(Method):
         best = self._search(objective, dense, goal, target, progress)
         if not goal.met(best.state):
             raise PlanError(f"no state was found that saves this much in {target.metric}")
-        state, spent = self._rerank(model, calibration, objective, goal, best.state, progress)
-        return Found(
-            gates=state.gates.without_dead_work(),
+        ranked, spent = self._rerank(calibration, objective, goal, best.state, model, progress)
+        found = Found(
+            gates=ranked[0].gates.without_dead_work(),
             kv=rules,
             block_tokens=objective.spent + spent,
-            kl=objective.memo[state],
+            kl=objective.memo[ranked[0]],
         )
+        if target.repair == "none":
+            return found
+        return self._repair(found, ranked, calibration, objective, model, progress)
 
     def _search(
         self,
@@ -132,18 +144,18 @@ class PDTrim(Method):
 
     def _rerank(
         self,
-        model: Model,
         calibration: Calibration,
         objective: Objective,
         goal: Goal,
         best: Removal,
+        model: Model,
         progress: Progress,
-    ) -> tuple[Removal, int]:
-        """The best of the finalists on search and re-rank text together, and what that cost."""
+    ) -> tuple[list[Removal], int]:
+        """Finalists by their loss on search and re-rank text together, and what that cost."""
         complete = [s for s in objective.memo if goal.met(s)]
         finalists = sorted(complete, key=lambda s: objective.memo[s])[: self.finalists]
         if len(calibration.rerank) == 0 or len(finalists) == 1:
-            return best, 0
+            return [best], 0
         second = Objective(
             model, calibration.rerank, policy=objective.policy, journal=objective.journal
         )
@@ -155,4 +167,41 @@ class PDTrim(Method):
                 second.stand_on(again)
                 losses[state] = share * again.loss + (1 - share) * objective.memo[state]
                 advance(1)
-        return min(losses, key=lambda s: losses[s]), second.spent
+        return sorted(losses, key=lambda s: losses[s]), second.spent
+
+    def _repair(
+        self,
+        found: Found,
+        ranked: list[Removal],
+        calibration: Calibration,
+        objective: Objective,
+        model: Model,
+        progress: Progress,
+    ) -> Found:
+        """The finalist that is best when repaired: fitted to the search text, chosen by the other.
+
+        The search's meter does not count it: a repair costs a few passes.
+        """
+        if len(calibration.rerank) == 0:
+            raise PlanError("a repair is chosen on the re-rank text, and there is none")
+        options = ranked[: self.repaired]
+        made: list[tuple[Removal, Repaired]] = []
+        with progress("repairing finalists", len(options)) as advance:
+            for state in options:
+                repaired = best_repair(
+                    model,
+                    state.gates.without_dead_work(),
+                    objective.policy,
+                    calibration.search,
+                    calibration.rerank,
+                )
+                made.append((state, repaired))
+                advance(1)
+        state, repaired = min(made, key=lambda pair: pair[1].kl)
+        return replace(
+            found,
+            gates=state.gates.without_dead_work(),
+            kl=objective.memo[state],
+            repair=repaired.text,
+            blocks=repaired.blocks,
+        )

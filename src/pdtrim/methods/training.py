@@ -19,10 +19,10 @@ from pdtrim.distill.train import Distilled, distill
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods.sets import SetRule, merges, similarity
 from pdtrim.models.model import Model
-from pdtrim.models.replace import Weights
 from pdtrim.models.replacements import load_blocks, save_blocks
 from pdtrim.plan import Gates, PrunePlan
 from pdtrim.progress import Progress, silent
+from pdtrim.repair.apply import Blocks
 from pdtrim.repair.cuts import merged_layers
 from pdtrim.search.objective import dense_trace
 from pdtrim.stage.forward import Batch
@@ -52,7 +52,7 @@ class Trained:
 
     gates: Gates
     merged: tuple[Merged, ...]
-    blocks: dict[str, dict[int, Weights]]
+    blocks: Blocks
     distilled: Distilled
 
 
@@ -79,9 +79,9 @@ def train_plan(
         PlanError: nothing to train, or the checkpoint is not of this run.
     """
     pair = pair_of(plan, model, folder)
-    before = load_blocks(plan, model, folder) if folder and plan.replacements else {}
+    before: Blocks = load_blocks(plan, model, folder) if folder else {}
     gates, merged = plan.gates, []
-    for first, second in _pairs(plan, model, text, config.rule):
+    for first, second in pairs_of(plan, model, text, config.rule):
         made = merge(model, text[:MERGE_ROWS], first, config.merging, progress=progress)
         say(
             f"blocks {first} and {second} at {made.layer}: relative error"
@@ -120,7 +120,7 @@ def save_trained(plan: PrunePlan, trained: Trained, path: Path) -> PrunePlan:
         update={
             "gates": trained.gates,
             "replacements": save_blocks(
-                trained.blocks,  # type: ignore[arg-type]  # keys are stages
+                trained.blocks,
                 stands_for,
                 path.parent,
                 f"{path.stem}.blocks",
@@ -150,9 +150,10 @@ def with_slot(gates: Gates, layer: int, other: int) -> Gates:
 
 
 @torch.inference_mode()
-def _pairs(
+def pairs_of(
     plan: PrunePlan, model: Model, text: Batch, rule: SetRule
 ) -> tuple[tuple[int, int], ...]:
+    """Pairs of decode blocks that the rule merges: one removed, the other kept."""
     if rule.reading == "none":
         return ()
     traces = [dense_trace(model, text[:RULE_ROWS].to(model.device))]

@@ -16,6 +16,7 @@ Shapes: B batch, N prompt tokens, C continuation tokens, E hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -48,6 +49,7 @@ def repair(
     batch: Batch,
     kind: Kind,
     *,
+    stages: Sequence[Stage] = STAGES,
     pair: Pair | None = None,
     ridge: float = RIDGE,
 ) -> Blocks:
@@ -56,6 +58,7 @@ def repair(
     Args:
         model: the dense model, whose streams are the targets.
         batch: text to fit on.
+        stages: whose cuts are repaired.
         pair: what the stages run, whole models; None is the dense model in both roles.
         ridge: of ``diagonal`` and ``linear``, relative to the data; infinite repairs nothing.
 
@@ -68,13 +71,34 @@ def repair(
         raise PdtrimError(f"ridge {ridge} must be above 0")
     if kind == "none":
         return {"prefill": {}, "decode": {}}
-    cuts = [cut for stage in STAGES for cut in find_cuts(gates, stage)]
+    cuts = [cut for stage in stages for cut in find_cuts(gates, stage)]
     walk = _Walk(model, pair or Pair.dense(model), gates, policy, batch, cuts)
     if kind == "scalar":
         _repair_scalar(walk, cuts)
     else:
         _repair_mlp(walk, cuts, diagonal.fit if kind == "diagonal" else linear.fit, ridge)
     return walk.made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repaired:
+    """The repair of each stage with the least KL on text that no fit has seen.
+
+    Attributes:
+        kl: of the repaired pair, nats a continuation token, over the dense model's top tokens.
+        tried: that of each kind, by stage; decode's are tried on prefill's best.
+    """
+
+    kinds: dict[Stage, Kind]
+    blocks: Blocks
+    kl: float
+    tried: dict[Stage, dict[Kind, float]]
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        done = [f"{stage} {kind}" for stage, kind in self.kinds.items() if kind != "none"]
+        return ", ".join(done) or "none"
 
 
 @torch.no_grad()
@@ -86,30 +110,38 @@ def best_repair(
     held_out: Batch,
     kinds: Sequence[Kind] = KINDS,
     *,
-    pair: Pair | None = None,
     ridge: float = RIDGE,
-) -> tuple[Kind, Blocks, dict[Kind, float]]:
-    """The repair with the least KL on text that no fit has seen: its kind, its weights, all KLs.
-
-    KL(dense || repaired) is over the dense model's top tokens, nats a continuation token. No repair
-    is always among the choices, and wins a tie.
-    """
-    pair = pair or Pair.dense(model)
+) -> Repaired:
+    """Choose each stage's repair, prefill's first; no repair is a choice too, and wins a tie."""
     held_out = held_out.to(model.device)
     parts = [held_out[i : i + ROWS] for i in range(0, len(held_out), ROWS)]
     teachers = [Teacher.of(model, part) for part in parts]
-    made: dict[Kind, Blocks] = {}
-    kls: dict[Kind, float] = {}
-    for kind in dict.fromkeys(("none", *kinds)):
-        made[kind] = repair(model, gates, policy, fit, kind, pair=pair, ridge=ridge)
-        repaired = swap_pair(pair, made[kind])
+
+    def measure(pair: Pair) -> float:
         kl_B = [
-            teacher.kl(repaired.decode, streams(repaired, part, gates, policy)[-1][1])
+            teacher.kl(pair.decode, streams(pair, part, gates, policy)[-1][1])
             for teacher, part in zip(teachers, parts, strict=True)
         ]
-        kls[kind] = float(torch.cat(kl_B).mean())
-    best = min(kls, key=kls.__getitem__)
-    return best, made[best], kls
+        return float(torch.cat(kl_B).mean())
+
+    pair = Pair.dense(model)
+    kl = measure(pair)
+    best: dict[Stage, Kind] = {}
+    blocks: Blocks = {"prefill": {}, "decode": {}}
+    tried: dict[Stage, dict[Kind, float]] = {}
+    for stage in STAGES:
+        best[stage], tried[stage] = "none", {"none": kl}
+        start = pair
+        for kind in kinds if find_cuts(gates, stage) else ():
+            if kind == "none":
+                continue
+            made = repair(model, gates, policy, fit, kind, stages=(stage,), pair=start, ridge=ridge)
+            repaired = swap_pair(start, made)
+            tried[stage][kind] = measure(repaired)
+            if tried[stage][kind] < kl:
+                kl, pair = tried[stage][kind], repaired
+                best[stage], blocks[stage] = kind, made[stage]
+    return Repaired(kinds=best, blocks=blocks, kl=kl, tried=tried)
 
 
 def _repair_scalar(walk: _Walk, cuts: Sequence[Cut]) -> None:

@@ -47,7 +47,7 @@ class Journal:
         if not lines:
             self._write(wanted)
 
-    def once(self, key: dict[str, Any], measure: Callable[[], list[float]]) -> list[float]:
+    def once(self, key: dict[str, Any], measure: Callable[[], list[Any]]) -> list[Any]:
         """The measurement that the journal holds at this place, else a new one, written down.
 
         Raises:

@@ -35,6 +35,7 @@ from pdtrim.kv.policy import HandoverPolicy, HeadGroup, gather, hand_over
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.progress import Progress, silent
+from pdtrim.search.journal import Journal
 from pdtrim.search.kv_menu import default_menu, parse_budget
 from pdtrim.search.kv_request import KVRequest, prompt_and_queries
 from pdtrim.stage.forward import Batch, Pair, Trace, decode_stream, streams
@@ -54,7 +55,8 @@ class Allocation:
 
     Attributes:
         compression: full bf16 bytes over bytes of the calibration prompts' pairs and masks.
-        kl: on calibration text and recall; ``uniform_kl`` that of the best single entry in all layers.
+        kl: on calibration text and recall; ``uniform_kl`` that of the best single entry in all
+            layers.
         entries: the menu entry of each layer.
     """
 
@@ -282,15 +284,28 @@ def resolve_policy(
     *,
     block_size: int = 1,
     progress: Progress = silent,
+    journal: Journal | None = None,
 ) -> Rules:
     """One rule a layer, from a policy's text or from ``budget:compression=X``.
 
     Args:
         batch: calibration text.
+        journal: of the search, which then need not fit the policy again when it is resumed.
 
     Raises:
         PlanError: the text is no policy, or the budget cannot be met.
     """
+    if journal is not None:
+        dumped = journal.once(
+            {"kv": text},
+            lambda: [
+                rule.model_dump(mode="json")
+                for rule in resolve_policy(
+                    text, model, batch, block_size=block_size, progress=progress
+                )
+            ],
+        )
+        return tuple(LayerKV.model_validate(rule) for rule in dumped)
     batch = batch.to(model.device)
     budget = parse_budget(text)
     if budget is not None:

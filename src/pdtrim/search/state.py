@@ -18,7 +18,11 @@ Grain = Literal["block", "part"]
 
 @dataclass(frozen=True, kw_only=True)
 class Removal:
-    """Removed units a stage. In mode ``subset`` prefill's lie inside decode's."""
+    """Removed units a stage.
+
+    In mode ``subset`` prefill's lie inside decode's; in mode ``unified`` they are decode's, and
+    move with them.
+    """
 
     num_layers: int
     mode: Mode
@@ -62,6 +66,8 @@ class Removal:
 
     def removable(self, stage: Stage) -> list[int]:
         """Units that the stage may lose next."""
+        if stage == "prefill" and self.mode == "unified":
+            return []
         allowed: set[int] = set(range(self.num_units))
         if stage == "prefill" and self.mode == "subset":
             allowed = set(self.decode)
@@ -69,6 +75,8 @@ class Removal:
 
     def restorable(self, stage: Stage) -> list[int]:
         """Units that the stage may take back."""
+        if stage == "prefill" and self.mode == "unified":
+            return []
         held = self.decode - self.prefill if self.mode == "subset" else self.decode
         return sorted(self.prefill if stage == "prefill" else held)
 
@@ -81,6 +89,8 @@ class Removal:
         return self._with(stage, self.of(stage) - {unit})
 
     def _with(self, stage: Stage, units: frozenset[int]) -> Removal:
+        if self.mode == "unified":
+            return replace(self, prefill=units, decode=units)
         if stage == "prefill":
             return replace(self, prefill=units)
         return replace(self, decode=units)

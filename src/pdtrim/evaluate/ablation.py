@@ -1,0 +1,344 @@
+"""What each part of the method is worth: what ``pdtrim ablate`` does.
+
+Every row runs on the same calibration text and, where it searches, with the same budget of
+block-tokens; its KL is measured on held-out texts. A cell (a row and a seed) is written to disk as
+soon as it is measured, and is not measured again: an interrupted run goes on, and runs of different
+seeds may share a folder.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pdtrim.calibration.batches import (
+    Calibration,
+    CalibrationConfig,
+    load_calibration,
+    text_batch,
+)
+from pdtrim.distill.job import DistillConfig
+from pdtrim.errors import PdtrimError
+from pdtrim.evaluate.quality import Variant, measure_quality
+from pdtrim.kv.policy import HandoverPolicy
+from pdtrim.methods.base import Method, Search, Target
+from pdtrim.methods.paper import Paper
+from pdtrim.methods.pdtrim import PDTrim
+from pdtrim.methods.sets import Reading, SetRule
+from pdtrim.methods.training import Training, pairs_of, train_plan
+from pdtrim.models.model import Model
+from pdtrim.plan import Gates, PrunePlan
+from pdtrim.progress import Progress, silent
+from pdtrim.records import Frozen
+from pdtrim.repair.apply import KINDS, Blocks, best_repair, repair
+from pdtrim.stage.cost import Lengths, block_tokens
+from pdtrim.stage.forward import Batch, Pair
+from pdtrim.stage.replaced import swap_pair
+
+SEARCHES: tuple[Search, ...] = ("one_shot", "greedy", "evolution", "anneal", "hybrid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationConfig:
+    """What to prune and on what to measure.
+
+    Attributes:
+        texts: held-out, by name.
+        sequences: of calibration text that steer a search; half as many choose finalists.
+        limit: sequences of each held-out text.
+        budget: of each search, in passes of the dense model over the calibration text.
+        prefill, unified, decode: blocks that the three targets remove.
+        train_steps: of the paper's light distillation; its text is ``train_sequences`` more.
+    """
+
+    texts: dict[str, str]
+    calibration: str = "self"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    lengths: Lengths = Lengths(prompt=256, continuation=256)  # noqa: RUF009 - frozen
+    sequences: int = 12
+    limit: int = 16
+    budget: float = 90
+    prefill: int = 10
+    unified: int = 6
+    decode: int = 6
+    train_steps: int = 100
+    train_sequences: int = 64
+
+
+class Cell(Frozen):
+    """One row with one seed.
+
+    Attributes:
+        kl: on each held-out text, nats a continuation token.
+        block_tokens, seconds: of the search, or of the repair or training.
+    """
+
+    group: str
+    name: str
+    seed: int
+    kl: dict[str, float]
+    block_tokens: int
+    seconds: float
+    removed: str
+
+
+def ablate(
+    model: Model,
+    config: AblationConfig,
+    folder: Path,
+    *,
+    progress: Progress = silent,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Cell]:
+    """Every row with every seed, in order; those found in ``folder`` are not run again.
+
+    Raises:
+        PdtrimError: unreadable text, or a cell on disk that is not one.
+    """
+    held_out = {
+        name: text_batch(
+            model,
+            source,
+            prompt_tokens=config.lengths.prompt,
+            continuation_tokens=config.lengths.continuation,
+            limit=config.limit,
+        )
+        for name, source in config.texts.items()
+    }
+    cells = []
+    for seed in config.seeds:
+        bench = Bench(model, config, seed, folder, progress)
+        for group, name, make in rows(bench):
+            path = folder / "cells" / f"{seed} {group} {name}.json".replace(" ", "_")
+            if path.is_file():
+                cells.append(_read(path))
+                continue
+            started = time.perf_counter()
+            made = make()
+            cell = Cell(
+                group=group,
+                name=name,
+                seed=seed,
+                kl=measure(model, made, held_out),
+                block_tokens=made.block_tokens,
+                seconds=round(time.perf_counter() - started, 1),
+                removed=made.removed,
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(cell.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            cells.append(cell)
+            found = ", ".join(f"{text} {kl:.4f}" for text, kl in cell.kl.items())
+            say(f"seed {seed}, {group}, {name}: KL {found}")
+    return cells
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a row comes to: gates, and other weights in some blocks."""
+
+    gates: Gates
+    blocks: Blocks
+    block_tokens: int = 0
+
+    @property
+    def removed(self) -> str:
+        """Blocks that each stage has lost, in words; parts of blocks as ``3a`` and ``3m``."""
+        stages = []
+        for stage in ("prefill", "decode"):
+            attention, mlp = self.gates.of(stage)
+            names = []
+            for layer, (a, m) in enumerate(zip(attention, mlp, strict=True)):
+                a = a in ("full", True)
+                names += [] if a and m else [str(layer) + ("" if a == m else "m" if a else "a")]
+            stages.append(f"{stage} {' '.join(names) or '-'}")
+        return "; ".join(stages)
+
+
+def measure(model: Model, made: Made, held_out: dict[str, Batch]) -> dict[str, float]:
+    """KL on each held-out text, the whole KV cache sent."""
+    variant = Variant(
+        pair=swap_pair(Pair.dense(model), made.blocks),
+        gates=made.gates,
+        policy=HandoverPolicy.full(model.num_layers),
+    )
+    return {
+        name: measure_quality(model, {"x": variant}, batch)["x"].kl
+        for name, batch in held_out.items()
+    }
+
+
+class Bench:
+    """A model with one seed's calibration text; plans are made once and kept in the folder."""
+
+    def __init__(
+        self, model: Model, config: AblationConfig, seed: int, folder: Path, progress: Progress
+    ) -> None:
+        self.model, self.config, self.seed = model, config, seed
+        self.folder, self.progress = folder, progress
+        self.policy = HandoverPolicy.full(model.num_layers)
+
+    @cached_property
+    def text(self) -> Calibration:
+        """Search and re-rank text; ``report`` is what blocks are trained on."""
+        config = self.config
+        return load_calibration(
+            self.model,
+            CalibrationConfig(
+                source=config.calibration,
+                prompt_tokens=config.lengths.prompt,
+                continuation_tokens=config.lengths.continuation,
+                search=config.sequences,
+                rerank=config.sequences // 2,
+                report=config.train_sequences,
+                seed=self.seed,
+            ),
+            progress=self.progress,
+        )
+
+    @property
+    def budget(self) -> int:
+        """Block-tokens of a search."""
+        passes = block_tokens(
+            Gates.dense(self.model.num_layers),
+            sequences=self.config.sequences,
+            prefill=self.config.lengths.prompt - 1,
+            decode=self.config.lengths.continuation,
+        )
+        return round(self.config.budget * passes)
+
+    def plan(self, name: str, method: Method, target: Target) -> PrunePlan:
+        """A plan, from the folder if it is there."""
+        path = self.folder / "plans" / f"{self.seed} {name}.json".replace(" ", "_")
+        if path.is_file():
+            return PrunePlan.load(path)
+        return method.plan(self.model, self.text, target, progress=self.progress, output=path)
+
+    def searched(self, name: str, method: Method, target: Target) -> Made:
+        """The row of a plan as it was searched."""
+        plan = self.plan(name, method, target)
+        spent = plan.provenance.search_block_tokens
+        return Made(gates=plan.gates, blocks={}, block_tokens=spent)
+
+    def repaired(self, name: str, method: Method, target: Target, kind: str) -> Made:
+        """A plan with its cuts repaired; ``best`` is each stage's best on the re-rank text."""
+        gates = self.plan(name, method, target).gates
+        if kind == "best":
+            best = best_repair(self.model, gates, self.policy, self.text.search, self.text.rerank)
+            return Made(gates=gates, blocks=best.blocks)
+        (chosen,) = (k for k in KINDS if k == kind)
+        return Made(
+            gates=gates, blocks=repair(self.model, gates, self.policy, self.text.search, chosen)
+        )
+
+    def trained(self, name: str, method: Method, target: Target, reading: Reading) -> Made:
+        """A plan whose distillation set is merged and lightly distilled."""
+        plan = self.plan(name, method, target)
+        rule = SetRule(reading=reading)
+        if not pairs_of(plan, self.model, self.text.report, rule):
+            return Made(gates=plan.gates, blocks={})  # the rule puts nothing in its set
+        distillation = DistillConfig(which="pairs", steps=self.config.train_steps, seed=self.seed)
+        done = train_plan(
+            plan,
+            self.model,
+            self.text.report,
+            self.text.rerank,
+            Training(rule=rule, distillation=distillation),
+            progress=self.progress,
+        )
+        return Made(gates=done.gates, blocks=done.blocks)
+
+
+def rows(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Made]]]:
+    """Group, name and maker of every row."""
+    config, seed, budget = bench.config, bench.seed, bench.budget
+    half = min(3, config.decode)
+    both: dict[str, Any] = {"prefill_remove": half, "decode_remove": config.decode}
+    paper = Target(**both, mode="subset", seed=seed, budget=budget)
+    rule = f"paper's rule, prefill {half} decode {config.decode}"
+    yield rule, "no distillation", lambda: bench.searched("paper", Paper(), paper)
+    readings: tuple[Reading, ...] = ("pairs", "redundancy")
+    for reading in readings:
+
+        def train(reading: Reading = reading) -> Made:
+            return bench.trained("paper", Paper(), paper, reading)
+
+        yield rule, f"distillation set by {reading}", train
+    for mode in ("subset", "projected"):
+        target = Target(**both, mode=mode, seed=seed, budget=budget)
+        yield f"mode, prefill {half} decode {config.decode}", mode, _search(bench, mode, target)
+    targets: dict[str, dict[str, Any]] = {
+        f"prefill {config.prefill}": {"prefill_remove": config.prefill},
+        f"unified {config.unified}": {
+            "prefill_remove": config.unified,
+            "decode_remove": config.unified,
+            "mode": "unified",
+        },
+        f"decode {config.decode}": {"decode_remove": config.decode},
+    }
+    for what, removal in targets.items():
+        for search in SEARCHES:
+            target = Target(**removal, search=search, seed=seed, budget=budget)
+            yield f"search, {what}", search, _search(bench, f"{what} {search}", target)
+        hybrid = Target(**removal, search="hybrid", seed=seed, budget=budget)
+        for kind in (*KINDS[1:], "best"):
+
+            def mend(what: str = what, target: Target = hybrid, kind: str = kind) -> Made:
+                return bench.repaired(f"{what} hybrid", PDTrim(), target, kind)
+
+            yield f"repair, {what}", kind, mend
+    # prefill's part that is worth its share of whole blocks
+    share = config.prefill / bench.model.num_layers
+    for grain in ("block", "part"):
+        target = Target(
+            metric="flops",
+            prefill_share=share,
+            grain=grain,
+            seed=seed,
+            budget=budget,
+        )
+        yield f"grain, {share:.0%} of prefill's operations", grain, _search(bench, grain, target)
+
+
+def _search(bench: Bench, name: str, target: Target) -> Callable[[], Made]:
+    return lambda: bench.searched(name, PDTrim(), target)
+
+
+def markdown(cells: list[Cell]) -> str:
+    """Mean and standard deviation over seeds, a row a line."""
+    texts = list(cells[0].kl) if cells else []
+    lines = [
+        "| what | row | " + " | ".join(f"KL {text}" for text in texts) + " | cost | seconds |",
+        "|---|---|" + "---|" * (len(texts) + 2),
+    ]
+    for group, name in dict.fromkeys((cell.group, cell.name) for cell in cells):
+        of_row = [cell for cell in cells if (cell.group, cell.name) == (group, name)]
+        found = [spread([cell.kl[text] for cell in of_row]) for text in texts]
+        cost = statistics.mean(cell.block_tokens for cell in of_row) / 1e6
+        seconds = statistics.mean(cell.seconds for cell in of_row)
+        lines.append(
+            f"| {group} | {name} | "
+            + " | ".join(found)
+            + f" | {f'{cost:.1f} M' if cost else ''} | {seconds:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    mean = statistics.mean(values)
+    return f"{mean:.4f} ± {statistics.stdev(values):.4f}" if len(values) > 1 else f"{mean:.4f}"
+
+
+def _read(path: Path) -> Cell:
+    try:
+        return Cell.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        raise PdtrimError(f"{path} is not a cell of an ablation: delete it") from error
