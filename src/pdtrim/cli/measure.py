@@ -146,6 +146,9 @@ def ablate(
     prefill_remove: Annotated[int, typer.Option()] = 10,
     unified_remove: Annotated[int, typer.Option()] = 6,
     decode_remove: Annotated[int, typer.Option()] = 6,
+    only: Annotated[
+        list[str], typer.Option(help="Rows with these words, such as 'search, prefill'.")
+    ] = [""],  # noqa: B006
     train_steps: Annotated[int, typer.Option(help="Of the paper's light distillation.")] = 100,
     train_sequences: Annotated[int, typer.Option()] = 64,
     seeds: Annotated[str, typer.Option(help="Of calibration text and search.")] = "0,1,2",
@@ -175,6 +178,7 @@ def ablate(
         prefill=prefill_remove,
         unified=unified_remove,
         decode=decode_remove,
+        only=tuple(only),
         train_steps=train_steps,
         train_sequences=train_sequences,
     )

@@ -9,6 +9,7 @@ seeds may share a folder.
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -56,6 +57,7 @@ class AblationConfig:
         limit: sequences of each held-out text.
         budget: of each search, in passes of the dense model over the calibration text.
         prefill, unified, decode: blocks that the three targets remove.
+        only: rows whose group and name hold one of these words; the empty word is in all.
         train_steps: of the paper's light distillation; its text is ``train_sequences`` more.
     """
 
@@ -69,6 +71,7 @@ class AblationConfig:
     prefill: int = 10
     unified: int = 6
     decode: int = 6
+    only: tuple[str, ...] = ("",)
     train_steps: int = 100
     train_sequences: int = 64
 
@@ -117,7 +120,9 @@ def ablate(
     for seed in config.seeds:
         bench = Bench(model, config, seed, folder, progress)
         for group, name, make in rows(bench):
-            path = folder / "cells" / f"{seed} {group} {name}.json".replace(" ", "_")
+            if not any(words in f"{group}, {name}" for words in config.only):
+                continue
+            path = folder / "cells" / f"{_slug(f'{seed} {group} {name}')}.json"
             if path.is_file():
                 cells.append(_read(path))
                 continue
@@ -216,7 +221,7 @@ class Bench:
 
     def plan(self, name: str, method: Method, target: Target) -> PrunePlan:
         """A plan, from the folder if it is there."""
-        path = self.folder / "plans" / f"{self.seed} {name}.json".replace(" ", "_")
+        path = self.folder / "plans" / f"{_slug(f'{self.seed} {name}')}.json"
         if path.is_file():
             return PrunePlan.load(path)
         return method.plan(self.model, self.text, target, progress=self.progress, output=path)
@@ -335,6 +340,11 @@ def spread(values: list[float]) -> str:
     """Mean and standard deviation over seeds."""
     mean = statistics.mean(values)
     return f"{mean:.4f} ± {statistics.stdev(values):.4f}" if len(values) > 1 else f"{mean:.4f}"
+
+
+def _slug(text: str) -> str:
+    """A file name that every system takes."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
 
 
 def _read(path: Path) -> Cell:
