@@ -134,7 +134,8 @@ def test_recall_copies_the_prompt_and_leaves_the_text_alone(model, text):
     assert torch.equal(both.prompt_BP, text.prompt_BP.repeat(2, 1))
     assert torch.equal(both.continuation_BC[:3], text.continuation_BC)
     long = with_recall(random_batch(model, rows=2, prompt=90, new=70))
-    for prompt, copied in zip(long.prompt_BP[2:].tolist(), long.continuation_BC[2:].tolist()):
+    rows = zip(long.prompt_BP[2:].tolist(), long.continuation_BC[2:].tolist(), strict=True)
+    for prompt, copied in rows:
         windows = [prompt[i : i + 32] for i in range(59)]
         assert copied[:32] in windows and copied[32:64] in windows
         assert copied[64:] in [window[:6] for window in windows]

@@ -259,6 +259,8 @@ class PrunePlan(Frozen):
         """SHA-256 (hex) of everything that changes what runs; both checkpoints carry it."""
         data = self.model_dump(mode="json", by_alias=True, exclude={"provenance"})
         data["model"] = {"fingerprint": self.model.fingerprint}
+        for item in data["replacements"]:
+            del item["weights"]  # where a file lies changes nothing; its hash says what is in it
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 

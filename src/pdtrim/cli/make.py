@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pdtrim.cli.common import Device, Dtype, Json, ModelName, out, print_json, progress_of
+from pdtrim.cli.common import Device, Dtype, Json, ModelName, out, print_json, progress_of, say_of
 from pdtrim.cli.work import Work
 from pdtrim.errors import PdtrimError
 
@@ -17,6 +17,8 @@ Metric = Literal["blocks", "flops", "kv_bytes", "latency"]
 Grain = Literal["block", "part"]
 Search = Literal["one_shot", "greedy", "anneal", "evolution", "hybrid"]
 Repair = Literal["best", "none"]
+Which = Literal["pairs", "neighbours", "all"]
+Reading = Literal["pairs", "redundancy", "none"]
 
 
 def _count(text: str, blocks: int, option: str) -> int:
@@ -171,6 +173,108 @@ def plan(
     else:
         out.print(picture(made, prompt_tokens=prompt_tokens))
         out.print(f"wrote {output}")
+
+
+@app.command(
+    epilog="Example: pdtrim distill plan.json -o trained.json --text text.jsonl --blocks all"
+)
+def distill(
+    plan_file: Annotated[Path, typer.Argument(help="A plan.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the new plan.")],
+    text: Annotated[str, typer.Option(help="Training text: FILE, hub:NAME, or self.")] = "self",
+    blocks: Annotated[
+        Which,
+        typer.Option(help="Train merged pairs, the cuts' neighbours, or all decode blocks."),
+    ] = "all",
+    merge: Annotated[
+        Reading | None,
+        typer.Option(
+            help="Removed blocks that merge with a neighbour first; pairs if --blocks pairs."
+        ),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option()] = 256,
+    continuation_tokens: Annotated[int, typer.Option()] = 256,
+    sequences: Annotated[int, typer.Option(help="Of training text.")] = 256,
+    held_out: Annotated[int, typer.Option(help="Sequences that choose the best weights.")] = 16,
+    steps: Annotated[int, typer.Option()] = 1000,
+    rows: Annotated[int, typer.Option(help="Sequences run together.")] = 4,
+    accumulate: Annotated[int, typer.Option(help="Such groups a step.")] = 4,
+    learning_rate: Annotated[float, typer.Option()] = 3e-4,
+    minutes: Annotated[float | None, typer.Option(help="Of training at most.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Where the model is, if not where the plan says."),
+    ] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Train decode's kept blocks for what was removed; an interrupted training goes on."""
+    from pdtrim.calibration.batches import CalibrationConfig, load_calibration
+    from pdtrim.distill.job import DistillConfig
+    from pdtrim.export import base_model
+    from pdtrim.methods.sets import SetRule
+    from pdtrim.methods.training import Training, save_trained, train_plan
+    from pdtrim.plan import PrunePlan
+
+    if output.resolve() == plan_file.resolve():
+        raise PdtrimError("-o names the plan itself: give the trained one a name of its own")
+    progress, say = progress_of(as_json), say_of(as_json)
+    loaded = PrunePlan.load(plan_file)
+    dense = base_model(loaded, source=model, dtype=dtype, device=device)
+    packed = load_calibration(
+        dense,
+        CalibrationConfig(
+            source=text,
+            prompt_tokens=prompt_tokens,
+            continuation_tokens=continuation_tokens,
+            search=sequences,
+            rerank=held_out,
+            report=0,
+            seed=seed,
+        ),
+        progress=progress,
+    )
+    checkpoint = output.with_name(f"{output.stem}.training.safetensors")
+    if checkpoint.exists():
+        say(f"going on from {checkpoint}")
+    rule = SetRule(reading=merge or ("pairs" if blocks == "pairs" else "none"))
+    config = DistillConfig(
+        which=blocks,
+        steps=steps,
+        rows=rows,
+        accumulate=accumulate,
+        learning_rate=learning_rate,
+        max_seconds=None if minutes is None else 60 * minutes,
+        compute="float32" if dtype == "float32" else "bfloat16",
+        seed=seed,
+    )
+    trained = train_plan(
+        loaded,
+        dense,
+        packed.search,
+        packed.rerank,
+        Training(rule=rule, distillation=config),
+        folder=plan_file.parent,
+        checkpoint=checkpoint,
+        progress=progress,
+        say=say,
+    )
+    made = save_trained(loaded, trained, output)
+    checkpoint.unlink(missing_ok=True)
+    before, after = trained.distilled.held_out_before, trained.distilled.held_out_after
+    if as_json:
+        print_json(
+            {
+                "plan": str(output),
+                "digest": made.digest,
+                "held_out_kl": {"before": before, "after": after},
+                "merged": [merged.merged for merged in trained.merged],
+            }
+        )
+    else:
+        out.print(f"held-out KL {before:.4f} before, {after:.4f} after; wrote {output}")
 
 
 @app.command(epilog="Example: pdtrim inspect plan.json")

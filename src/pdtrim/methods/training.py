@@ -48,12 +48,14 @@ class Trained:
     Attributes:
         merged: pairs that became one block.
         blocks: of both stages, prefill's as the plan had them; for ``save_blocks``.
+        text: what was done, in words.
     """
 
     gates: Gates
     merged: tuple[Merged, ...]
     blocks: Blocks
     distilled: Distilled
+    text: str
 
 
 def train_plan(
@@ -109,6 +111,10 @@ def train_plan(
         merged=tuple(merged),
         blocks={"prefill": dict(before.get("prefill", {})), "decode": distilled.blocks},
         distilled=distilled,
+        text=(
+            f"{config.distillation.which}, {len(merged)} merged,"
+            f" {distilled.history[-1].step} steps on {len(text)} sequences"
+        ),
     )
 
 
@@ -119,6 +125,7 @@ def save_trained(plan: PrunePlan, trained: Trained, path: Path) -> PrunePlan:
     made = plan.model_copy(
         update={
             "gates": trained.gates,
+            "provenance": plan.provenance.model_copy(update={"distillation": trained.text}),
             "replacements": save_blocks(
                 trained.blocks,
                 stands_for,
