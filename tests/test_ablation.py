@@ -44,7 +44,9 @@ def test_every_question_has_its_rows_with_every_seed(measured):
     assert {n for g, n in names if g == "search"} == {
         *("one_shot", "greedy", "evolution", "anneal", "hybrid")
     }
-    assert {n for g, n in names if g == "repair"} == {"scalar", "diagonal", "linear", "best"}
+    assert {n for g, n in names if g == "repair"} == {
+        *("scalar", "diagonal", "linear", "kv", "linear+kv", "best")
+    }
     assert {n for g, n in names if g == "mode"} == {"subset", "projected"}
     assert {n for g, n in names if g == "grain"} == {"block", "part"}
     assert len([n for g, n in names if g == "paper's rule"]) == 3

@@ -11,7 +11,7 @@ from pdtrim.calibration.teacher import Teacher
 from pdtrim.errors import PdtrimError
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.plan import Gates, LayerKV
-from pdtrim.repair import diagonal, linear, scalar
+from pdtrim.repair import diagonal, kv, linear, scalar
 from pdtrim.repair.apply import KINDS, RIDGE, best_repair, repair
 from pdtrim.repair.cuts import find_cuts, merged_layers
 from pdtrim.search.objective import dense_trace
@@ -64,6 +64,26 @@ def test_scalar_is_the_ratio_of_mean_norms():
     wanted = float(t.norm(dim=1).mean() / s.norm(dim=1).mean())
     assert scalar.fit([(s[:7], t[:7]), (s[7:], t[7:])]) == pytest.approx(wanted, rel=1e-5)
     assert scalar.fit([(torch.zeros(2, 5), t)]) == 1.0
+
+
+def test_kv_finds_the_projections_and_its_ridge_pulls_to_the_old_ones():
+    h, mix = random(200, 8), random(8, 8, seed=1)
+    old = {"k": random(3, 8, seed=2), "v": random(5, 8, seed=3)}
+    found = kv.fit([(h[:60], h[:60] @ mix), (h[60:], h[60:] @ mix)], old, ridge=1e-12)
+    for name, w_FE in old.items():
+        torch.testing.assert_close(h @ found[name].T, h @ mix @ w_FE.T, atol=1e-4, rtol=1e-4)
+    same = kv.fit([(h, h @ mix)], old, ridge=math.inf)
+    assert all(torch.equal(same[name], old[name]) for name in old)
+    # the minimum of |h W'^T - g W^T|^2 + ridge c |W' - W|^2, by stacking the ridge below the data
+    g, root = random(200, 8, seed=4).double(), math.sqrt(0.5 * float(h.square().sum(0).mean()))
+    w = old["k"].double()
+    stacked = torch.linalg.lstsq(
+        torch.cat((h.double(), root * torch.eye(8))), torch.cat((g @ w.T, root * w.T))
+    )
+    found = kv.fit([(h, g.float())], old, ridge=0.5)
+    torch.testing.assert_close(found["k"], stacked.solution.T.float(), atol=1e-4, rtol=1e-4)
+    zero = torch.zeros(5, 8)
+    assert torch.equal(kv.fit([(zero, zero)], old, ridge=0.1)["v"], old["v"])
 
 
 # the cuts
@@ -254,7 +274,7 @@ def test_the_best_repair_is_chosen_on_held_out_text(setting):
     assert best.tried["prefill"]["none"] == pytest.approx(held_out_kl(setting, {}), rel=1e-5)
     assert best.kl == pytest.approx(held_out_kl(setting, best.blocks), rel=1e-5)
     for stage, tried in best.tried.items():
-        assert list(tried) == list(KINDS)
+        assert list(tried) == list(KINDS[stage])
         assert tried[best.kinds[stage]] == min(tried.values())
     # decode's repair is tried on prefill's
     assert best.tried["decode"]["none"] == min(best.tried["prefill"].values())
@@ -266,9 +286,8 @@ def test_the_best_repair_is_chosen_on_held_out_text(setting):
 def test_none_wins_where_repairs_hurt(setting):
     model, gates, policy, _, held_out = setting
     four_tokens = random_batch(model, rows=1, prompt=3, new=2)
-    best = best_repair(
-        model, gates, policy, four_tokens, held_out, ("diagonal", "linear"), ridge=1e-6
-    )
+    kinds = dict.fromkeys(("prefill", "decode"), ("diagonal", "linear"))
+    best = best_repair(model, gates, policy, four_tokens, held_out, kinds, ridge=1e-6)
     for tried in best.tried.values():
         assert tried["none"] < min(tried["diagonal"], tried["linear"])
     assert best.text == "none" and best.blocks == {"prefill": {}, "decode": {}}
@@ -292,3 +311,42 @@ def test_unknown_kinds_and_ridges_are_refused(setting, kind, ridge):
     model, gates, policy, fit, _ = setting
     with pytest.raises(PdtrimError, match=r"unknown repair|must be above 0"):
         repair(model, gates, policy, fit, kind, ridge=ridge)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_kv_corrects_skipped_blocks_and_no_stream(family):
+    model = tiny_model(family, layers=5)
+    gates = Gates.removing(5, prefill={2, 3, 4}).without_dead_work()
+    policy = HandoverPolicy.full(5)
+    fit, held_out = (
+        random_batch(model, rows=24, prompt=24, new=4, seed=1),
+        random_batch(model, rows=4),
+    )
+    blocks = repair(model, gates, policy, fit, "kv")
+    assert blocks["decode"] == {} and set(blocks["prefill"]) == {2, 3, 4}
+    names = {name for weights in blocks["prefill"].values() for name in weights}
+    assert names == {"self_attn.k_proj.weight", "self_attn.v_proj.weight"}
+    before, after = Pair.dense(model), swap_pair(Pair.dense(model), blocks)
+    old, new = (streams(pair, held_out, gates, policy) for pair in (before, after))
+    for (x_old, _), (x_new, _) in zip(old, new, strict=True):
+        assert torch.equal(x_old, x_new), "prefill's stream is what it was"
+    assert torch.equal(
+        model.block(2).module.self_attn.k_proj.weight,
+        before.prefill.block(2).module.self_attn.k_proj.weight,
+    )
+    teacher = Teacher.of(model, held_out)
+    kls = [float(teacher.kl(model, trace[-1][1]).mean()) for trace in (old, new)]
+    assert kls[1] < 0.9 * kls[0]
+    same = repair(model, gates, policy, fit, "kv", kv_ridge=math.inf)
+    again = streams(swap_pair(Pair.dense(model), same), held_out, gates, policy)
+    torch.testing.assert_close(again[-1][1], old[-1][1], atol=1e-5, rtol=1e-5)
+
+
+def test_linear_and_kv_go_together(setting):
+    model, gates, policy, fit, _ = setting
+    both = repair(model, gates, policy, fit, "linear+kv", stages=("prefill",))
+    lone = repair(model, gates, policy, fit, "linear", stages=("prefill",))
+    for layer, weights in lone["prefill"].items():
+        for name, tensor in weights.items():
+            assert torch.equal(both["prefill"][layer][name], tensor)
+    assert set(both["prefill"]) > set(lone["prefill"]) and both["decode"] == {}

@@ -29,7 +29,8 @@ from pdtrim.progress import Progress, silent
 from pdtrim.runtime.session import Session
 from pdtrim.search.anneal import Annealing
 from pdtrim.stage.cost import Lengths
-from pdtrim.stage.forward import Batch, Pair
+from pdtrim.stage.forward import Batch
+from pdtrim.stage.replaced import pair_of
 
 MODEL = "smollm2"
 QUESTION = "Explain what artificial intelligence is."
@@ -54,7 +55,8 @@ class DemoRow:
     def settings(self) -> str:
         """One line for people."""
         t = self.target
-        return f"{t.mode}, prefill -{t.prefill_remove}, decode -{t.decode_remove}, KV {t.kv}"
+        cut = f"{t.mode}, prefill -{t.prefill_remove}, decode -{t.decode_remove}"
+        return f"{cut}, KV {t.kv}, repair {t.repair}"
 
 
 ROWS = (
@@ -66,14 +68,12 @@ ROWS = (
     DemoRow(
         name="pdtrim, paper's budget",
         method=PDTrim(shortlist=4, annealing=SEARCH),
-        target=Target(prefill_remove=3, decode_remove=6, kv=CUT),
+        target=Target(prefill_remove=3, decode_remove=6, kv=CUT, repair="best"),
     ),
     DemoRow(
         name="pdtrim",
         method=PDTrim(shortlist=5, annealing=SEARCH),
-        target=Target(
-            prefill_remove=8, decode_remove=0, kv="first_last:first=4,last=124,layers=24"
-        ),
+        target=Target(prefill_remove=8, decode_remove=0, kv="full+entropy", repair="best"),
     ),
 )
 
@@ -93,12 +93,13 @@ def run_demo(
     model = load_model(MODEL)
     held_out = _held_out(model, folder)
     say("2/4 planning: the dense model writes calibration text, the methods search")
-    plans = {"dense": dense_plan(model), **_plans(model, rows, seed, progress)}
-    for name, plan in plans.items():
-        plan.save(folder / _file_name(name) / "plan.json")
+    plans = {"dense": dense_plan(model), **_plans(model, rows, seed, folder, progress)}
+    plans["dense"].save(_plan_file(folder, "dense"))
     say("3/4 measuring quality on held-out text")
-    pair = Pair.dense(model)
-    variants = {name: Variant.of(plan, pair) for name, plan in plans.items()}
+    variants = {
+        name: Variant.of(plan, pair_of(plan, model, _plan_file(folder, name).parent))
+        for name, plan in plans.items()
+    }
     qualities = measure_quality(model, variants, held_out, progress=progress)
     say("4/4 running each pair as two processes")
     answers, sizes = _run_pairs(model, plans, held_out, folder, progress)
@@ -131,12 +132,18 @@ def run_demo(
 
 
 def _plans(
-    model: Model, rows: tuple[DemoRow, ...], seed: int, progress: Progress
+    model: Model, rows: tuple[DemoRow, ...], seed: int, folder: Path, progress: Progress
 ) -> dict[str, PrunePlan]:
     config = CalibrationConfig(search=8, rerank=4, report=0, seed=seed)
     text = load_calibration(model, config, progress=progress)
     return {
-        row.name: row.method.plan(model, text, replace(row.target, seed=seed), progress=progress)
+        row.name: row.method.plan(
+            model,
+            text,
+            replace(row.target, seed=seed),
+            progress=progress,
+            output=_plan_file(folder, row.name),
+        )
         for row in rows
     }
 
@@ -148,7 +155,8 @@ def _run_pairs(
     answers, sizes = {}, {}
     with progress("running the pairs", len(plans)) as advance:
         for name, plan in plans.items():
-            pair = export(plan, model, folder / _file_name(name) / "pair")
+            beside = _plan_file(folder, name).parent
+            pair = export(plan, model, beside / "pair", blocks=beside)
             with Session(pair) as session:
                 answers[name] = session.generate([QUESTION], max_new_tokens=80)[0].text
                 session.generate(batch.prompt_BP.tolist(), max_new_tokens=1)
@@ -157,8 +165,8 @@ def _run_pairs(
     return answers, sizes
 
 
-def _file_name(row: str) -> str:
-    return row.replace(", ", "-").replace("'", "").replace(" ", "-")
+def _plan_file(folder: Path, row: str) -> Path:
+    return folder / row.replace(", ", "-").replace("'", "").replace(" ", "-") / "plan.json"
 
 
 def _held_out(model: Model, folder: Path) -> Batch:

@@ -36,7 +36,7 @@ from pdtrim.methods.pdtrim import PDTrim
 from pdtrim.methods.sets import Reading, SetRule
 from pdtrim.methods.training import Training, pairs_of, train_plan
 from pdtrim.models.model import Model
-from pdtrim.plan import Gates, PrunePlan
+from pdtrim.plan import Gates, PrunePlan, Stage
 from pdtrim.progress import Progress, silent
 from pdtrim.records import Frozen
 from pdtrim.repair.apply import KINDS, Blocks, best_repair, repair
@@ -238,7 +238,7 @@ class Bench:
         if kind == "best":
             best = best_repair(self.model, gates, self.policy, self.text.search, self.text.rerank)
             return Made(gates=gates, blocks=best.blocks)
-        (chosen,) = (k for k in KINDS if k == kind)
+        (chosen,) = (k for k in KINDS["prefill"] if k == kind)
         return Made(
             gates=gates, blocks=repair(self.model, gates, self.policy, self.text.search, chosen)
         )
@@ -293,7 +293,8 @@ def rows(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Made]]]:
             target = Target(**removal, search=search, seed=seed, budget=budget)
             yield f"search, {what}", search, _search(bench, f"{what} {search}", target)
         hybrid = Target(**removal, search="hybrid", seed=seed, budget=budget)
-        for kind in (*KINDS[1:], "best"):
+        stage: Stage = "decode" if what.startswith("decode") else "prefill"
+        for kind in (*KINDS[stage][1:], "best"):
 
             def mend(what: str = what, target: Target = hybrid, kind: str = kind) -> Made:
                 return bench.repaired(f"{what} hybrid", PDTrim(), target, kind)

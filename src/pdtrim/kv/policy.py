@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pdtrim.kv.codecs import CodecBase
-from pdtrim.kv.selectors import StaticSelector
+from pdtrim.kv.selectors import Full, StaticSelector
 from pdtrim.kv.view import LayerView
 from pdtrim.plan import LayerKV, PrunePlan
 
@@ -117,8 +117,24 @@ def padding(counts_B: Tensor, longest: int) -> Tensor | None:
 
 def hand_over(policy: HandoverPolicy, layer: int, view: LayerView) -> list[HeadGroup]:
     """What decode sees of a layer: the kept pairs, through the codec and back."""
-    codec = policy.rules[layer].codec
-    return [through(codec, group) for group in gather(view, policy.keep(layer, view))]
+    rule = policy.rules[layer]
+    if isinstance(rule.selector, Full):
+        groups = [whole(view)]
+    else:
+        groups = gather(view, policy.keep(layer, view))
+    return [through(rule.codec, group) for group in groups]
+
+
+def whole(view: LayerView) -> HeadGroup:
+    """All pairs of a layer, without looking for them or copying them."""
+    B, G, N, _ = view.k_BGND.shape
+    at_N = torch.arange(N, device=view.k_BGND.device)
+    return HeadGroup(
+        heads=tuple(range(G)),
+        k_BgMD=view.k_BGND,
+        v_BgMD=view.v_BGND,
+        positions_BgM=at_N.expand(B, G, N),
+    )
 
 
 def through(codec: CodecBase, group: HeadGroup) -> HeadGroup:

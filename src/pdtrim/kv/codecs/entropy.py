@@ -27,6 +27,8 @@ from __future__ import annotations
 
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Literal
 
 import torch
@@ -35,10 +37,13 @@ from torch import Tensor
 
 from pdtrim.errors import WireError
 from pdtrim.kv.codecs.base import CodecBase
-from pdtrim.kv.codecs.integer import fp16_below
+from pdtrim.kv.codecs.integer import fp16_below, head_runs
 
 HEAD = struct.Struct("<I")
 LARGEST = 127  # code
+
+Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Raw ends, key means, key steps, value steps, key codes and value codes."""
 
 
 class Entropy(CodecBase):
@@ -51,17 +56,12 @@ class Entropy(CodecBase):
 
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
         """See the base class."""
-        start = min(self.first, k_LMD.shape[1])
-        ends_2LRD = torch.stack((k_LMD[:, :start], v_LMD[:, :start]))
-        k_LND, v_LND = (x[:, start:].to(torch.float32).clamp(-65504, 65504) for x in (k_LMD, v_LMD))
-        mean_LD = _mean(k_LND, dim=1).to(torch.float16)
-        k_LND = k_LND - mean_LD[:, None].to(torch.float32)
-        k_step_L, k_codes_LND = quantise(k_LND, self.k_step, dims=(1, 2))
-        v_step_LN, v_codes_LND = quantise(v_LND, self.v_step, dims=(2,))
-        k_coded, v_coded = _press(k_codes_LND.transpose(1, 2)), _press(v_codes_LND)
-        tensors = [ends_2LRD, mean_LD, k_step_L, v_step_LN]
-        plain = [x.cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for x in tensors]
-        data = b"".join((HEAD.pack(len(k_coded)), *plain, k_coded, v_coded))
+        *plain, k_codes_LND, v_codes_LND = self._quantised(k_LMD, v_LMD)
+        codes = k_codes_LND.mT.contiguous().cpu(), v_codes_LND.cpu()
+        with ThreadPoolExecutor(2) as pool:  # zlib lets go of the interpreter
+            k_coded, v_coded = pool.map(_press, codes)
+        parts = [x.cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for x in plain]
+        data = b"".join((HEAD.pack(len(k_coded)), *parts, k_coded, v_coded))
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(k_LMD.device)
 
     def decode(
@@ -79,18 +79,42 @@ class Entropy(CodecBase):
         head, ends, mean, k_step, v_step, body = (
             part.clone() for part in data.cpu().split([*plain, coded])
         )
-        border = min(int(head.view(torch.int32)), coded)
-        k_codes = _expand(body[: max(border, 0)], L * D * N).view(L, D, N).transpose(1, 2)
-        v_codes = _expand(body[max(border, 0) :], L * N * D).view(L, N, D)
-        k_LND = restore(k_codes, k_step.view(torch.float16).view(L, 1, 1))
-        k_LND = k_LND + mean.view(torch.float16).view(L, 1, D).to(torch.float32)
-        v_LND = restore(v_codes, v_step.view(torch.float16).view(L, N, 1))
-        ends_2LRD = ends.view(dtype).view(2, L, start, D)
-        k_LMD, v_LMD = (
-            torch.cat((end, body_LND.to(dtype)), dim=1).to(data.device)
-            for end, body_LND in zip(ends_2LRD, (k_LND, v_LND), strict=True)
+        border = max(0, min(int(head.view(torch.int32)), coded))
+        with ThreadPoolExecutor(2) as pool:
+            expand = partial(_expand, size=L * N * D)
+            k_codes, v_codes = pool.map(expand, (body[:border], body[border:]))
+        k_LMD, v_LMD = _restored(
+            ends.view(dtype).view(2, L, start, D),
+            mean.view(torch.float16).view(L, D),
+            k_step.view(torch.float16).view(L, 1, 1),
+            v_step.view(torch.float16).view(L, N, 1),
+            k_codes.view(L, D, N).mT,
+            v_codes.view(L, N, D),
         )
-        return k_LMD, v_LMD
+        return k_LMD.to(data.device), v_LMD.to(data.device)
+
+    def round_trip(self, k_LMD: Tensor, v_LMD: Tensor) -> tuple[Tensor, Tensor]:
+        """What decode will see; the entropy coder itself changes nothing, so it is left out."""
+        return _restored(*self._quantised(k_LMD, v_LMD))
+
+    @torch.no_grad()  # it writes in place
+    def _quantised(self, k_LMD: Tensor, v_LMD: Tensor) -> Parts:
+        """All that travels, in wire order."""
+        L, M, D = k_LMD.shape
+        start = min(self.first, M)
+        runs: list[tuple[Tensor, ...]] = []
+        for heads in head_runs(L, (M - start) * D, k_LMD.device):
+            k_LND, v_LND = (
+                x[heads, start:].to(torch.float32).clamp(-65504, 65504) for x in (k_LMD, v_LMD)
+            )
+            mean_LD = _mean(k_LND, dim=1).to(torch.float16)
+            k_LND.sub_(mean_LD[:, None].to(torch.float32))
+            k_step_L11, k_codes_LND = quantise(k_LND, self.k_step, dims=(1, 2))
+            v_step_LN1, v_codes_LND = quantise(v_LND, self.v_step, dims=(2,))
+            runs.append((mean_LD, k_step_L11, v_step_LN1, k_codes_LND, v_codes_LND))
+        mean, k_step, v_step, k_codes, v_codes = map(torch.cat, zip(*runs, strict=True))
+        ends_2LRD = torch.stack((k_LMD[:, :start], v_LMD[:, :start]))
+        return ends_2LRD, mean, k_step, v_step, k_codes, v_codes
 
     def nbytes(self, heads: int, tokens: int, width: int, dtype: torch.dtype) -> int:
         """See the base class."""
@@ -116,12 +140,12 @@ class Entropy(CodecBase):
 def quantise(x_LND: Tensor, step: float, *, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Steps fp16, one for all elements along ``dims``, and codes int8 ``[L, N, D]``."""
     # summed in fp64, so that fp16 hides in which order a device adds
-    rms = _mean(x_LND.double().square(), dim=dims, keepdim=True).sqrt()
+    rms = _mean(x_LND.double().square_(), dim=dims, keepdim=True).sqrt()
     most = x_LND.abs().amax(dims, keepdim=True) if x_LND.numel() else torch.zeros_like(rms)
     wide = torch.maximum((step * rms).to(torch.float32), most.to(torch.float32) / LARGEST)
     steps = (-fp16_below(-wide.clamp(max=65504))).clamp(min=2.0**-24)
-    codes = (x_LND / steps.to(torch.float32)).round().clamp(-LARGEST, LARGEST).to(torch.int8)
-    return steps, codes
+    codes = (x_LND / steps.to(torch.float32)).round_().clamp_(-LARGEST, LARGEST)
+    return steps, codes.to(torch.int8)
 
 
 def restore(codes: Tensor, steps: Tensor) -> Tensor:
@@ -129,6 +153,25 @@ def restore(codes: Tensor, steps: Tensor) -> Tensor:
     if not (steps.isfinite().all() and (steps > 0).all()):
         raise WireError("entropy KV holds a step that is no number or not above 0")
     return codes * steps.to(torch.float32)
+
+
+def _restored(
+    ends_2LRD: Tensor,
+    mean_LD: Tensor,
+    k_step_L11: Tensor,
+    v_step_LN1: Tensor,
+    k_codes_LND: Tensor,
+    v_codes_LND: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[L, M, D]``, the ends' dtype; refuses what quantise cannot have made."""
+    (_, L, R, D), N = ends_2LRD.shape, v_codes_LND.shape[1]
+    k_LMD, v_LMD = kv_2LMD = ends_2LRD.new_empty(2, L, R + N, D)
+    kv_2LMD[:, :, :R] = ends_2LRD
+    for heads in head_runs(L, N * D, ends_2LRD.device):
+        k_LND = restore(k_codes_LND[heads].contiguous(), k_step_L11[heads])
+        k_LMD[heads, R:] = k_LND.add_(mean_LD[heads, None].to(torch.float32))
+        v_LMD[heads, R:] = restore(v_codes_LND[heads], v_step_LN1[heads])
+    return k_LMD, v_LMD
 
 
 def _mean(x: Tensor, *, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:
@@ -142,7 +185,7 @@ def _mean(x: Tensor, *, dim: int | tuple[int, ...], keepdim: bool = False) -> Te
 
 def _press(codes: Tensor) -> bytes:
     """Huffman codes of int8 codes; as they are where that is not shorter."""
-    stored = codes.contiguous().cpu().numpy().tobytes()
+    stored = codes.numpy().tobytes()
     coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
     coded = coder.compress(stored) + coder.flush()
     return coded if len(coded) < len(stored) else stored

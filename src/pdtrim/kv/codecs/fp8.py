@@ -9,7 +9,7 @@ apart, so nothing has to be calibrated.
 
 Bytes: scales fp16 ``[2, L]``, then codes ``[2, L, M, D]``; K before V; nothing at all if M is 0.
 
-Shapes: L heads, M tokens, D head width.
+Shapes: L heads (l of them in a run), M tokens, D head width.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from torch import Tensor
 
 from pdtrim.errors import WireError
 from pdtrim.kv.codecs.base import CodecBase
+from pdtrim.kv.codecs.integer import head_runs
 
 LARGEST = 448.0
+NO_NUMBER = 0x7F  # the code, but for its sign
+WIDENING = 256.0
 
 
 class Fp8(CodecBase):
@@ -30,39 +33,63 @@ class Fp8(CodecBase):
 
     name: Literal["fp8"] = "fp8"
 
+    @torch.no_grad()  # it writes in place
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
         """See the base class."""
-        kv_2LMD = torch.stack((k_LMD, v_LMD)).to(torch.float32)
-        if kv_2LMD.shape[2] == 0:  # there is no largest of nothing
-            return torch.empty(0, dtype=torch.uint8, device=k_LMD.device)
-        amax_2L = kv_2LMD.abs().amax(dim=(2, 3))
-        # by a tensor: CUDA would turn a division by a number into a product with its inverse
-        scale_2L = amax_2L / torch.full_like(amax_2L, LARGEST)
-        # an all-zero head needs some scale above 0, and fp16 ends at 65504
-        scale_2L = scale_2L.clamp(2.0**-24, 65504.0).to(torch.float16)
-        code_2LMD = kv_2LMD / scale_2L[..., None, None].to(torch.float32)
-        code_2LMD = code_2LMD.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-        return torch.cat([x.view(torch.uint8).view(-1) for x in (scale_2L, code_2LMD)])
+        L, M, D = k_LMD.shape
+        size = self.nbytes(L, M, D, k_LMD.dtype)
+        data = torch.empty(size, dtype=torch.uint8, device=k_LMD.device)
+        if M == 0:  # there is no largest of nothing
+            return data
+        scale_2L = data[: 4 * L].view(torch.float16).view(2, L)
+        code_2LMD = data[4 * L :].view(torch.float8_e4m3fn).view(2, L, M, D)
+        for run in head_runs(L, M * D, data.device):
+            for x_LMD, scale_L, code_LMD in zip((k_LMD, v_LMD), scale_2L, code_2LMD, strict=True):
+                x_lMD = x_LMD[run].to(torch.float32)
+                amax_l = x_lMD.abs().amax(dim=(1, 2))
+                # by a tensor: CUDA would turn a division by a number into a product
+                scale_l = amax_l / torch.full_like(amax_l, LARGEST)
+                # an all-zero head needs some scale above 0, and fp16 ends at 65504
+                scale_l = scale_l.clamp(2.0**-24, 65504.0).to(torch.float16)
+                y_lMD = x_lMD / scale_l[:, None, None].to(torch.float32)
+                scale_L[run], code_LMD[run] = scale_l, y_lMD.clamp_(-LARGEST, LARGEST)
+        return data
 
     def decode(
         self, data: Tensor, heads: int, tokens: int, width: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """See the base class."""
-        if data.numel() != self.nbytes(heads, tokens, width, dtype):
+        L, M, D = heads, tokens, width
+        if data.numel() != self.nbytes(L, M, D, dtype):
             raise WireError(f"fp8 KV of {data.numel()} bytes does not fit its shape")
-        if tokens == 0:
-            k_LMD, v_LMD = data.new_empty(2, heads, 0, width, dtype=dtype)
+        k_LMD, v_LMD = kv_2LMD = data.new_empty(2, L, M, D, dtype=dtype)
+        if M == 0:
             return k_LMD, v_LMD
         # the copy starts at an aligned address, wherever in a frame the bytes lie
-        scale_2L = data[: 4 * heads].clone().view(torch.float16).view(2, heads)
-        code_2LMD = data[4 * heads :].clone().view(torch.float8_e4m3fn)
-        code_2LMD = code_2LMD.view(2, heads, tokens, width)
-        kv_2LMD = code_2LMD.to(torch.float32) * scale_2L[..., None, None].to(torch.float32)
-        if not (kv_2LMD.isfinite().all() and (scale_2L > 0).all()):
-            raise WireError("fp8 KV holds a value that is no number, or a scale not above 0")
-        k_LMD, v_LMD = kv_2LMD.to(dtype)
+        scale_2L = data[: 4 * L].clone().view(torch.float16).view(2, L)
+        code_2LMD = data[4 * L :].view(2, L, M, D)
+        if not (scale_2L.isfinite().all() and (scale_2L > 0).all()):
+            raise WireError("fp8 KV holds a scale that is no number or not above 0")
+        for run in head_runs(L, M * D, data.device):
+            for x_LMD, scale_L, code_LMD in zip(kv_2LMD, scale_2L, code_2LMD, strict=True):
+                y_lMD = widened(code_LMD[run])
+                y_lMD.mul_(scale_L[run, None, None].to(torch.float32) * WIDENING)
+                x_LMD[run] = y_lMD
         return k_LMD, v_LMD
 
     def nbytes(self, heads: int, tokens: int, width: int, dtype: torch.dtype) -> int:
         """See the base class."""
         return 2 * heads * (2 + tokens * width) if tokens else 0
+
+
+def widened(codes: Tensor) -> Tensor:
+    """fp32 of e4m3 codes (uint8), over ``WIDENING``; refuses a code that is no number.
+
+    A CPU converts e4m3 element by element, and fp16 quickly. As fp16, whose exponent has one bit
+    more and a bias of 15 in place of 7, a code moved up by seven bits is its value over 2**8.
+    """
+    if codes.numel() and (codes & NO_NUMBER).amax() == NO_NUMBER:
+        raise WireError("fp8 KV holds a value that is no number")
+    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
+    # the sign was extended into the bit below it as well
+    return bits.bitwise_and_(~0x4000).view(torch.float16).to(torch.float32)

@@ -12,6 +12,8 @@ Shapes: D the last dimension, a power of two.
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from pdtrim.errors import PlanError
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """``x H`` along the last dimension, in fp32.
+    """``x H`` along the last dimension, in fp32; a view of its transpose, which is contiguous.
 
     Raises:
         PlanError: the last dimension is not a power of two.
@@ -27,9 +29,16 @@ def hadamard(x: Tensor) -> Tensor:
     D = x.shape[-1]
     if D < 1 or D & (D - 1):
         raise PlanError(f"rotate needs a head width that is a power of two, not {D}")
-    y, half = x.to(torch.float32), 1
+    # channels before tokens, so that even the first stage adds long contiguous rows
+    y = torch.atleast_2d(x).transpose(-1, -2).contiguous().to(torch.float32)
+    # each stage writes what the one before it did not: y may be the caller's own memory
+    spares, half = cycle((torch.empty_like(y), torch.empty_like(y))), 1
     while half < D:
+        pairs, spare = (D // (2 * half), 2, half), next(spares)
+        left, right = y.unflatten(-2, pairs).unbind(-3)
+        above, below = spare.unflatten(-2, pairs).unbind(-3)
         # plain additions in a fixed order: the result is the same to the bit on every device
-        left, right = y.reshape(*x.shape[:-1], D // (2 * half), 2, half).unbind(-2)
-        y, half = torch.stack((left + right, left - right), dim=-2).view(x.shape), 2 * half
-    return y * D**-0.5
+        torch.add(left, right, out=above)
+        torch.sub(left, right, out=below)
+        y, half = spare, 2 * half
+    return torch.mul(y, D**-0.5, out=next(spares)).transpose(-1, -2).view(x.shape)

@@ -25,6 +25,7 @@ shape.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -36,6 +37,9 @@ from pdtrim.kv.codecs.base import CodecBase
 from pdtrim.kv.codecs.hadamard import hadamard
 
 Bits = Literal[2, 3, 4, 8]
+
+RUN = 2**18
+"""Elements a thread: a megabyte in fp32, so that they stay in the caches near a core."""
 
 
 class Integer(CodecBase):
@@ -49,48 +53,58 @@ class Integer(CodecBase):
     recent: int = Field(default=32, ge=0)
     rotate: bool = False
 
+    @torch.no_grad()  # it writes in place
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
         """See the base class."""
-        start, stop = self._coded(k_LMD.shape[1])
-        kv_2LMD = torch.stack((k_LMD, v_LMD))
-        ends_2LRD = torch.cat((kv_2LMD[:, :, :start], kv_2LMD[:, :, stop:]), dim=2)
-        body_2LND = kv_2LMD[:, :, start:stop].to(torch.float32)
-        k_LND, v_LND = hadamard(body_2LND) if self.rotate else body_2LND
-        k_grid, k_codes = quantise(k_LND.transpose(1, 2), self.group, self.k_bits)
-        v_grid, v_codes = quantise(v_LND, self.group, self.v_bits)
-        parts = (ends_2LRD, k_grid, v_grid, pack(k_codes, self.k_bits), pack(v_codes, self.v_bits))
-        return torch.cat([part.reshape(-1).view(torch.uint8) for part in parts])
+        L, M, D = k_LMD.shape
+        start, stop = self._coded(M)
+        N, sizes = stop - start, self._sizes(L, M, D, k_LMD.dtype)
+        data = torch.empty(sum(sizes), dtype=torch.uint8, device=k_LMD.device)
+        ends, k_grid, v_grid, k_codes, v_codes = data.split(sizes)
+        ends_2LRD = ends.view(k_LMD.dtype).view(2, L, M - N, D)
+        for x_LMD, ends_LRD in zip((k_LMD, v_LMD), ends_2LRD, strict=True):
+            ends_LRD[:, :start], ends_LRD[:, start:] = x_LMD[:, :start], x_LMD[:, stop:]
+        k_grid_2LDJ = k_grid.view(torch.float16).view(2, L, D, -(-N // self.group))
+        v_grid_2LNJ = v_grid.view(torch.float16).view(2, L, N, -(-D // self.group))
+        for heads in head_runs(L, N * D, data.device):
+            k_LND, v_LND = k_LMD[heads, start:stop], v_LMD[heads, start:stop]
+            if self.rotate:
+                k_LND, v_LND = hadamard(k_LND), hadamard(v_LND)
+            k_grid_2LDJ[:, heads], codes = quantise(k_LND.mT, self.group, self.k_bits)
+            k_codes[packed(heads, N * D, self.k_bits)] = pack(codes, self.k_bits)
+            v_grid_2LNJ[:, heads], codes = quantise(v_LND, self.group, self.v_bits)
+            v_codes[packed(heads, N * D, self.v_bits)] = pack(codes, self.v_bits)
+        return data
 
     def decode(
         self, data: Tensor, heads: int, tokens: int, width: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """See the base class."""
-        L, D = heads, width
-        if data.numel() != self.nbytes(L, tokens, D, dtype):
+        L, M, D = heads, tokens, width
+        if data.numel() != self.nbytes(L, M, D, dtype):
             raise WireError(f"int KV of {data.numel()} bytes does not fit its shape")
-        start, stop = self._coded(tokens)
+        start, stop = self._coded(M)
         N = stop - start
+        ends, k_grid, v_grid, k_codes, v_codes = data.split(self._sizes(L, M, D, dtype))
         # the copies start at aligned addresses, wherever in a frame the bytes lie
-        ends, k_grid, v_grid, k_codes, v_codes = (
-            part.clone() for part in data.split(self._sizes(L, tokens, D, dtype))
+        ends_2LRD = ends.clone().view(dtype).view(2, L, M - N, D)
+        k_grid_2LDJ = k_grid.clone().view(torch.float16).view(2, L, D, -(-N // self.group))
+        v_grid_2LNJ = v_grid.clone().view(torch.float16).view(2, L, N, -(-D // self.group))
+        k_LMD, v_LMD = kv_2LMD = torch.empty(2, L, M, D, dtype=dtype, device=data.device)
+        kv_2LMD[:, :, :start], kv_2LMD[:, :, stop:] = (
+            ends_2LRD[:, :, :start],
+            ends_2LRD[:, :, start:],
         )
-        k_LDN = restore(
-            k_grid.view(torch.float16).view(2, L, D, -(-N // self.group)),
-            unpack(k_codes, self.k_bits, L * D * N).view(L, D, N),
-            self.group,
-        )
-        v_LND = restore(
-            v_grid.view(torch.float16).view(2, L, N, -(-D // self.group)),
-            unpack(v_codes, self.v_bits, L * N * D).view(L, N, D),
-            self.group,
-        )
-        body_2LND = torch.stack((k_LDN.transpose(1, 2), v_LND))
-        if self.rotate:
-            body_2LND = hadamard(body_2LND)
-        ends_2LRD = ends.view(dtype).view(2, L, tokens - N, D)
-        k_LMD, v_LMD = torch.cat(
-            (ends_2LRD[:, :, :start], body_2LND.to(dtype), ends_2LRD[:, :, start:]), dim=2
-        )
+        for run in head_runs(L, N * D, data.device):
+            shape, count = (run.stop - run.start, N, D), (run.stop - run.start) * N * D
+            codes = unpack(k_codes[packed(run, N * D, self.k_bits)], self.k_bits, count)
+            k_LDN = restore(k_grid_2LDJ[:, run], codes.view(shape[0], D, N), self.group)
+            codes = unpack(v_codes[packed(run, N * D, self.v_bits)], self.v_bits, count)
+            v_LND = restore(v_grid_2LNJ[:, run], codes.view(shape), self.group)
+            k_LND = k_LDN.mT
+            if self.rotate:
+                k_LND, v_LND = hadamard(k_LND), hadamard(v_LND)
+            k_LMD[run, start:stop], v_LMD[run, start:stop] = k_LND.to(dtype), v_LND.to(dtype)
         return k_LMD, v_LMD
 
     def nbytes(self, heads: int, tokens: int, width: int, dtype: torch.dtype) -> int:
@@ -116,25 +130,48 @@ class Integer(CodecBase):
         ]
 
 
+def head_runs(heads: int, elements: int, device: torch.device) -> list[slice]:
+    """Heads to code together, of ``elements`` each: on a CPU as many as its cache holds, else all.
+
+    The codes of every run but the last fill whole bytes, whatever the bits a code.
+    """
+    step = heads
+    if device.type == "cpu":
+        least = 8 // math.gcd(8, elements)
+        most = RUN * torch.get_num_threads() // max(1, elements)
+        step = max(least, most // least * least)
+    # one empty run of no heads
+    starts = range(0, max(1, heads), max(1, step))
+    return [slice(start, min(start + step, heads)) for start in starts]
+
+
+def packed(heads: slice, elements: int, bits: int) -> slice:
+    """Where the codes of a run of heads lie, in bytes."""
+    return slice(bits * (heads.start * elements // 8), bits * -(-heads.stop * elements // 8))
+
+
 def quantise(x: Tensor, group: int, bits: int) -> tuple[Tensor, Tensor]:
-    """Grids fp16 ``[2, *, J]`` (lo, scale) and codes uint8 ``[*, n]`` of fp32 ``[*, n]``.
+    """Grids fp16 ``[2, *, J]`` (lo, scale) and codes uint8 ``[*, n]`` of ``[*, n]``, in fp32.
 
     Every step is one correctly rounded operation, so that a CPU and a GPU agree to the bit.
     """
     n = x.shape[-1]
-    x = x.clamp(-65504.0, 65504.0)
     size = max(1, min(group, n))
-    # copies of the last element fill a short group: they move neither its minimum nor its maximum
-    fill = x[..., -1:].expand(*x.shape[:-1], -n % size)
-    x = torch.cat((x, fill), dim=-1).view(*x.shape[:-1], -(-n // size), size)
+    x = x.contiguous().to(torch.float32)
+    if n % size:
+        # copies of the last element fill a short group: they move neither its least nor its most
+        x = torch.cat((x, x[..., -1:].expand(*x.shape[:-1], -n % size)), dim=-1)
+    x = x.clamp(-65504.0, 65504.0).view(*x.shape[:-1], -(-n // size), size)
     lo = fp16_below(x.amin(dim=-1))
     span = x.amax(dim=-1) - lo.to(torch.float32)
     # by a tensor: CUDA would turn a division by a number into a product with its inverse
     scale = -fp16_below(-span / torch.full_like(span, 2**bits - 1))
     scale = scale.clamp(min=2.0**-24)  # all elements alike: any scale above 0 gives code 0
-    codes = (x - lo[..., None].to(torch.float32)) / scale[..., None].to(torch.float32)
-    codes = codes.round().clamp(0, 2**bits - 1).to(torch.uint8).flatten(-2)[..., :n]
-    return torch.stack((lo, scale)), codes
+    # in place: fresh memory costs a CPU more than the operations do
+    x.sub_(lo[..., None].to(torch.float32)).div_(scale[..., None].to(torch.float32))
+    # a CPU is slow from fp32 to uint8, and fast by way of int16
+    codes = x.round_().clamp_(0, 2**bits - 1).to(torch.int16).to(torch.uint8)
+    return torch.stack((lo, scale)), codes.flatten(-2)[..., :n]
 
 
 def restore(grid: Tensor, codes: Tensor, group: int) -> Tensor:
@@ -142,9 +179,14 @@ def restore(grid: Tensor, codes: Tensor, group: int) -> Tensor:
     lo, scale = grid
     if not (grid.isfinite().all() and (scale > 0).all()):
         raise WireError("int KV holds a minimum that is no number, or a scale not above 0")
-    group_of = torch.arange(codes.shape[-1], device=codes.device) // group
+    n = codes.shape[-1]
+    size = max(1, min(group, n))
+    if n % size:  # zeros fill a short group
+        codes = torch.cat((codes, codes.new_zeros(*codes.shape[:-1], -n % size)), dim=-1)
+    x = codes.to(torch.float32).view(*codes.shape[:-1], -(-n // size), size)
     # two operations: a fused one would round once, and so differ between devices
-    return codes * scale.to(torch.float32)[..., group_of] + lo.to(torch.float32)[..., group_of]
+    x.mul_(scale[..., None].to(torch.float32)).add_(lo[..., None].to(torch.float32))
+    return x.flatten(-2)[..., :n]
 
 
 def fp16_below(x: Tensor) -> Tensor:
@@ -159,25 +201,35 @@ def fp16_below(x: Tensor) -> Tensor:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8, 1-D: eight codes in ``bits`` bytes, zeros after the last code."""
     flat = codes.reshape(-1)
-    words, per_word = flat.new_zeros(-(-flat.numel() // 8) * 8), _codes_per_word(bits)
-    words[: flat.numel()] = flat
-    words = words.view(-1, per_word).to(torch.int32)
-    shifts = torch.arange(0, bits * per_word, bits, dtype=torch.int32, device=codes.device)
-    words = (words << shifts).sum(dim=-1, keepdim=True, dtype=torch.int32)
-    shifts = torch.arange(0, bits * per_word, 8, dtype=torch.int32, device=codes.device)
-    return ((words >> shifts) & 0xFF).to(torch.uint8).view(-1)
+    if flat.numel() % 8:
+        flat = torch.cat((flat, flat.new_zeros(-flat.numel() % 8)))
+    if bits == 8:
+        return flat
+    # eight codes a word, the first in its low byte, as on every machine that torch runs on
+    words = flat.view(torch.int64)
+    for lane in (16, 32, 64):  # moves the upper half of each lane down to the lower half's bits
+        words = (words | words >> lane // 16 * (8 - bits)).bitwise_and_(_low_bits(lane, bits))
+    wide = words.view(torch.uint8).view(-1, 8)
+    data = torch.empty_like(wide[:, :bits])
+    for byte in range(bits):  # column by column: a CPU is slow at rows of a few bytes
+        data[:, byte] = wide[:, byte]
+    return data.view(-1)
 
 
 def unpack(data: Tensor, bits: int, count: int) -> Tensor:
     """The first ``count`` codes, uint8, 1-D."""
-    per_word = _codes_per_word(bits)
-    words = data.view(-1, bits * per_word // 8).to(torch.int32)
-    shifts = torch.arange(0, bits * per_word, 8, dtype=torch.int32, device=data.device)
-    words = (words << shifts).sum(dim=-1, keepdim=True, dtype=torch.int32)
-    shifts = torch.arange(0, bits * per_word, bits, dtype=torch.int32, device=data.device)
-    return ((words >> shifts) & (2**bits - 1)).to(torch.uint8).view(-1)[:count]
+    if bits == 8:
+        return data[:count]
+    narrow = data.view(-1, bits)
+    wide = data.new_zeros(narrow.shape[0], 8)
+    for byte in range(bits):
+        wide[:, byte] = narrow[:, byte]
+    words = wide.view(torch.int64).view(-1)
+    for lane in (64, 32, 16):  # back up, the other way round
+        words = (words | words << lane // 16 * (8 - bits)).bitwise_and_(_low_bits(lane // 2, bits))
+    return words.view(torch.uint8)[:count]
 
 
-def _codes_per_word(bits: int) -> int:
-    """Codes in the shortest run of whole bytes: of 3 bits eight fill three bytes."""
-    return 8 if bits == 3 else 8 // bits
+def _low_bits(lane: int, bits: int) -> int:
+    """A mask of 64 bits: in each lane of them, the low ``bits`` for each of its bytes."""
+    return sum((1 << lane // 8 * bits) - 1 << start for start in range(0, 64, lane))

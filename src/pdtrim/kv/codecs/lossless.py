@@ -43,10 +43,11 @@ class Lossless(CodecBase):
         raw = Raw().encode(k_LMD, v_LMD).cpu()
         compressor = zstandard.ZstdCompressor(level=self.level)
         packed: list[bytes] = []
-        for plane in raw.view(-1, k_LMD.dtype.itemsize).t().contiguous():
-            stored = plane.numpy().tobytes()
-            smaller = compressor.compress(stored)
-            packed.append(smaller if len(smaller) < len(stored) else stored)
+        for column in raw.view(-1, k_LMD.dtype.itemsize).unbind(1):
+            # one by one, because a CPU is slow at a transpose with so short a side
+            plane = memoryview(column.contiguous().numpy())
+            smaller = compressor.compress(plane)
+            packed.append(smaller if len(smaller) < len(plane) else plane.tobytes())
         head = struct.pack(f"<{len(packed)}Q", *map(len, packed))
         data = torch.frombuffer(bytearray(head + b"".join(packed)), dtype=torch.uint8)
         return data.to(k_LMD.device)
@@ -62,15 +63,14 @@ class Lossless(CodecBase):
         lengths = struct.unpack(f"<{P}Q", coded[:body])
         if max(lengths) > elements or body + sum(lengths) != len(coded):
             raise WireError(f"lossless KV of {len(coded)} bytes does not fit its lengths")
-        planes = torch.empty(P, elements, dtype=torch.uint8)
+        raw = torch.empty(elements, P, dtype=torch.uint8)
         at = body
-        for plane, length in zip(planes, lengths, strict=True):
+        for column, length in zip(raw.unbind(1), lengths, strict=True):
             if elements:
                 stored = _expand(coded[at : at + length], elements)
-                plane.copy_(torch.frombuffer(bytearray(stored), dtype=torch.uint8))
+                column.copy_(torch.frombuffer(bytearray(stored), dtype=torch.uint8))
             at += length
-        raw = planes.t().contiguous().view(-1).to(data.device)
-        return Raw().decode(raw, heads, tokens, width, dtype)
+        return Raw().decode(raw.view(-1).to(data.device), heads, tokens, width, dtype)
 
     def nbytes(self, heads: int, tokens: int, width: int, dtype: torch.dtype) -> int:
         """See the base class."""

@@ -1,0 +1,82 @@
+"""Iterative removal by NLL: the loop that SLEB and BlockPruner share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+
+from pdtrim.methods.base import Target
+from pdtrim.methods.baselines.base import Baseline, Chosen
+from pdtrim.methods.baselines.nll import nll_objective
+from pdtrim.methods.baselines.orders import apply_orders, dense_state, ranking_mode
+from pdtrim.models.model import Model
+from pdtrim.plan import Stage
+from pdtrim.progress import Progress
+from pdtrim.search.goal import SEARCH_ORDER, Goal
+from pdtrim.search.journal import Journal
+from pdtrim.search.objective import Measured, Objective
+from pdtrim.stage.forward import Batch
+
+
+def remove_one_by_one(
+    objective: Objective,
+    current: Measured,
+    stage: Stage,
+    goal: Goal,
+    allowed: Container[int],
+    advance: Callable[[float], None],
+) -> tuple[Measured, list[int]]:
+    """Remove the unit without which the loss is least, until the stage's goal is met.
+
+    Returns the last state, and the units in the order in which they went; the first of equals.
+
+    Raises:
+        BudgetSpent: the objective's budget ran out.
+    """
+    order: list[int] = []
+    while goal.missing(current.state, stage):
+        objective.stand_on(current)
+        best, unit = current, -1
+        for candidate in current.state.removable(stage):
+            if candidate in allowed:
+                tried = objective.measure(current.state.remove(stage, candidate))
+                advance(1)
+                if unit < 0 or tried.loss < best.loss:
+                    best, unit = tried, candidate
+        assert unit >= 0  # the caller has compared the goal with what is allowed
+        current = best
+        order.append(unit)
+    return current, order
+
+
+class Iterative(Baseline):
+    """Removal one by one; subclasses say which units may go."""
+
+    def allowed(self, model: Model, target: Target) -> Container[int]:
+        """Units that may be removed."""
+        return range(dense_state(model, target).num_units)
+
+    def choose(
+        self,
+        model: Model,
+        batch: Batch,
+        target: Target,
+        goal: Goal,
+        *,
+        progress: Progress,
+        journal: Journal | None,
+    ) -> Chosen:
+        """Remove, and in the modes of one ranking give prefill what went first."""
+        allowed = self.allowed(model, target)
+        objective = nll_objective(model, batch, target, journal)
+        mode = ranking_mode(target)
+        stages = SEARCH_ORDER if mode == "projected" else SEARCH_ORDER[:1]
+        current = objective.measure(dense_state(model, target, mode))
+        orders: dict[Stage, list[int]] = {}
+        steps = sum(goal.least(stage) for stage in stages) * current.state.num_units
+        with progress(f"removing: {self.name}", steps) as advance:
+            for stage in stages:
+                current, orders[stage] = remove_one_by_one(
+                    objective, current, stage, goal, allowed, advance
+                )
+        state = apply_orders(dense_state(model, target), goal, orders)
+        return Chosen(state=state, block_tokens=objective.spent)

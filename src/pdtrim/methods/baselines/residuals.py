@@ -1,0 +1,74 @@
+"""The streams of the dense model, for scores that need one pass and no pruned model.
+
+Shapes: B sequences, N prompt tokens that prefill runs, C continuation tokens, T = N + C tokens,
+E hidden width, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pdtrim.errors import PlanError
+from pdtrim.methods.base import Target
+from pdtrim.methods.baselines.orders import ranking_mode
+from pdtrim.models.model import Model
+from pdtrim.plan import Gates, Stage
+from pdtrim.search.objective import ROWS, BudgetSpent
+from pdtrim.stage.cost import block_tokens
+from pdtrim.stage.forward import Batch
+from pdtrim.stage.step import prefill_block
+
+
+def ranked_tokens(batch: Batch, target: Target) -> dict[Stage, slice]:
+    """Positions that each stage's ranking reads: its own in mode ``projected``, else all.
+
+    Raises:
+        PlanError: prefill is to be ranked and has no token.
+    """
+    N = batch.prompt_BP.shape[1] - 1
+    if ranking_mode(target) == "unified":
+        return {"decode": slice(None)}
+    if N == 0 and target.prefill_remove:
+        raise PlanError("prompts of 1 token leave prefill nothing to be ranked on: give longer")
+    return {"decode": slice(N, None), "prefill": slice(N)} if N else {"decode": slice(None)}
+
+
+def dense_cost(model: Model, batch: Batch, target: Target, passes: int = 1) -> int:
+    """Block-tokens of passes of the dense model over the text.
+
+    Raises:
+        BudgetSpent: that is more than the target's budget.
+    """
+    B, P = batch.prompt_BP.shape
+    C = batch.continuation_BC.shape[1]
+    gates = Gates.dense(model.num_layers)
+    cost = passes * block_tokens(gates, sequences=B, prefill=P - 1, decode=C)
+    if target.budget is not None and cost > target.budget:
+        raise BudgetSpent
+    return cost
+
+
+def dense_residuals(model: Model, batch: Batch) -> list[Tensor]:
+    """Streams ``[B, T, E]`` that enter each layer, and the last one's output: L + 1 of them.
+
+    An ordinary causal forward. The simulator's prefill does not serve here: it stops behind the
+    last keys and values that decode reads, and so has no prompt tokens behind the last block.
+    """
+    ids_BT = torch.cat((batch.prompt_BP, batch.continuation_BC[:, :-1]), dim=1)
+    at_1T = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+    rope = model.rope(at_1T)
+    flows = [model.embed(ids_BT)]
+    for block in model.blocks:
+        x, _ = prefill_block(block, flows[-1], rope, model.rope, attention="full", mlp=True)
+        flows.append(x)
+    return flows
+
+
+@torch.inference_mode()
+def each_residuals(model: Model, batch: Batch) -> Iterator[list[Tensor]]:
+    """:func:`dense_residuals` of a few sequences at a time."""
+    for start in range(0, len(batch), ROWS):
+        yield dense_residuals(model, batch[start : start + ROWS])

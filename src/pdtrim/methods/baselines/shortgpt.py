@@ -1,0 +1,81 @@
+"""``shortgpt``: Block Influence (ShortGPT, arXiv 2403.03853).
+
+With x_i the stream that enters block i, x_L the last block's output *before* the final norm, and t
+a token of text X::
+
+    BI_i = 1 - E_{X, t}[ <x_i, x_{i+1}> / (|x_i| |x_{i+1}|) ]
+
+The blocks of least influence go, all at once and wherever they stand. No gradients, no training.
+
+The paper's calibration is PG19, validation split, in chunks of 256 tokens, every token. Different
+here: the text is the user's, and x_L is taken without the norm (``hidden_states[-1]`` of
+transformers has it, which gives the last block a foreign influence). In mode ``projected``, prefill
+is ranked on prompt tokens and decode on the others.
+
+Shapes: B sequences, T tokens, E hidden width, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pdtrim.methods.base import Target
+from pdtrim.methods.baselines.base import Baseline, Chosen, PaperCalibration
+from pdtrim.methods.baselines.orders import apply_orders, dense_state
+from pdtrim.methods.baselines.residuals import dense_cost, each_residuals, ranked_tokens
+from pdtrim.models.model import Model
+from pdtrim.progress import Progress
+from pdtrim.search.goal import Goal
+from pdtrim.search.journal import Journal
+from pdtrim.stage.forward import Batch
+
+
+def block_influence(flows: Sequence[Tensor]) -> Tensor:
+    """BI of each sequence, ``[B, L]``, from 0 (the direction stays) to 2.
+
+    Args:
+        flows: L + 1 streams ``[B, T, E]``, the last one before the final norm.
+    """
+    columns = [
+        1 - F.cosine_similarity(before.float(), after.float(), dim=-1).mean(1)
+        for before, after in pairwise(flows)
+    ]
+    return torch.stack(columns, dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortGPT(Baseline):
+    """The method has no settings."""
+
+    name = "shortgpt"
+    paper_calibration = PaperCalibration(source="PG19 validation", tokens=256)
+
+    def choose(
+        self,
+        model: Model,
+        batch: Batch,
+        target: Target,
+        goal: Goal,
+        *,
+        progress: Progress,
+        journal: Journal | None,
+    ) -> Chosen:
+        """See the module's docstring."""
+        cost, tokens = dense_cost(model, batch, target), ranked_tokens(batch, target)
+        parts: dict[str, list[Tensor]] = {stage: [] for stage in tokens}
+        with progress("block influence", len(batch)) as advance:
+            for flows in each_residuals(model, batch):
+                for stage, span in tokens.items():
+                    parts[stage].append(block_influence([x_BTE[:, span] for x_BTE in flows]))
+                advance(len(flows[0]))
+        orders = {
+            stage: torch.cat(parts[stage]).mean(0).argsort(stable=True).tolist() for stage in tokens
+        }
+        state = apply_orders(dense_state(model, target), goal, orders)
+        return Chosen(state=state, block_tokens=cost)

@@ -1,0 +1,104 @@
+"""``uidl``: the run of blocks that turns the stream least (arXiv 2403.17887).
+
+"The Unreasonable Ineffectiveness of the Deeper Layers". With x_l the stream that enters block l,
+x_L the last block's output before the final norm, at the last token of a text, and n blocks to go::
+
+    d_n(l) = arccos( <x_l, x_{l+n}> / (|x_l| |x_{l+n}|) ) / pi,     l* = argmin_l E_X[ d_n(l) ]
+
+Blocks l* to l* + n - 1 go. The paper takes texts of C4 and then heals with QLoRA; the simple rule
+of the paper (the deepest n but the last) is not this method. Different here: the text is the
+user's and cut, so the last token is that of a sequence and never padding; nothing is healed. Every
+l is allowed, the run that ends with the last block too.
+
+In mode ``subset`` prefill loses the run of its own length inside decode's that turns the stream
+least. In mode ``projected`` each stage reads the last of its own tokens.
+
+Shapes: B sequences, E hidden width, L layers, S = L - n + 1 places of a run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pdtrim.methods.base import Target
+from pdtrim.methods.baselines.base import Baseline, Chosen, PaperCalibration
+from pdtrim.methods.baselines.orders import apply_orders, dense_state
+from pdtrim.methods.baselines.residuals import dense_cost, each_residuals, ranked_tokens
+from pdtrim.models.model import Model
+from pdtrim.plan import Stage
+from pdtrim.progress import Progress
+from pdtrim.search.goal import Goal
+from pdtrim.search.journal import Journal
+from pdtrim.stage.forward import Batch
+
+
+def angular_distance(flows: Sequence[Tensor], span: int) -> Tensor:
+    """Angle over pi, 0 to 1, across every run of ``span`` blocks: ``[B, S]``.
+
+    Args:
+        flows: L + 1 streams ``[B, E]`` of one token, the last one before the final norm.
+    """
+    columns = [
+        F.cosine_similarity(before.float(), after.float(), dim=-1).clamp(-1, 1).arccos() / math.pi
+        for before, after in zip(flows, flows[span:], strict=False)
+    ]
+    return torch.stack(columns, dim=1)
+
+
+def best_run(distance_S: Tensor, span: int, within: range) -> range:
+    """The run of least distance that lies within a range of blocks; the first of equals."""
+    starts = range(within.start, within.stop - span + 1)
+    start = min(starts, key=lambda place: float(distance_S[place]))
+    return range(start, start + span)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UIDL(Baseline):
+    """The method has no settings."""
+
+    name = "uidl"
+    paper_calibration = PaperCalibration(source="C4 validation", sequences=10_000)
+
+    def choose(
+        self,
+        model: Model,
+        batch: Batch,
+        target: Target,
+        goal: Goal,
+        *,
+        progress: Progress,
+        journal: Journal | None,
+    ) -> Chosen:
+        """See the module's docstring."""
+        cost, tokens = dense_cost(model, batch, target), ranked_tokens(batch, target)
+        ends: dict[Stage, list[list[Tensor]]] = {stage: [] for stage in tokens}
+        with progress("angular distance", len(batch)) as advance:
+            for flows in each_residuals(model, batch):
+                for stage, span in tokens.items():
+                    ends[stage].append([x_BTE[:, span][:, -1].clone() for x_BTE in flows])
+                advance(len(flows[0]))
+        last = {
+            stage: [torch.cat(x) for x in zip(*parts, strict=True)] for stage, parts in ends.items()
+        }
+        everywhere = range(model.num_layers)
+        decode = _run(last["decode"], target.decode_remove, everywhere)
+        if target.mode == "projected" and "prefill" in last:
+            prefill = _run(last["prefill"], target.prefill_remove, everywhere)
+        else:
+            prefill = _run(last["decode"], target.prefill_remove, decode)
+        orders: dict[Stage, range] = {"decode": decode, "prefill": prefill}
+        return Chosen(
+            state=apply_orders(dense_state(model, target), goal, orders), block_tokens=cost
+        )
+
+
+def _run(flows: Sequence[Tensor], count: int, within: range) -> range:
+    if count == 0:
+        return range(0)
+    return best_run(angular_distance(flows, count).mean(0), count, within)

@@ -1,0 +1,52 @@
+"""Keys and values of a block that prefill skips, from the stream that stood still before it.
+
+    W' = argmin sum |h W'^T - g W^T|^2 + ridge c |W' - W|^2
+
+for the key and the value projection W, with h the block's normed input in the pruned prefill, g
+that of the dense model and c the mean over channels of sum h^2. Its solution is W + D^T with
+D = (G + ridge c 1)^-1 sum h^T (g - h) W^T and G = sum h^T h, summed in float64.
+
+All that prefill makes are keys and values, and a skipped block's K and V are projected from a
+stream that lacks the blocks before it. Its projections serve nothing else, so they can be fitted
+without touching any stream: one fit a layer, all from one pass. SwiftKV (arXiv 2410.03960) trains
+the later layers' projections by distillation to read an earlier layer's stream; POP (2602.03295)
+leaves them as they are. A norm of the heads' keys (Qwen3) and the rotation come behind the
+projection, so the fit is of what enters them; biases stay.
+
+Shapes: R tokens, E hidden width, F width of all KV heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from pdtrim.models.replace import Weights
+
+PROJECTIONS = ("self_attn.k_proj.weight", "self_attn.v_proj.weight")
+
+
+def fit(pairs: Iterable[tuple[Tensor, Tensor]], projections: Weights, *, ridge: float) -> Weights:
+    """The projections ``[F, E]`` for normed inputs h of the pruned and g of the dense model.
+
+    Args:
+        pairs: h and g, each ``[R, E]``.
+        projections: as the dense model has them.
+    """
+    gram_EE = cross_EE = torch.zeros((), dtype=torch.float64)
+    for h_RE, g_RE in pairs:
+        h, g = h_RE.double(), g_RE.double()
+        gram_EE = gram_EE.to(h.device) + h.T @ h
+        cross_EE = cross_EE.to(h.device) + h.T @ (g - h)
+    scale = float(gram_EE.diagonal().mean())
+    if scale == 0:
+        return dict(projections)
+    data = 1 / (1 + ridge)  # both sides divided by 1 + ridge, so that an infinite one will do
+    eye_EE = torch.eye(len(gram_EE), dtype=torch.float64, device=gram_EE.device)
+    change_EE = torch.linalg.solve(data * gram_EE + (1 - data) * scale * eye_EE, data * cross_EE)
+    return {
+        name: (w_FE.double() @ (eye_EE + change_EE.T)).to(w_FE.dtype)
+        for name, w_FE in projections.items()
+    }
