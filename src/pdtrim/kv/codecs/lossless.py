@@ -45,9 +45,9 @@ class Lossless(CodecBase):
         packed: list[bytes] = []
         for column in raw.view(-1, k_LMD.dtype.itemsize).unbind(1):
             # one by one, because a CPU is slow at a transpose with so short a side
-            plane = memoryview(column.contiguous().numpy())
-            smaller = compressor.compress(plane)
-            packed.append(smaller if len(smaller) < len(plane) else plane.tobytes())
+            stored = column.contiguous().numpy().tobytes()
+            smaller = compressor.compress(stored)
+            packed.append(smaller if len(smaller) < len(stored) else stored)
         head = struct.pack(f"<{len(packed)}Q", *map(len, packed))
         data = torch.frombuffer(bytearray(head + b"".join(packed)), dtype=torch.uint8)
         return data.to(k_LMD.device)
