@@ -29,6 +29,7 @@ from pdtrim.methods.baselines.shortened import taylor_salience, taylor_scores
 from pdtrim.methods.baselines.shortgpt import block_influence
 from pdtrim.methods.baselines.uidl import angular_distance, best_run
 from pdtrim.plan import Gates
+from pdtrim.search.kv_budget import KV_SEQUENCES, resolve_policy
 from pdtrim.stage.forward import Batch
 
 L, P, C, ROWS = 6, 10, 6, 9
@@ -439,6 +440,8 @@ def test_a_pass_is_paid_by_its_block_tokens(model, calibration):
     # keys and values of the one before, which runs again
     behind = [L - 1 - layer for layer in range(L - 1)] + [1]
     assert ppl == one + ROWS * sum(behind) * (N + C)
+    nested = plan_of(ShortenedPPL(), model, calibration, 1, 2, "subset")
+    assert nested.provenance.search_block_tokens == ppl  # one ranking for both stages
 
 
 @each
@@ -468,7 +471,8 @@ def test_nothing_to_remove_costs_nothing(model, calibration, method):
 def test_the_kv_policy_goes_into_the_plan_and_not_into_the_ranking(model, calibration, method):
     kv = "first_last:first=1,last=2,layers=2"
     plan = plan_of(method, model, calibration, 2, 2, kv=kv)
-    assert sum(rule.selector.name == "first_last" for rule in plan.kv) == 2
+    rules = resolve_policy(kv, model, calibration.search[:KV_SEQUENCES], block_size=1)
+    assert plan.kv == rules and rules != rules[::-1]
     assert plan.gates == plan_of(method, model, calibration, 2, 2).gates
 
 
