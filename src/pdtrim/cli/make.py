@@ -55,7 +55,9 @@ def _removal(metric: str, prefill: str, decode: str, blocks: int) -> dict[str, A
 def plan(
     model: ModelName,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the plan.")],
-    method: Annotated[str, typer.Option(help="pdtrim, paper (as reconstructed), or a baseline.")] = "pdtrim",
+    method: Annotated[
+        str, typer.Option(help="pdtrim, paper (as reconstructed), or a baseline.")
+    ] = "pdtrim",
     mode: Annotated[
         str | None,
         typer.Option(help="projected, subset or unified; the method's own if not given."),
