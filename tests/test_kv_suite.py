@@ -26,6 +26,7 @@ from pdtrim.stage.forward import Batch, Pair
 LAYERS = 4
 DENSE = Gates.dense(LAYERS)
 FULL = HandoverPolicy.full(LAYERS)
+WHOLE = (first_last(500, 500),) * LAYERS  # keeps everything, and is asked
 ENDS = HandoverPolicy(rules=(first_last(1, 1),) * LAYERS)
 # (context, question, answer) lengths in words; two groups can be batched, one probe stands alone
 SHAPES = [(9, 4, 3)] * 6 + [(12, 3, 2)] * 5 + [(7, 5, 4)]
@@ -164,7 +165,7 @@ class Watched(HandoverPolicy):
 @pytest.mark.parametrize("hidden", [False, True])
 def test_a_selector_sees_the_question_only_where_it_is_visible(model, probes, hidden):
     Watched.seen = []
-    scores(model, probes, Watched(rules=FULL.rules), hidden=hidden)
+    scores(model, probes, Watched(rules=WHOLE), hidden=hidden)
     lengths = {c - 1 if hidden else c + q - 1 for c, q, _ in SHAPES}
     assert {shape[2] for shape in Watched.seen} == lengths
     # 6 rows as 4 and 2, 5 as 4 and 1, and one alone: batched, and each seen by every layer
@@ -220,7 +221,7 @@ def test_the_begin_token_opens_each_prompt(model, probes, tiny_folder):
         assert found == expected(model, probes, "ends", hidden=hidden, begin=(1,))
     assert sum(scores(model, said)) < len(said)  # without it these are other prompts
     Watched.seen = []
-    scores(other, probes, Watched(rules=FULL.rules))
+    scores(other, probes, Watched(rules=WHOLE))
     assert {shape[2] for shape in Watched.seen} == {c + q for c, q, _ in SHAPES}
 
 
@@ -313,7 +314,7 @@ def test_the_suite_end_to_end(letters):
 
     Watched.seen = []
     policies = {"ends": ENDS, "random": HandoverPolicy(rules=(LayerKV(selector=Random()),) * 4)}
-    policies["watched"] = Watched(rules=FULL.rules)
+    policies["watched"] = Watched(rules=WHOLE)
     result = run_suite(Pair.dense(letters), DENSE, policies, config, Bar)
     assert list(result) == ["full", "ends", "random", "watched"]
     assert sum(told) == pytest.approx(0) and min(told) == -2 * 3 * 4

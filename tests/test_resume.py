@@ -10,9 +10,16 @@ import pytest
 from pdtrim.plan import PrunePlan
 
 
+# a shell's background jobs, and so perhaps these tests, are started with SIGINT ignored
+START = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    " from pdtrim.cli import main; main()"
+)
+
+
 def words(folder, text, output):
     return [
-        *(sys.executable, "-m", "pdtrim.cli", "plan", str(folder), "-o", str(output)),
+        *(sys.executable, "-c", START, "plan", str(folder), "-o", str(output)),
         *("--calibration", str(text), "--prefill-remove", "2", "--decode-remove", "1"),
         *("--prompt-tokens", "48", "--continuation-tokens", "16", "--sequences", "4"),
         *("--kv-compression", "2", "--dtype", "float32"),
