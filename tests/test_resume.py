@@ -9,7 +9,6 @@ import pytest
 
 from pdtrim.plan import PrunePlan
 
-
 # a shell's background jobs, and so perhaps these tests, are started with SIGINT ignored
 START = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
