@@ -67,12 +67,12 @@ ROWS = (
     ),
     DemoRow(
         name="pdtrim, paper's budget",
-        method=PDTrim(shortlist=4, annealing=SEARCH),
+        method=PDTrim(shortlist=4, annealing=SEARCH, repaired=1),
         target=Target(prefill_remove=3, decode_remove=6, kv=CUT, repair="best"),
     ),
     DemoRow(
         name="pdtrim",
-        method=PDTrim(shortlist=5, annealing=SEARCH),
+        method=PDTrim(shortlist=5, annealing=SEARCH, repaired=1),
         target=Target(prefill_remove=8, decode_remove=0, kv="full+entropy", repair="best"),
     ),
 )
