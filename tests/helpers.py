@@ -156,3 +156,12 @@ def reference_logits(
         )
         x = x + added * on[None, :, None]
     return network.lm_head(network.model.norm(x[:, N:]))
+
+
+def perturbed(model, layer, seed=0):
+    """A block's parameters with some noise added."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: p.detach() + 0.05 * torch.randn(p.shape, generator=generator)
+        for name, p in model.block(layer).module.named_parameters()
+    }

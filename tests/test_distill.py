@@ -1,7 +1,6 @@
 """Training decode's blocks, held against transformers, the simulator and itself."""
 
 import contextlib
-import copy
 import dataclasses
 
 import pytest
@@ -9,19 +8,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from helpers import first_last, random_batch, tiny_model
+from helpers import first_last, perturbed, random_batch, tiny_model
 from pdtrim.distill import train
-from pdtrim.distill.loss import backward_kl, dense_stream, kl_of
-from pdtrim.distill.merge import MergeConfig, better_slot, merge, observe
+from pdtrim.distill.loss import kl_of
 from pdtrim.distill.schedule import rate_share, rows_of
-from pdtrim.distill.student import Descent, Student, frozen
+from pdtrim.distill.student import Descent
 from pdtrim.distill.train import DistillConfig, distill
 from pdtrim.distill.trainable import trainable_layers
 from pdtrim.errors import PlanError
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.replace import swap_blocks
 from pdtrim.plan import Gates, LayerKV
-from pdtrim.stage import attention
 from pdtrim.stage.forward import Batch, Pair, forward, streams
 
 DESCENT = Descent(steps=10, learning_rate=1e-3, warmup=0.1)
@@ -76,14 +73,6 @@ def whole_kl(pair, batch, gates, policy=None):
         ours = forward(pair, batch, gates, policy)
     kl = F.kl_div(ours.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="none")
     return float(kl.sum(-1).mean())
-
-
-def perturbed(model, layer, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: p.detach() + 0.05 * torch.randn(p.shape, generator=generator)
-        for name, p in model.block(layer).module.named_parameters()
-    }
 
 
 def assert_same(a, b, **tolerance):
@@ -149,151 +138,6 @@ def test_the_learning_rate_rises_and_falls():
     assert shares[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert shares[4:] == sorted(shares[4:], reverse=True) and 0 < shares[-1] < 0.02
     assert rate_share(0, 1, 0.0) == 1.0
-
-
-# gradients
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("rule,kept", [(LayerKV(), range(8)), (first_last(2, 3), [0, 1, 5, 6, 7])])
-def test_gradients_equal_those_of_transformers(family, rule, kept):
-    """The reference: transformers' own cache of the prompt, cut to what travels."""
-    model = tiny_model(family)
-    policy = HandoverPolicy(rules=(rule,) * 4)
-    batch = random_batch(model, rows=3, new=30)  # more positions than one slice of the head
-    start = {1: perturbed(model, 1)}
-    base = frozen(model, torch.float32)
-    student = Student(model, base, Gates.dense(4), range(4), start, DESCENT)
-    dense_BCE = dense_stream(base, batch)
-    pair = Pair(prefill=base, decode=student.model)
-    kl = backward_kl(pair, batch, Gates.dense(4), policy, dense_BCE)
-    student.collect()
-
-    network = copy.deepcopy(model.network)
-    with torch.no_grad():
-        cache = network(batch.prefill_ids_BN, use_cache=True).past_key_values
-        for layer in cache.layers:
-            layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
-        whole = torch.cat((batch.prompt_BP, batch.continuation_BC), dim=1)[:, :-1]
-        dense = network(whole).logits[:, batch.prompt_BP.shape[1] - 1 :].log_softmax(-1)
-        for name, tensor in start[1].items():
-            network.model.layers[1].get_parameter(name).copy_(tensor)
-    at = torch.arange(8, 8 + 30)[None]
-    ours = network(batch.decode_ids_BC, past_key_values=cache, position_ids=at).logits
-    ours = ours.log_softmax(-1)
-    expected = F.kl_div(ours, dense, log_target=True, reduction="none").sum(-1).mean()
-    expected.backward()
-    torch.testing.assert_close(kl, expected.detach(), atol=1e-5, rtol=1e-5)
-    assert len(student.masters) == sum(1 for _ in network.model.layers.parameters())
-    for key, master in student.masters.items():
-        layer, name = key.split(".", 1)
-        grad = network.model.layers[int(layer)].get_parameter(name).grad
-        assert grad.abs().max() > 1e-4, key
-        torch.testing.assert_close(master.grad, grad, atol=1e-5, rtol=1e-4)
-
-
-def test_prefills_side_is_not_recorded(model):
-    batch = random_batch(model)
-    base = frozen(model, torch.float32)
-    student = Student(model, base, GATES, [1], {}, DESCENT)
-    trace = streams(Pair(prefill=base, decode=student.model), batch, GATES)
-    assert not any(x.requires_grad for x, _ in trace)
-    assert [y.requires_grad for _, y in trace] == [False, False, True, True, True]
-    theirs, ours = (m.block(3).module.mlp.up_proj.weight for m in (model, student.model))
-    assert ours.data_ptr() == theirs.data_ptr()  # blocks that do not train cost no memory
-
-
-def test_a_step_is_clipped_and_decays_matrices_only(model):
-    gates = Gates.dense(4)
-    base = frozen(model, torch.float32)
-    still = dataclasses.replace(DESCENT, weight_decay=0.1, warmup=0.0)
-    student = Student(model, base, gates, [1], {}, still)
-    before = student.copy_weights(torch.float32)
-    for master in student.masters.values():
-        master.grad.fill_(3.0)
-    student.step(0)
-    size = sum(master.numel() for master in student.masters.values()) ** 0.5
-    mean = student.state()["mean"]["1.mlp.up_proj.weight"]
-    torch.testing.assert_close(mean, torch.full_like(mean, 0.1 / size))
-    for key, tensor in before.items():
-        decayed = tensor * (1 - 1e-3 * 0.1) if tensor.dim() > 1 else tensor
-        torch.testing.assert_close(student.masters[key], decayed - 1e-3, atol=2e-6, rtol=0)
-
-
-def test_tiled_attention_has_the_fused_kernels_gradients(monkeypatch):
-    monkeypatch.setattr(attention, "TILE_SCORES", 4000)  # several tiles
-    torch.manual_seed(0)
-    inputs = [torch.randn(2, heads, n, 16) for heads, n in ((6, 40), (2, 65), (2, 65))]
-    allowed = torch.rand(2, 40, 65) < 0.6
-    allowed[:, :, 0] = True
-    grads = []
-    for tiled in (False, True):
-        q, k, v = (x.clone().requires_grad_() for x in inputs)
-        out = (
-            attention._tiled(q * 0.25, k, v, allowed)
-            if tiled
-            else attention.attend(q, k, v, scale=0.25, allowed_BTS=allowed)
-        )
-        out.square().sum().backward()
-        grads.append((q.grad, k.grad, v.grad))
-    for ours, theirs in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-
-
-# two blocks into one
-
-
-def error_in_the_simulator(model, batch, first, slot, decode=None):
-    """Relative error behind the pair when decode runs only ``slot`` of the two."""
-    other = 2 * first + 1 - slot
-    gates = Gates.removing(model.num_layers, decode={other})
-    with torch.no_grad():
-        target = streams(Pair.dense(model), batch, Gates.dense(model.num_layers))[first + 2][1]
-        pair = Pair(prefill=model, decode=decode or model)
-        out = streams(pair, batch, gates)[first + 2][1]
-    spread = target - target.mean((0, 1))
-    return float((out - target).square().mean() / spread.square().mean())
-
-
-def test_the_nearer_block_is_where_a_merge_begins():
-    chosen = set()
-    for seed in range(3):
-        model = tiny_model("mistral", layers=5, seed=seed)
-        batch = random_batch(model, rows=10, prompt=12)
-        for first in range(3):
-            errors = {
-                slot: error_in_the_simulator(model, batch, first, slot)
-                for slot in (first, first + 1)
-            }
-            slot, error = better_slot(model, observe(model, batch, first))
-            assert slot == min(errors, key=errors.get)
-            assert error == pytest.approx(errors[slot], rel=1e-4)
-            chosen.add(slot - first)
-    assert chosen == {0, 1}
-
-
-def test_local_regression_lowers_the_error(model):
-    batch = random_batch(model, rows=32, seed=4)
-    config = MergeConfig(steps=60, learning_rate=5e-3, rows=8, compute="float32")
-    merged = merge(model, batch, 1, config)
-    assert merged.merged == (1, 2) and merged.layer in merged.merged
-    assert merged.error_after < 0.6 * merged.error_before
-    decode = swap_blocks(model, {merged.layer: merged.weights})
-    measured = error_in_the_simulator(model, batch, 1, merged.layer, decode)
-    assert measured == pytest.approx(merged.error_after, rel=1e-4)
-    again = merge(model, batch, 1, config)
-    assert all(torch.equal(t, again.weights[name]) for name, t in merged.weights.items())
-
-
-def test_a_merge_never_makes_it_worse(model):
-    batch = random_batch(model, rows=4, seed=4)
-    wild = MergeConfig(steps=2, learning_rate=10.0, rows=4, compute="float32")
-    merged = merge(model, batch, 1, wild)
-    assert merged.error_after == merged.error_before
-    own = dict(model.block(merged.layer).module.named_parameters())
-    assert all(torch.equal(t, own[name]) for name, t in merged.weights.items())
-    with pytest.raises(PlanError, match="to merge"):
-        merge(model, batch, 3, wild)
 
 
 # distillation
