@@ -40,7 +40,7 @@ def text_of(model, rows=ROWS):
     """Text that the model itself wrote, so that every removal harms."""
     ids = write_text(model, sequences=rows, tokens=P + C, seed=1)
     batch = Batch(prompt_BP=ids[:, :P], continuation_BC=ids[:, P:])
-    return Calibration(search=batch, rerank=batch[:0], report=batch[:0], source="x", hash="0" * 64)
+    return Calibration(search=batch, rerank=batch[:0], fit=batch[:0], source="x", hash="0" * 64)
 
 
 def flatten(model, layer, scale=1e-3):

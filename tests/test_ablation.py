@@ -23,11 +23,11 @@ def config(tiny_text):
         sequences=4,
         limit=2,
         budget=12,
-        prefill=1,
+        prefill=(1,),
         unified=1,
         decode=1,
         train_steps=2,
-        train_sequences=4,
+        fit=4,
     )
 
 
@@ -110,7 +110,7 @@ def test_the_verb_writes_result_and_table(measured, tiny_folder, tiny_text, tmp_
     words += ["--calibration", str(tiny_text), "--prompt-tokens", "24", "--dtype", "float32"]
     words += ["--continuation-tokens", "8", "--sequences", "4", "--limit", "2", "--budget", "12"]
     words += ["--prefill-remove", "1", "--unified-remove", "1", "--decode-remove", "1"]
-    words += ["--train-steps", "1", "--train-sequences", "4", "--seeds", "0"]
+    words += ["--train-steps", "1", "--fit-sequences", "4", "--seeds", "0"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     cells = json.loads((tmp_path / "result.json").read_text())["cells"]

@@ -164,7 +164,7 @@ def test_protected_blocks_bound_what_can_go(model, calibration, method, words):
 
 def test_a_prompt_of_one_token_leaves_prefill_nothing_to_rank(model):
     batch = random_batch(model, rows=2, prompt=1, new=6)
-    short = Calibration(search=batch, rerank=batch, report=batch, source="x", hash="0" * 64)
+    short = Calibration(search=batch, rerank=batch, fit=batch, source="x", hash="0" * 64)
     for method in (ShortGPT(), UIDL()):
         with pytest.raises(PlanError, match="prompts of 1 token"):
             plan_of(method, model, short, 1, 1, "projected")

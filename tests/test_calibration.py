@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from pdtrim.calibration.batches import CalibrationConfig, load_calibration, text_batch
+from pdtrim.calibration.mixture import load_mixture
 from pdtrim.calibration.sources import read_documents
 from pdtrim.errors import CalibrationError
 from pdtrim.models.loading import load_model
 from pdtrim.stage.sampling import Sampler, Sampling, inverse_cdf, nucleus
 
-SMALL = {"prompt_tokens": 12, "continuation_tokens": 4, "search": 3, "rerank": 2, "report": 2}
+SMALL = {"prompt_tokens": 12, "continuation_tokens": 4, "search": 3, "rerank": 2, "fit": 2}
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +21,14 @@ def model(tiny_folder):
 
 
 def rows(calibration):
-    for part in (calibration.search, calibration.rerank, calibration.report):
+    for part in (calibration.search, calibration.rerank, calibration.fit):
         for row in torch.cat((part.prompt_BP, part.continuation_BC), dim=1).tolist():
             yield tuple(row)
 
 
 def test_parts_are_disjoint_spans_of_the_text(model, tiny_text):
     text = load_calibration(model, CalibrationConfig(source=str(tiny_text), **SMALL))
-    assert [len(p) for p in (text.search, text.rerank, text.report)] == [3, 2, 2]
+    assert [len(p) for p in (text.search, text.rerank, text.fit)] == [3, 2, 2]
     assert text.search.prompt_BP.shape == (3, 12) and text.search.continuation_BC.shape == (3, 4)
     source = model.tokenizer(tiny_text.read_text()).input_ids
     found = []
@@ -136,3 +137,23 @@ def test_draws_follow_the_distribution():
     drawn = sampler(torch.tensor([0.1, 0.2, 0.7]).log().expand(4000, 3))
     shares = torch.bincount(drawn, minlength=3) / 4000
     torch.testing.assert_close(shares, torch.tensor([0.1, 0.2, 0.7]), atol=0.03, rtol=0)
+
+
+def test_a_mixture_takes_from_each_source_what_it_has(model, tiny_text, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text(" ".join(tiny_text.read_text().split()[:40]))
+    said = []
+    config = CalibrationConfig(prompt_tokens=8, continuation_tokens=4, search=4, rerank=1, seed=3)
+    sources = [str(tiny_text), str(short), "self"]
+    data, held_out = load_mixture(model, sources, config, say=said.append)
+    assert len(held_out) == 3 and 4 + 1 + 4 <= len(data) < 12
+    assert len(said) == 1 and str(short) in said[0]
+    rows = torch.cat((data.prompt_BP, data.continuation_BC), dim=1).tolist()
+    assert not any(
+        row in rows
+        for row in torch.cat((held_out.prompt_BP, held_out.continuation_BC), dim=1).tolist()
+    )
+    own, _ = load_mixture(model, ["self"], config)
+    assert rows[-4:] == torch.cat((own.prompt_BP, own.continuation_BC), dim=1).tolist()
+    with pytest.raises(CalibrationError, match="name a source"):
+        load_mixture(model, [], config)

@@ -25,7 +25,7 @@ def model():
 def calibration_of(model, rows=4):
     parts = [random_batch(model, rows=rows, prompt=8, new=4, seed=s) for s in (1, 2, 3)]
     return Calibration(
-        search=parts[0], rerank=parts[1], report=parts[2], source="random", hash="0" * 64
+        search=parts[0], rerank=parts[1], fit=parts[2], source="random", hash="0" * 64
     )
 
 

@@ -134,7 +134,7 @@ def run_demo(
 def _plans(
     model: Model, rows: tuple[DemoRow, ...], seed: int, folder: Path, progress: Progress
 ) -> dict[str, PrunePlan]:
-    config = CalibrationConfig(search=8, rerank=4, report=0, seed=seed)
+    config = CalibrationConfig(search=8, rerank=4, seed=seed)
     text = load_calibration(model, config, progress=progress)
     return {
         row.name: row.method.plan(

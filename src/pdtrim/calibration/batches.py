@@ -1,7 +1,7 @@
 """Pack text into (prompt, continuation) sequences, in three parts that share no token.
 
-*search* steers the search, *rerank* chooses among its finalists, *report* is for numbers that are
-shown. Quality claims should use another source altogether; *report* is the least that is honest.
+*search* steers the search, *rerank* chooses among its finalists and repairs, *fit* is what repaired
+and trained weights are fitted to. Quality claims use another source altogether.
 
 Shapes: n sequences, P prompt tokens, C continuation tokens.
 """
@@ -27,7 +27,7 @@ from pdtrim.models.model import Model
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.forward import Batch
 
-PARTS = ("search", "rerank", "report")
+PARTS = ("search", "rerank", "fit")
 SIDES = ("prompt_BP", "continuation_BC")
 SECTION = 8  # sequences; longer documents are shuffled in sections of this many
 SPARE = 4  # read this many times the tokens needed, so that a seed has a choice
@@ -42,28 +42,28 @@ class CalibrationConfig:
     continuation_tokens: int = 128
     search: int = 12
     rerank: int = 8
-    report: int = 8
+    fit: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1 or self.continuation_tokens < 1:
             raise CalibrationError("prompt and continuation need at least 1 token each")
-        if self.search < 1 or self.rerank < 0 or self.report < 0:
+        if self.search < 1 or self.rerank < 0 or self.fit < 0:
             raise CalibrationError("at least 1 search sequence is needed, and no part below 0")
 
     @property
     def sequences(self) -> int:
         """Sequences in all three parts."""
-        return self.search + self.rerank + self.report
+        return self.search + self.rerank + self.fit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Three disjoint parts of packed text."""
+    """Three disjoint parts of packed text; only ``search`` is never empty."""
 
     search: Batch
     rerank: Batch
-    report: Batch
+    fit: Batch
     source: str
     hash: str
 
@@ -93,7 +93,7 @@ def load_calibration(
     parts = [_batch(ids_nW[rows], config.prompt_tokens) for rows in _spans(a, b, len(ids_nW))]
     digest = hashlib.sha256(ids_nW.numpy().tobytes()).hexdigest()
     return Calibration(
-        search=parts[0], rerank=parts[1], report=parts[2], source=config.source, hash=digest
+        search=parts[0], rerank=parts[1], fit=parts[2], source=config.source, hash=digest
     )
 
 
@@ -123,11 +123,11 @@ def saved_calibration(config: CalibrationConfig, path: Path) -> Calibration | No
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if about.get("config") != repr(config):
             raise CalibrationError(f"{path} holds the text of other options: delete it")
-        search, rerank, report = (
+        search, rerank, fit = (
             Batch(**{side: tensors[f"{part}.{side}"] for side in SIDES}) for part in PARTS
         )
         return Calibration(
-            search=search, rerank=rerank, report=report, source=about["source"], hash=about["hash"]
+            search=search, rerank=rerank, fit=fit, source=about["source"], hash=about["hash"]
         )
     except (SafetensorError, OSError, KeyError) as error:
         raise CalibrationError(f"{path} is no packed text: delete it") from error

@@ -24,18 +24,19 @@ from pdtrim.stage.cache import LayerCache
 from pdtrim.stage.generate import generate
 from pdtrim.stage.sampling import Sampler, Sampling
 
-GROUP = 32  # sequences written side by side
+GROUP = {"cpu": 32, "cuda": 2048}  # sequences written side by side
 
 
 def write_text(
     model: Model, *, sequences: int, tokens: int, seed: int, progress: Progress = silent
 ) -> Tensor:
-    """Token ids ``[sequences, tokens]``, the same for the same model, dtype and seed."""
+    """Token ids ``[sequences, tokens]``, the same for the same model, dtype, device and seed."""
     starts = _word_tokens(model)
     groups = []
-    with progress("writing calibration text", tokens * -(-sequences // GROUP)) as advance:
-        for first in range(0, sequences, GROUP):
-            rows = min(GROUP, sequences - first)
+    side_by_side = GROUP.get(model.device.type, GROUP["cpu"])
+    with progress("writing calibration text", tokens * -(-sequences // side_by_side)) as advance:
+        for first in range(0, sequences, side_by_side):
+            rows = min(side_by_side, sequences - first)
             groups.append(_write(model, rows, tokens, seed + first, starts, advance))
     return torch.cat(groups)
 

@@ -101,6 +101,9 @@ def plan(
     prompt_tokens: Annotated[int, typer.Option(help="Prompt of a calibration sequence.")] = 256,
     continuation_tokens: Annotated[int, typer.Option(help="Its continuation.")] = 128,
     sequences: Annotated[int, typer.Option(help="Calibration sequences that steer it.")] = 12,
+    fit_sequences: Annotated[
+        int, typer.Option(help="More, that repairs are fitted to; 0: to those that steer.")
+    ] = 24,
     budget: Annotated[
         int | None,
         typer.Option(help="Block-tokens the search may spend."),
@@ -136,7 +139,7 @@ def plan(
         continuation_tokens=continuation_tokens,
         search=sequences,
         rerank=(sequences + 1) // 2,
-        report=0,
+        fit=fit_sequences if method == "pdtrim" and repair == "best" else 0,
         seed=seed,
     )
     progress = progress_of(as_json)
@@ -183,7 +186,10 @@ def plan(
 def distill(
     plan_file: Annotated[Path, typer.Argument(help="A plan.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the new plan.")],
-    text: Annotated[str, typer.Option(help="Training text: FILE, hub:NAME, or self.")] = "self",
+    text: Annotated[
+        list[str],
+        typer.Option(help="Training text: FILE, hub:NAME, or self; give it again for more."),
+    ] = ["self"],  # noqa: B006
     blocks: Annotated[
         Which,
         typer.Option(help="Train merged pairs, the cuts' neighbours, or all decode blocks."),
@@ -196,8 +202,10 @@ def distill(
     ] = None,
     prompt_tokens: Annotated[int, typer.Option()] = 256,
     continuation_tokens: Annotated[int, typer.Option()] = 256,
-    sequences: Annotated[int, typer.Option(help="Of training text.")] = 256,
-    held_out: Annotated[int, typer.Option(help="Sequences that choose the best weights.")] = 16,
+    sequences: Annotated[int, typer.Option(help="Of each training text, if it has them.")] = 256,
+    held_out: Annotated[
+        int, typer.Option(help="Of each, sequences that choose the best weights.")
+    ] = 16,
     steps: Annotated[int, typer.Option()] = 1000,
     rows: Annotated[int, typer.Option(help="Sequences run together.")] = 4,
     accumulate: Annotated[int, typer.Option(help="Such groups a step.")] = 4,
@@ -213,7 +221,8 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Train decode's kept blocks for what was removed; an interrupted training goes on."""
-    from pdtrim.calibration.batches import CalibrationConfig, load_calibration
+    from pdtrim.calibration.batches import CalibrationConfig
+    from pdtrim.calibration.mixture import load_mixture
     from pdtrim.distill.job import DistillConfig
     from pdtrim.export import base_model
     from pdtrim.methods.sets import SetRule
@@ -225,18 +234,18 @@ def distill(
     progress, say = progress_of(as_json), say_of(as_json)
     loaded = PrunePlan.load(plan_file)
     dense = base_model(loaded, source=model, dtype=dtype, device=device)
-    packed = load_calibration(
+    data, rest = load_mixture(
         dense,
+        text,
         CalibrationConfig(
-            source=text,
             prompt_tokens=prompt_tokens,
             continuation_tokens=continuation_tokens,
             search=sequences,
             rerank=held_out,
-            report=0,
             seed=seed,
         ),
         progress=progress,
+        say=say,
     )
     checkpoint = output.with_name(f"{output.stem}.training.safetensors")
     if checkpoint.exists():
@@ -255,8 +264,8 @@ def distill(
     trained = train_plan(
         loaded,
         dense,
-        packed.search,
-        packed.rerank,
+        data,
+        rest,
         Training(rule=rule, distillation=config),
         folder=plan_file.parent,
         checkpoint=checkpoint,

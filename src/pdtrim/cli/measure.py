@@ -143,14 +143,14 @@ def ablate(
     sequences: Annotated[int, typer.Option(help="Of calibration text.")] = 12,
     limit: Annotated[int, typer.Option(help="Sequences of each held-out text.")] = 16,
     budget: Annotated[float, typer.Option(help="Of each search, in dense passes.")] = 90,
-    prefill_remove: Annotated[int, typer.Option()] = 10,
+    prefill_remove: Annotated[list[int], typer.Option(help="Again for more.")] = [10, 12],  # noqa: B006
     unified_remove: Annotated[int, typer.Option()] = 6,
     decode_remove: Annotated[int, typer.Option()] = 6,
     only: Annotated[
         list[str], typer.Option(help="Rows with these words, such as 'search, prefill'.")
     ] = [""],  # noqa: B006
     train_steps: Annotated[int, typer.Option(help="Of the paper's light distillation.")] = 100,
-    train_sequences: Annotated[int, typer.Option()] = 64,
+    fit_sequences: Annotated[int, typer.Option(help="More, for repairs and training.")] = 64,
     seeds: Annotated[str, typer.Option(help="Of calibration text and search.")] = "0,1,2",
     device: Device = "cpu",
     dtype: Dtype = "bfloat16",
@@ -175,12 +175,12 @@ def ablate(
         sequences=sequences,
         limit=limit,
         budget=budget,
-        prefill=prefill_remove,
+        prefill=tuple(prefill_remove),
         unified=unified_remove,
         decode=decode_remove,
         only=tuple(only),
         train_steps=train_steps,
-        train_sequences=train_sequences,
+        fit=fit_sequences,
     )
     dense = load_model(model, dtype=dtype, device=device)
     cells = run(dense, config, output, progress=progress_of(as_json), say=say_of(as_json))
@@ -217,6 +217,7 @@ def sensitivity(
     continuation_tokens: Annotated[int, typer.Option()] = 256,
     sequences: Annotated[int, typer.Option()] = 8,
     seed: Annotated[int, typer.Option()] = 0,
+    device: Device = "cpu",
     dtype: Dtype = "bfloat16",
     as_json: Json = False,
 ) -> None:
@@ -229,14 +230,13 @@ def sensitivity(
     from pdtrim.search.sensitivity import sensitivity as measure
 
     progress = progress_of(as_json)
-    dense = load_model(model, dtype=dtype)
+    dense = load_model(model, dtype=dtype, device=device)
     config = CalibrationConfig(
         source=text,
         prompt_tokens=prompt_tokens,
         continuation_tokens=continuation_tokens,
         search=sequences,
         rerank=0,
-        report=0,
         seed=seed,
     )
     kl_WL = measure(

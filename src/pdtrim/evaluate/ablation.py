@@ -56,9 +56,11 @@ class AblationConfig:
         sequences: of calibration text that steer a search; half as many choose finalists.
         limit: sequences of each held-out text.
         budget: of each search, in passes of the dense model over the calibration text.
-        prefill, unified, decode: blocks that the three targets remove.
+        prefill, unified, decode: blocks that the targets remove; the first of ``prefill`` is the
+            one whose share of operations the grains save.
         only: rows whose group and name hold one of these words; the empty word is in all.
-        train_steps: of the paper's light distillation; its text is ``train_sequences`` more.
+        train_steps: of the paper's light distillation.
+        fit: sequences of calibration text that repairs and the distillation are fitted to.
     """
 
     texts: dict[str, str]
@@ -68,12 +70,12 @@ class AblationConfig:
     sequences: int = 12
     limit: int = 16
     budget: float = 90
-    prefill: int = 10
+    prefill: tuple[int, ...] = (10, 12)
     unified: int = 6
     decode: int = 6
     only: tuple[str, ...] = ("",)
     train_steps: int = 100
-    train_sequences: int = 64
+    fit: int = 64
 
 
 class Cell(Frozen):
@@ -192,7 +194,7 @@ class Bench:
 
     @cached_property
     def text(self) -> Calibration:
-        """Search and re-rank text; ``report`` is what blocks are trained on."""
+        """Text of the search, of the choices after it, and of repairs and training."""
         config = self.config
         return load_calibration(
             self.model,
@@ -202,7 +204,7 @@ class Bench:
                 continuation_tokens=config.lengths.continuation,
                 search=config.sequences,
                 rerank=config.sequences // 2,
-                report=config.train_sequences,
+                fit=config.fit,
                 seed=self.seed,
             ),
             progress=self.progress,
@@ -236,24 +238,24 @@ class Bench:
         """A plan with its cuts repaired; ``best`` is each stage's best on the re-rank text."""
         gates = self.plan(name, method, target).gates
         if kind == "best":
-            best = best_repair(self.model, gates, self.policy, self.text.search, self.text.rerank)
+            best = best_repair(self.model, gates, self.policy, self.text.fit, self.text.rerank)
             return Made(gates=gates, blocks=best.blocks)
         (chosen,) = (k for k in KINDS["prefill"] if k == kind)
         return Made(
-            gates=gates, blocks=repair(self.model, gates, self.policy, self.text.search, chosen)
+            gates=gates, blocks=repair(self.model, gates, self.policy, self.text.fit, chosen)
         )
 
     def trained(self, name: str, method: Method, target: Target, reading: Reading) -> Made:
         """A plan whose distillation set is merged and lightly distilled."""
         plan = self.plan(name, method, target)
         rule = SetRule(reading=reading)
-        if not pairs_of(plan, self.model, self.text.report, rule):
+        if not pairs_of(plan, self.model, self.text.fit, rule):
             return Made(gates=plan.gates, blocks={})  # the rule puts nothing in its set
         distillation = DistillConfig(which="pairs", steps=self.config.train_steps, seed=self.seed)
         done = train_plan(
             plan,
             self.model,
-            self.text.report,
+            self.text.fit,
             self.text.rerank,
             Training(rule=rule, distillation=distillation),
             progress=self.progress,
@@ -280,7 +282,7 @@ def rows(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Made]]]:
         target = Target(**both, mode=mode, seed=seed, budget=budget)
         yield f"mode, prefill {half} decode {config.decode}", mode, _search(bench, mode, target)
     targets: dict[str, dict[str, Any]] = {
-        f"prefill {config.prefill}": {"prefill_remove": config.prefill},
+        **{f"prefill {count}": {"prefill_remove": count} for count in config.prefill},
         f"unified {config.unified}": {
             "prefill_remove": config.unified,
             "decode_remove": config.unified,
@@ -301,7 +303,7 @@ def rows(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Made]]]:
 
             yield f"repair, {what}", kind, mend
     # prefill's part that is worth its share of whole blocks
-    share = config.prefill / bench.model.num_layers
+    share = config.prefill[0] / bench.model.num_layers
     for grain in ("block", "part"):
         target = Target(
             metric="flops",

@@ -178,13 +178,15 @@ class PDTrim(Method):
         model: Model,
         progress: Progress,
     ) -> Found:
-        """The finalist that is best when repaired: fitted to the search text, chosen by the other.
+        """The finalist that is best when repaired, chosen on the re-rank text.
 
-        The search's meter does not count it: a repair costs a few passes.
+        Fitted to the text that is there for it, or else to the search's. The search's meter does
+        not count it: a repair costs a few passes.
         """
         if len(calibration.rerank) == 0:
             raise PlanError("a repair is chosen on the re-rank text, and there is none")
         options = ranked[: self.repaired]
+        fit = calibration.fit if len(calibration.fit) else calibration.search
         made: list[tuple[Removal, Repaired]] = []
         with progress("repairing finalists", len(options)) as advance:
             for state in options:
@@ -192,7 +194,7 @@ class PDTrim(Method):
                     model,
                     state.gates.without_dead_work(),
                     objective.policy,
-                    calibration.search,
+                    fit,
                     calibration.rerank,
                 )
                 made.append((state, repaired))
