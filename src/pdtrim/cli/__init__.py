@@ -6,8 +6,9 @@ Verbs import what they run inside: ``pdtrim --help`` must not wait for torch.
 from __future__ import annotations
 
 import typer
+from rich.markup import escape
 
-from pdtrim.cli import make, measure, run
+from pdtrim.cli import make, measure, run, serve
 from pdtrim.cli.common import err
 from pdtrim.errors import PdtrimError
 
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prune a language model separately for prefill and for decode, and run the pair.",
 )
-for verbs in (make, run, measure):
+for verbs in (make, run, serve, measure):
     app.add_typer(verbs.app)
 
 
@@ -28,7 +29,8 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except PdtrimError as error:
-        err.print(f"[red]error:[/] {str(error).splitlines()[0]}", highlight=False, soft_wrap=True)
+        text = escape(str(error).splitlines()[0])
+        err.print(f"[red]error:[/] {text}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         err.print("stopped")

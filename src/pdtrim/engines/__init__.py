@@ -1,0 +1,1 @@
+"""Serving engines that run an exported pair."""

@@ -1,0 +1,144 @@
+"""Every name of vLLM that is not public, and the check that they are what pdtrim expects.
+
+vLLM moves these between minor releases. The rest of the plugin imports them from here only; when a
+release changes one, this is the file to read. ``check()`` runs when the plugin is loaded.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorRole,
+    KVConnectorTransferResults,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import (
+    NixlBaseConnector,
+    NixlPullConnector,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import (
+    NIXL_CONNECTOR_VERSION,
+    NixlAgentMetadata,
+    NixlConnectorMetadata,
+    NixlHandshakePayload,
+    ReqMeta,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import (
+    NixlPullConnectorScheduler,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import (
+    NixlKVConnectorStats,
+    NixlPromMetrics,
+)
+from vllm.model_executor.layers.attention import Attention
+from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, direct_register_custom_op
+from vllm.v1.attention.backend import AttentionCGSupport, subclass_attention_backend
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.metrics.utils import create_metric_per_engine
+
+__all__ = [
+    "NIXL_CONNECTOR_VERSION",
+    "Attention",
+    "AttentionCGSupport",
+    "AttentionSpec",
+    "FullAttentionManager",
+    "FullAttentionSpec",
+    "KVCacheSpecRegistry",
+    "KVConnectorRole",
+    "KVConnectorTransferResults",
+    "LayerNameType",
+    "NixlAgentMetadata",
+    "NixlBaseConnector",
+    "NixlConnectorMetadata",
+    "NixlHandshakePayload",
+    "NixlKVConnectorStats",
+    "NixlPromMetrics",
+    "NixlPullConnector",
+    "NixlPullConnectorScheduler",
+    "NixlPullConnectorWorker",
+    "ReqMeta",
+    "_encode_layer_name",
+    "check",
+    "create_metric_per_engine",
+    "direct_register_custom_op",
+    "subclass_attention_backend",
+]
+
+TESTED = ("0.32",)
+"""Minor versions that the test suite has run on."""
+
+SIGNATURES: dict[Callable[..., Any], tuple[str, ...]] = {
+    NixlPullConnectorWorker.register_kv_caches: ("self", "kv_caches"),
+    NixlPullConnectorWorker.add_remote_agent: (
+        "self",
+        "nixl_agent_meta",
+        "remote_tp_rank",
+        "remote_tp_size",
+        "remote_dcp_size",
+    ),
+    NixlPullConnectorWorker._tracks_region_layers: ("self",),
+    NixlPullConnectorWorker._requires_layer_name_routing: ("self",),
+    NixlPullConnectorWorker._align_remote_regions_by_layer: ("self", "nixl_agent_meta"),
+    NixlPullConnectorWorker._read_blocks_for_req: ("self", "req_id", "meta"),
+    NixlPullConnectorWorker._handle_failed_transfer: (
+        "self",
+        "req_id",
+        "handle",
+        "failed_req_ids",
+        "record_failed_transfer",
+    ),
+    NixlPullConnectorWorker.start_load_kv: ("self", "metadata"),
+    NixlPullConnectorWorker.get_transfer_results: ("self",),
+    NixlPullConnectorScheduler.get_num_new_matched_tokens: (
+        "self",
+        "request",
+        "num_computed_tokens",
+    ),
+    NixlPullConnectorScheduler.update_state_after_alloc: (
+        "self",
+        "request",
+        "blocks",
+        "num_external_tokens",
+    ),
+    NixlPullConnectorScheduler.build_connector_meta: ("self", "scheduler_output"),
+    FullAttentionManager.allocate_external_computed_blocks: (
+        "self",
+        "request_id",
+        "num_local_computed_tokens",
+        "num_external_computed_tokens",
+        "record_for_zeroing",
+    ),
+    FullAttentionManager.get_num_blocks_to_allocate: (
+        "self",
+        "request_id",
+        "num_tokens",
+        "new_computed_blocks",
+        "total_computed_tokens",
+        "num_local_computed_tokens",
+        "num_tokens_main_model",
+        "apply_admission_cap",
+        "prefill_end",
+    ),
+    subclass_attention_backend: ("name_prefix", "attention_backend_cls", "builder_cls"),
+}
+"""What pdtrim overrides or calls, and the arguments it relies on."""
+
+
+def check() -> None:
+    """Raise RuntimeError in one line if this vLLM is not one that the plugin fits."""
+    changed = [
+        function.__qualname__
+        for function, names in SIGNATURES.items()
+        if tuple(inspect.signature(function).parameters) != names
+    ]
+    if changed:
+        raise RuntimeError(
+            f"pdtrim does not fit vLLM {vllm.__version__}: {changed[0]} has other arguments;"
+            f" install vLLM {TESTED[-1]}"
+        )

@@ -1,0 +1,60 @@
+"""The connector: vLLM's NIXL pull, between two models of different depth and different caches.
+
+Decode reads the pages of the layers that it runs, from the slots that prefill gave them, without
+the pages that the plan drops. Leases, heartbeats, aborts and failures are vLLM's own. A partner of
+another plan, version or type is refused at the handshake, whose digest says in words what each is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pdtrim.engines.vllm import compat
+from pdtrim.engines.vllm.compat import KVConnectorRole, NixlBaseConnector, NixlPullConnector
+from pdtrim.engines.vllm.metrics import Metrics, Stats
+from pdtrim.engines.vllm.scheduler import Scheduler
+from pdtrim.engines.vllm.stage import check_config
+from pdtrim.engines.vllm.worker import Worker
+
+
+class PDTrimConnector(NixlPullConnector):
+    """Named in ``--kv-transfer-config``; ``pdtrim serve`` writes it.
+
+    Option ``local_prefill`` (in ``kv_connector_extra_config``, on decode): ``refuse`` (default) or
+    ``count`` prompts that come without a handover.
+
+    Raises:
+        PlanError: a setting under which the pair would not run as planned.
+    """
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        compat.check()
+        served = check_config(vllm_config)
+        NixlBaseConnector.__init__(self, vllm_config, role, kv_cache_config)
+        engine = (vllm_config, self.engine_id, kv_cache_config)
+        if role == KVConnectorRole.SCHEDULER:
+            self.connector_scheduler = Scheduler(*engine, served=served)
+        else:
+            self.connector_worker = Worker(*engine, served=served)
+
+    def get_kv_connector_stats(self) -> Any:
+        """What the worker or the scheduler noted since the last call."""
+        if self.connector_worker is not None:
+            return self.connector_worker.get_kv_connector_stats()
+        return self.connector_scheduler.take_stats()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Any:
+        """From what travelled between processes."""
+        return Stats() if data is None else Stats(data=data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> Any:
+        """Counters for ``/metrics``."""
+        return Metrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

@@ -1,0 +1,258 @@
+"""The commands that serve an exported pair: vLLM servers for each stage, and a router before them.
+
+Nothing is started here, and vLLM is not imported. The servers listen on loopback, since they trust
+whoever speaks to them; only the router takes the host that the user gives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pdtrim.engines.vllm.pages import check_servable
+from pdtrim.engines.vllm.plugin import FAMILIES
+from pdtrim.errors import ModelError, PdtrimError, PlanError
+from pdtrim.export import check_pair
+from pdtrim.models.checkpoint import read_stage_config
+from pdtrim.plan import STAGES, PrunePlan, Stage
+
+LOOPBACK = "127.0.0.1"
+BLOCK_SIZE = 32  # of a plan that is exact to the token: what vLLM is fast with on CPU and GPU
+PREFIX = "PDTrim"
+ROLES: dict[Stage, str] = {"prefill": "kv_producer", "decode": "kv_consumer"}
+STAGE_FLAGS: dict[Stage, str] = {
+    # a CUDA graph would freeze the gate that saves K and V where a block is skipped
+    "prefill": "--enforce-eager",
+    # a page that this cache holds says nothing of the tokens that were dropped before it
+    "decode": "--no-enable-prefix-caching",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """How to serve a pair.
+
+    Attributes:
+        pair: holds ``prefill`` and ``decode``.
+        host: where the router listens, with ``port``: the OpenAI endpoint.
+        name: the model's name in requests; the last part of the plan's if None.
+        block_size: tokens of an engine's page; the plan's if None, 32 if that is 1.
+        local_prefill: what decode does with a prompt that did not come by handover: ``refuse`` it,
+            or run it on its own blocks and ``count`` it.
+        prefill_args: more arguments of vLLM, for the prefill servers.
+        start_seconds: how long the servers may take until they answer.
+
+    Raises:
+        PdtrimError: a value out of range.
+    """
+
+    pair: Path
+    prefill_replicas: int = 1
+    decode_replicas: int = 1
+    host: str = LOOPBACK
+    port: int = 8000
+    name: str | None = None
+    block_size: int | None = None
+    max_model_len: int | None = None
+    local_prefill: Literal["refuse", "count"] = "refuse"
+    prefill_args: tuple[str, ...] = ()
+    decode_args: tuple[str, ...] = ()
+    start_seconds: float = 900
+
+    def __post_init__(self) -> None:
+        for option in ("prefill_replicas", "decode_replicas", "block_size", "max_model_len"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise PdtrimError(f"{option} {value} must be at least 1")
+        if not 1 <= self.port <= 65535:
+            raise PdtrimError(f"port {self.port} must be 1 .. 65535")
+        if not self.start_seconds > 0:
+            raise PdtrimError(f"start_seconds {self.start_seconds} must be above 0")
+        if self.local_prefill not in ("refuse", "count"):
+            raise PdtrimError(f"local_prefill '{self.local_prefill}': use refuse or count")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """One process to start.
+
+    Attributes:
+        name: such as ``prefill 0`` or ``router``.
+        env: what it needs beside the environment that it inherits.
+        health: path below ``url`` that answers 200 once it serves.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    env: dict[str, str]
+    url: str
+    health: str = "/health"
+
+    @property
+    def shell(self) -> str:
+        """The line to type into a shell."""
+        env = (f"{key}={shlex.quote(value)}" for key, value in self.env.items())
+        return " ".join((*env, shlex.join(self.command)))
+
+
+def processes(config: ServeConfig, *, free_port: Callable[[], int]) -> list[Process]:
+    """What to start: the servers, then the router.
+
+    Raises:
+        ModelError: no such checkpoints.
+        PlanError: the two come from different plans, or from one that vLLM cannot serve.
+        PdtrimError: too few GPUs.
+    """
+    configs, plan = _read_pair(config.pair)
+    block_size = config.block_size or (plan.block_size if plan.block_size > 1 else BLOCK_SIZE)
+    check_servable(plan, block_size)
+    if plan.model.family not in FAMILIES:
+        raise PlanError(
+            f"family '{plan.model.family}' is not served by vLLM yet, only {', '.join(FAMILIES)}:"
+            " run the pair with 'pdtrim generate'"
+        )
+    name = config.name or PurePosixPath(plan.model.name).name or plan.model.family
+    ports = _distinct(free_port, config.port)
+    replicas = {"prefill": config.prefill_replicas, "decode": config.decode_replicas}
+    devices = iter(_devices(sum(replicas.values())))
+    servers = [
+        _server(config, stage, number, configs[stage], name, block_size, ports, next(devices))
+        for stage in STAGES
+        for number in range(replicas[stage])
+    ]
+    return [*servers, _router(config, servers, next(ports))]
+
+
+def check_runnable(config: ServeConfig) -> None:
+    """Raise PdtrimError if something is missing here, or the router's port is taken.
+
+    Another server on the port would answer in the router's place.
+    """
+    if find_spec("vllm") is None or find_router() is None:
+        raise PdtrimError("vLLM or its router is not installed: pip install 'pdtrim[vllm]'")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise PdtrimError(
+                f"cannot listen on {config.host}:{config.port} ({error.strerror}): give another"
+                " --port or --host"
+            ) from error
+
+
+def find_router() -> str | None:
+    """The router's executable: beside this Python, or on the path."""
+    beside = Path(sys.executable).with_name("vllm-router")
+    return str(beside) if os.access(beside, os.X_OK) else shutil.which("vllm-router")
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def _read_pair(folder: Path) -> tuple[dict[Stage, dict[str, Any]], PrunePlan]:
+    prefill, plan = read_stage_config(folder / "prefill", "prefill")
+    decode, other = read_stage_config(folder / "decode", "decode")
+    check_pair(plan.digest, other.digest)
+    return {"prefill": prefill, "decode": decode}, plan
+
+
+def _distinct(free_port: Callable[[], int], *taken: int) -> Iterator[int]:
+    """Ports, each once: the system may offer one again as long as nobody listens on it."""
+    seen = set(taken)
+    while True:
+        port = free_port()
+        if port not in seen:
+            seen.add(port)
+            yield port
+
+
+def _devices(servers: int) -> list[dict[str, str]]:
+    """The environment that gives each server a GPU of its own; nothing if the user has chosen."""
+    import torch
+
+    if "CUDA_VISIBLE_DEVICES" in os.environ or not torch.cuda.is_available():
+        return [{}] * servers
+    if torch.cuda.device_count() < servers:
+        raise PdtrimError(
+            f"{servers} servers need a GPU each and there are {torch.cuda.device_count()}: use"
+            " fewer replicas, or set CUDA_VISIBLE_DEVICES to have all servers share what it names"
+        )
+    return [{"CUDA_VISIBLE_DEVICES": str(number)} for number in range(servers)]
+
+
+def _server(
+    config: ServeConfig,
+    stage: Stage,
+    number: int,
+    data: dict[str, Any],
+    name: str,
+    block_size: int,
+    ports: Iterator[int],
+    device: dict[str, str],
+) -> Process:
+    folder = config.pair / stage
+    port, side_port = next(ports), next(ports)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(folder), "--served-model-name", name]
+    command += ["--host", LOOPBACK, "--port", str(port), "--block-size", str(block_size)]
+    command += ["--kv-transfer-config", json.dumps(_transfer(config, stage))]
+    command += ["--hf-overrides", json.dumps({"architectures": [_architecture(data, folder)]})]
+    command.append(STAGE_FLAGS[stage])
+    if config.max_model_len is not None:
+        command += ["--max-model-len", str(config.max_model_len)]
+    command += config.prefill_args if stage == "prefill" else config.decode_args
+    side_channel = {
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": LOOPBACK,
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_port),
+    }
+    return Process(
+        name=f"{stage} {number}",
+        command=tuple(command),
+        env={**side_channel, **device},
+        url=f"http://{LOOPBACK}:{port}",
+    )
+
+
+def _transfer(config: ServeConfig, stage: Stage) -> dict[str, Any]:
+    return {
+        "kv_connector": "PDTrimConnector",
+        "kv_connector_module_path": "pdtrim.engines.vllm.connector",
+        "kv_role": ROLES[stage],
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": {"local_prefill": config.local_prefill},
+    }
+
+
+def _architecture(data: dict[str, Any], folder: Path) -> str:
+    """pdtrim's class: a checkpoint of whole blocks names the plain one, which has no gates."""
+    names = data.get("architectures")
+    if not isinstance(names, list) or not names:
+        raise ModelError(f"{folder}: its config names no architecture; export it again")
+    return PREFIX + str(names[0]).removeprefix(PREFIX)
+
+
+def _router(config: ServeConfig, servers: list[Process], metrics_port: int) -> Process:
+    command = [find_router() or "vllm-router", "--vllm-pd-disaggregation"]
+    for server in servers:
+        command += [f"--{server.name.split()[0]}", server.url]
+    command += ["--host", config.host, "--port", str(config.port)]
+    # its default, cache_aware, has every prefill server tokenize every request
+    command += ["--policy", "round_robin", "--prometheus-port", str(metrics_port)]
+    host = LOOPBACK if config.host == "0.0.0.0" else config.host
+    return Process(
+        name="router", command=tuple(command), env={}, url=f"http://{host}:{config.port}"
+    )

@@ -1,0 +1,75 @@
+"""vLLM's models, made into a stage of a plan.
+
+The model is built as vLLM builds it, with as many blocks as the checkpoint has slots. Then blocks
+whose gates are not all open are replaced by their gated form (``blocks.py``), and decode's layers
+under a ``first_last`` rule get the trimmed attention and cache (``attention.py``, ``cache.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+
+from pdtrim.engines.vllm import blocks, compat
+from pdtrim.engines.vllm.attention import trim
+from pdtrim.engines.vllm.blocks import GatedBlock
+from pdtrim.engines.vllm.stage import Served
+from pdtrim.errors import PlanError
+from pdtrim.kv.selectors import FirstLast
+
+
+class Staged:
+    """Mixed into a model of vLLM."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        compat.check()
+        served = Served.of(vllm_config.model_config.hf_config)
+        layers: Any = self.model.layers  # type: ignore[attr-defined]
+        close_gates(layers, served, vllm_config)
+        if served.stage == "decode":
+            trim_layers(layers, served)
+
+
+def close_gates(blocks_L: nn.ModuleList, served: Served, vllm_config: Any) -> None:
+    """Replace the blocks of which the stage runs a part only."""
+    blocks.register()
+    attention, mlp = served.plan.gates.of(served.stage)
+    for slot, layer in enumerate(served.layers):
+        if attention[layer] in ("full", True) and mlp[layer]:
+            continue
+        if vllm_config.quant_config is not None:
+            raise PlanError(
+                "a stage with closed gates is not served quantised: drop --quantization"
+            )
+        whole: Any = blocks_L[slot]
+        blocks_L[slot] = GatedBlock(whole, attention=attention[layer], mlp=mlp[layer])
+        if attention[layer] in ("off", False):
+            del vllm_config.compilation_config.static_forward_context[
+                whole.self_attn.attn.layer_name
+            ]
+
+
+def trim_layers(blocks_L: nn.ModuleList, served: Served) -> None:
+    """Put decode's layers under their rules."""
+    for slot, layer in enumerate(served.layers):
+        selector = served.plan.kv[layer].selector
+        if layer in served.plan.sent_layers and isinstance(selector, FirstLast):
+            block: Any = blocks_L[slot]
+            trim(block.self_attn.attn, first=selector.first, last=selector.last)
+
+
+class PDTrimLlamaForCausalLM(Staged, LlamaForCausalLM):
+    """Llama and its kin."""
+
+
+class PDTrimQwen2ForCausalLM(Staged, Qwen2ForCausalLM):
+    """Qwen2 and 2.5."""
+
+
+class PDTrimQwen3ForCausalLM(Staged, Qwen3ForCausalLM):
+    """Qwen3."""

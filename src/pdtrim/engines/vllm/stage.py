@@ -1,0 +1,100 @@
+"""What a server is to pdtrim: the stage and the plan inside its checkpoint, and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from pdtrim.engines.vllm.pages import check_servable
+from pdtrim.errors import PlanError
+from pdtrim.plan import PrunePlan, Stage
+
+ROLES: dict[str, Stage] = {"kv_producer": "prefill", "kv_consumer": "decode"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """One stage of a plan, as a server runs it."""
+
+    stage: Stage
+    plan: PrunePlan
+
+    @classmethod
+    def of(cls, hf_config: Any) -> Served:
+        """From a model's config.
+
+        Raises:
+            PlanError: not a checkpoint of pdtrim, or an altered one.
+        """
+        entry = getattr(hf_config, "pdtrim", None)
+        if not isinstance(entry, dict):
+            raise PlanError("this model was not exported by pdtrim: serve DIR/prefill, DIR/decode")
+        plan = PrunePlan.from_json(entry.get("plan"), source="config.json")
+        if entry.get("plan_digest") != plan.digest or entry.get("stage") not in ROLES.values():
+            raise PlanError("config.json: the plan does not match its digest; export it again")
+        return cls(stage=entry["stage"], plan=plan)
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """Dense layer of each slot of the checkpoint."""
+        return self.plan.gates.layers(self.stage)
+
+
+def slot_of(name: str) -> int:
+    """The slot in a name such as ``model.layers.3.self_attn.attn``."""
+    return int(name.split("layers.")[1].split(".")[0])
+
+
+def prefill_to_decode(plan: PrunePlan) -> dict[int, int]:
+    """Slots of prefill's checkpoint whose KV decode reads, to decode's slots."""
+    prefill = {layer: slot for slot, layer in enumerate(plan.gates.layers("prefill"))}
+    decode = {layer: slot for slot, layer in enumerate(plan.gates.layers("decode"))}
+    return {prefill[layer]: decode[layer] for layer in plan.sent_layers}
+
+
+def check_config(config: Any) -> Served:
+    """What a server's settings come to.
+
+    Args:
+        config: a ``VllmConfig``.
+
+    Raises:
+        PlanError: a setting under which the pair would not run as planned, in one line.
+    """
+    served = Served.of(config.model_config.hf_config)
+    transfer, cache, parallel = (
+        config.kv_transfer_config,
+        config.cache_config,
+        config.parallel_config,
+    )
+    if ROLES.get(transfer.kv_role) != served.stage:
+        raise PlanError(
+            f"the {served.stage} checkpoint cannot serve as {transfer.kv_role}: give it"
+            f" {next(role for role, stage in ROLES.items() if stage == served.stage)}"
+        )
+    decode = served.stage == "decode"
+    refused = {
+        "prefix caching on decode: pass --no-enable-prefix-caching": decode
+        and cache.enable_prefix_caching,
+        "speculative decoding: drop --speculative-config": config.speculative_config is not None,
+        "pipeline parallelism: use --pipeline-parallel-size 1": parallel.pipeline_parallel_size > 1,
+        "context parallelism: use sizes of 1": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+        ),
+        "LoRA: drop --enable-lora": config.lora_config is not None,
+        "kv_load_failure_policy other than fail: decode would run prompts on its own blocks": (
+            decode and transfer.kv_load_failure_policy != "fail"
+        ),
+        "enforce_handshake_compat false: layers would meet the wrong layers": not (
+            transfer.get_from_extra_config("enforce_handshake_compat", True)
+        ),
+    }
+    for what, is_so in refused.items():
+        if is_so:
+            raise PlanError(f"pdtrim does not serve with {what}")
+    kinds = getattr(config.model_config.hf_config, "layer_types", None) or ()
+    if "sliding_attention" in kinds:
+        raise PlanError("pdtrim does not serve sliding-window attention on vLLM: use the runtime")
+    check_servable(served.plan, cache.block_size)
+    return served

@@ -1,0 +1,396 @@
+"""Serving on vLLM: the commands, what is refused, the verb, and the deploy files. No vLLM here."""
+
+import itertools
+import json
+import re
+import shlex
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from helpers import first_last, make_plan, tiny_model
+from pdtrim.cli import app, main
+from pdtrim.engines.vllm import launch
+from pdtrim.engines.vllm.launch import ServeConfig, check_runnable, processes
+from pdtrim.errors import ModelError, PdtrimError, PlanError
+from pdtrim.export import export
+from pdtrim.kv.codecs import Integer
+from pdtrim.kv.selectors import SnapKV
+from pdtrim.plan import Gates, LayerKV
+
+DEPLOY = Path(__file__).parents[1] / "deploy"
+
+
+def export_tiny(folder, *, family="llama", gates=None, kv=None, block_size=1):
+    model = tiny_model(family)
+    plan = make_plan(model, gates or Gates.removing(4, prefill={1}), kv, block_size)
+    return export(plan, model, folder)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Prefill skips a block, decode is whole."""
+    return export_tiny(tmp_path_factory.mktemp("serve") / "pair")
+
+
+@pytest.fixture(autouse=True)
+def no_gpus_unless_asked(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def commands(pair, **options):
+    return processes(ServeConfig(pair=pair, **options), free_port=itertools.count(20000).__next__)
+
+
+def flags(command):
+    """``{flag: its values}`` of the arguments behind the program; JSON is parsed."""
+    found = {}
+    for word in command:
+        if word.startswith("--"):
+            found.setdefault(word, [])
+            values = found[word]
+        elif found:
+            values.append(json.loads(word) if word.startswith("{") else word)
+    return found
+
+
+# the commands
+
+
+def test_servers_come_first_and_each_stage_gets_its_own_settings(pair):
+    started = commands(pair)
+    assert [p.name for p in started] == ["prefill 0", "decode 0", "router"]
+    prefill, decode = (flags(p.command) for p in started[:2])
+    assert started[0].command[:3] == (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+    assert prefill["--model"] == [str(pair / "prefill")]
+    assert decode["--model"] == [str(pair / "decode")]
+    for one in (prefill, decode):
+        assert one["--served-model-name"] == ["tiny-llama"] and one["--block-size"] == ["32"]
+        # the decode checkpoint is of whole blocks and names the plain class
+        assert one["--hf-overrides"] == [{"architectures": ["PDTrimLlamaForCausalLM"]}]
+        assert "--max-model-len" not in one
+    assert "--enforce-eager" in prefill and "--enforce-eager" not in decode
+    assert "--no-enable-prefix-caching" in decode and "--no-enable-prefix-caching" not in prefill
+    assert prefill["--kv-transfer-config"] == [
+        {
+            "kv_connector": "PDTrimConnector",
+            "kv_connector_module_path": "pdtrim.engines.vllm.connector",
+            "kv_role": "kv_producer",
+            "kv_load_failure_policy": "fail",
+            "kv_connector_extra_config": {"local_prefill": "refuse"},
+        }
+    ]
+    assert decode["--kv-transfer-config"][0]["kv_role"] == "kv_consumer"
+
+
+def test_options_reach_the_commands(pair):
+    started = commands(
+        pair, name="m", block_size=64, max_model_len=256, local_prefill="count",
+        prefill_args=("--seed", "3"), decode_args=("--dtype=float32",),
+    )  # fmt: skip
+    prefill, decode = (flags(p.command) for p in started[:2])
+    for one in (prefill, decode):
+        assert one["--served-model-name"] == ["m"] and one["--block-size"] == ["64"]
+        assert one["--max-model-len"] == ["256"]
+        transfer = one["--kv-transfer-config"][0]
+        assert transfer["kv_connector_extra_config"] == {"local_prefill": "count"}
+    assert started[0].command[-2:] == ("--seed", "3")
+    assert started[1].command[-1] == "--dtype=float32"
+
+
+def test_the_router_knows_every_server_and_no_two_listen_on_one_port(pair):
+    ports = iter([9000, 9001, 9001, 8000, *range(9002, 9020)])
+    config = ServeConfig(pair=pair, prefill_replicas=2, decode_replicas=3, host="0.0.0.0")
+    *servers, router = processes(config, free_port=lambda: next(ports))
+    given = flags(router.command)
+    urls = {stage: [s.url for s in servers if s.name.startswith(stage)] for stage in ("p", "d")}
+    assert (given["--prefill"], given["--decode"]) == (urls["p"], urls["d"])
+    assert len(urls["p"]) == 2 and len(urls["d"]) == 3
+    assert "--vllm-pd-disaggregation" in given and given["--policy"] == ["round_robin"]
+    # only the router is open to other machines
+    assert given["--host"] == ["0.0.0.0"] and router.url == "http://127.0.0.1:8000"
+    assert all(flags(s.command)["--host"] == ["127.0.0.1"] for s in servers)
+    used = ["8000", *given["--prometheus-port"]]
+    for server in servers:
+        used += flags(server.command)["--port"]
+        used.append(server.env["VLLM_NIXL_SIDE_CHANNEL_PORT"])
+        assert server.env["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "127.0.0.1"
+        assert server.url.endswith(":" + flags(server.command)["--port"][0])
+    assert len(set(used)) == len(used) == 2 + 2 * 5
+
+
+def test_every_server_has_a_gpu_of_its_own_unless_the_user_chose(pair, monkeypatch):
+    assert all("CUDA_VISIBLE_DEVICES" not in p.env for p in commands(pair))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    *servers, router = commands(pair, decode_replicas=2)
+    assert [s.env["CUDA_VISIBLE_DEVICES"] for s in servers] == ["0", "1", "2"]
+    assert "CUDA_VISIBLE_DEVICES" not in router.env
+    with pytest.raises(PdtrimError, match="4 servers need a GPU each and there are 3: use fewer"):
+        commands(pair, prefill_replicas=2, decode_replicas=2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert all("CUDA_VISIBLE_DEVICES" not in p.env for p in commands(pair, decode_replicas=9))
+
+
+def test_the_plans_pages_are_the_engines(tmp_path):
+    kv = (LayerKV(), first_last(16, 32), LayerKV(), LayerKV())
+    folder = export_tiny(tmp_path / "pair", kv=kv, block_size=16)
+    assert flags(commands(folder)[0].command)["--block-size"] == ["16"]
+
+
+REFUSED = {
+    "exact to the token": (
+        {"kv": (first_last(4, 8), *[LayerKV()] * 3)},
+        "plan again with --block-size 32",
+    ),
+    "other pages": (
+        {"kv": (first_last(4, 8), *[LayerKV()] * 3), "block_size": 16},
+        "plan again with --block-size 32",
+    ),
+    "selector": (
+        {"kv": (LayerKV(selector=SnapKV()), *[LayerKV()] * 3), "block_size": 32},
+        "layer 0: .*'snapkv'.*first_last",
+    ),
+    "codec": (
+        {"kv": (*[LayerKV()] * 3, LayerKV(codec=Integer(k_bits=4, v_bits=4)))},
+        "layer 3: codec 'int'",
+    ),
+    "family": ({"family": "mistral"}, "family 'mistral' is not served"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_vllm_cannot_serve_is_refused(tmp_path, what):
+    made, words = REFUSED[what]
+    folder = export_tiny(tmp_path / "pair", **made)
+    with pytest.raises(PlanError, match=words) as error:
+        commands(folder, block_size=32)
+    assert "\n" not in str(error.value)
+
+
+def test_a_rule_of_a_layer_that_does_not_travel_is_no_matter(tmp_path):
+    kv = (LayerKV(), LayerKV(selector=SnapKV()), LayerKV(), LayerKV())
+    folder = export_tiny(tmp_path / "pair", gates=Gates.removing(4, decode={1}), kv=kv)
+    assert len(commands(folder)) == 3
+
+
+def test_two_stages_of_different_plans_are_refused(pair, tmp_path):
+    other = export_tiny(tmp_path / "other", gates=Gates.dense(4))
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    (mixed / "prefill").symlink_to(pair / "prefill")
+    (mixed / "decode").symlink_to(other / "decode")
+    with pytest.raises(PlanError, match="different plans"):
+        commands(mixed)
+    with pytest.raises(ModelError, match="no prefill checkpoint"):
+        commands(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"prefill_replicas": 0}, {"decode_replicas": 0}, {"block_size": 0}, {"max_model_len": 0},
+        {"port": 0}, {"port": 65536}, {"start_seconds": 0}, {"local_prefill": "maybe"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_value_out_of_range_is_named(option):
+    with pytest.raises(PdtrimError, match=next(iter(option))):
+        ServeConfig(pair=Path("pair"), **option)
+
+
+def test_what_is_missing_here_is_said_before_anything_starts(pair, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = ServeConfig(pair=pair, port=taken.getsockname()[1])
+        for spec, router in ((None, "vllm-router"), (object(), None)):
+            monkeypatch.setattr(launch, "find_spec", lambda name, spec=spec: spec)
+            monkeypatch.setattr(launch, "find_router", lambda router=router: router)
+            with pytest.raises(PdtrimError, match=re.escape("pip install 'pdtrim[vllm]'")):
+                check_runnable(config)
+        monkeypatch.setattr(launch, "find_router", lambda: "vllm-router")
+        with pytest.raises(PdtrimError, match=r"cannot listen on .*in use.*give another --port"):
+            check_runnable(config)
+    check_runnable(config)
+
+
+def test_the_router_is_found_beside_python_before_the_path(tmp_path, monkeypatch):
+    for place in ("bin", "path"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "vllm-router").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    assert launch.find_router() == str(tmp_path / "bin" / "vllm-router")
+    (tmp_path / "bin" / "vllm-router").unlink()
+    assert launch.find_router() == str(tmp_path / "path" / "vllm-router")
+    (tmp_path / "path" / "vllm-router").unlink()
+    assert launch.find_router() is None
+
+
+# the verb
+
+
+def test_a_dry_run_prints_lines_for_a_shell_and_needs_no_vllm(pair, monkeypatch):
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    monkeypatch.setattr(launch, "find_router", lambda: None)
+    args = ["--dry-run", "--decode-arg", "--override", "--decode-arg", "a b", "--port", "8123"]
+    done = CliRunner().invoke(app, ["serve", str(pair), *args])
+    assert done.exit_code == 0, done.output
+    lines = [shlex.split(line) for line in done.output.splitlines()]
+    assert len(lines) == 3
+    for words in lines[:2]:
+        assert re.fullmatch("VLLM_NIXL_SIDE_CHANNEL_HOST=127.0.0.1", words[0])
+        assert re.fullmatch("VLLM_NIXL_SIDE_CHANNEL_PORT=[0-9]+", words[1])
+        assert words[2] == sys.executable
+        assert flags(words)["--kv-transfer-config"][0]["kv_connector"] == "PDTrimConnector"
+    assert lines[1][-2:] == ["--override", "a b"]
+    assert lines[2][0] == "vllm-router" and flags(lines[2])["--port"] == ["8123"]
+
+
+SERVER = """
+import os, signal, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        if "--vllm-pd-disaggregation" in sys.argv:
+            os.kill(os.getppid(), signal.SIGINT)
+
+at = {flag: sys.argv[sys.argv.index(flag) + 1] for flag in ("--host", "--port")}
+print("[/x] listens", flush=True)
+HTTPServer((at["--host"], int(at["--port"])), Handler).serve_forever()
+"""
+
+
+def test_the_verb_serves_until_ctrl_c(pair, tmp_path, monkeypatch):
+    """With a package ``vllm`` and a router made here; the router sends the Ctrl-C."""
+    module = tmp_path / "vllm" / "entrypoints" / "openai" / "api_server.py"
+    module.parent.mkdir(parents=True)
+    (tmp_path / "vllm" / "__init__.py").touch()
+    module.write_text(SERVER)
+    router = tmp_path / "vllm-router"
+    router.write_text(f"#!{sys.executable}\n{SERVER}")
+    router.chmod(0o755)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(launch, "find_router", lambda: str(router))
+    port = str(launch.free_port())
+    done = CliRunner().invoke(app, ["serve", str(pair), "--port", port])
+    assert done.exit_code == 0, done.exception
+    assert done.stdout == f"OpenAI endpoint: http://127.0.0.1:{port}/v1\n"
+    assert "prefill 0 | [/x] listens\n" in done.stderr
+    assert done.stderr.endswith("stopped\n")
+
+
+def test_help_has_an_example():
+    assert "Example: pdtrim serve" in CliRunner().invoke(app, ["serve", "--help"]).output
+
+
+def test_an_error_is_one_line_even_with_brackets_in_it(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pdtrim", "serve", "[/x]"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: no prefill checkpoint at [/x]/prefill")
+
+
+# the deploy files
+
+PLACES = {"--host", "--port", "--model", "--prefill", "--decode"}
+PLACES |= {"--prometheus-host", "--prometheus-port"}
+
+
+def without_places(command):
+    return {flag: values for flag, values in flags(command).items() if flag not in PLACES}
+
+
+def expanded(words, pattern, values):
+    return [re.sub(pattern, lambda m: values(*m.groups()), word) for word in words]
+
+
+def read_yaml(pattern):
+    yaml = pytest.importorskip("yaml")
+    files = sorted(DEPLOY.glob(pattern))
+    return [item for file in files for item in yaml.safe_load_all(file.read_text())]
+
+
+@pytest.fixture(scope="module")
+def manifests():
+    found = read_yaml("kubernetes/*.yaml")
+    return {(item["kind"], item["metadata"]["name"]): item for item in found}
+
+
+def test_compose_runs_what_serve_runs(pair):
+    compose = read_yaml("docker-compose.yaml")[0]["services"]
+    urls = {}
+    for process in commands(pair, name="pair"):
+        stage = process.name.split()[0]
+        service = compose[stage]
+        words = expanded(service["command"], r"\$\{\w+:-([^}]*)\}", lambda default: default)
+        assert without_places(words) == without_places(process.command)
+        given = flags(words)
+        urls[stage] = "http://{}:{}".format(*given["--host"], *given["--port"])
+        assert f'"{urls[stage]}{process.health}"' in service["healthcheck"]["test"][-1]
+        assert service["image"] == "pdtrim-vllm" and service["network_mode"] == "host"
+        if stage == "router":
+            assert (given["--prefill"], given["--decode"]) == ([urls["prefill"]], [urls["decode"]])
+            assert {d["condition"] for d in service["depends_on"].values()} == {"service_healthy"}
+        else:
+            assert tuple(service["entrypoint"][1:]) == process.command[1:3]
+            assert given["--model"] == [f"/pair/{stage}"]
+            assert service["environment"].keys() == process.env.keys()
+            assert [v.rsplit(":", 2)[1:] for v in service["volumes"]] == [["/pair", "ro"]]
+    for number, stage in enumerate(("prefill", "decode")):
+        service = compose[stage]
+        assert service["environment"]["VLLM_NIXL_SIDE_CHANNEL_PORT"] == str(5600 + number)
+        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+        assert device["device_ids"] == [str(number)]
+
+
+def test_kubernetes_runs_what_serve_runs(manifests, pair):
+    values = manifests["ConfigMap", "pdtrim-pair"]["data"]
+    options = {"name": values["NAME"], "block_size": int(values["BLOCK_SIZE"])}
+    for process in commands(pair, **options):
+        name = process.name.split()[0]
+        pod = manifests["Deployment", f"pdtrim-{name}"]["spec"]["template"]["spec"]
+        (found,) = pod["containers"]
+        words = expanded(found["args"], r"\$\((\w+)\)", values.__getitem__)
+        assert without_places(words) == without_places(process.command)
+        ports = {p["name"]: p["containerPort"] for p in found["ports"]}
+        assert flags(words)["--port"] == [str(ports["http"])]
+        for probe in ("startupProbe", "readinessProbe"):
+            assert found[probe]["httpGet"] == {"path": process.health, "port": "http"}
+        if name == "router":
+            given = flags(words)
+            for stage in ("prefill", "decode"):
+                (port,) = manifests["Service", f"pdtrim-{stage}"]["spec"]["ports"]
+                assert given[f"--{stage}"] == [f"http://pdtrim-{stage}:{port['port']}"]
+            continue
+        assert tuple(found["command"][1:]) == process.command[1:3]
+        assert flags(words)["--model"] == [f"/pair/{name}"]
+        assert found["envFrom"] == [{"configMapRef": {"name": "pdtrim-pair"}}]
+        env = {e["name"]: e for e in found["env"]}
+        assert env.keys() == process.env.keys()
+        host = env["VLLM_NIXL_SIDE_CHANNEL_HOST"]
+        assert host["valueFrom"] == {"fieldRef": {"fieldPath": "status.podIP"}}
+        assert env["VLLM_NIXL_SIDE_CHANNEL_PORT"]["value"] == str(ports["nixl"])
+        assert found["resources"]["limits"] == {"nvidia.com/gpu": "1"}
+        mount = next(m for m in found["volumeMounts"] if m["mountPath"] == "/pair")
+        assert mount["readOnly"] is True
+        volume = next(v for v in pod["volumes"] if v["name"] == mount["name"])
+        assert volume["persistentVolumeClaim"]["readOnly"] is True
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode", "router"])
+def test_every_service_finds_its_pods(manifests, name):
+    deployment = manifests["Deployment", f"pdtrim-{name}"]["spec"]
+    labels = deployment["template"]["metadata"]["labels"]
+    assert deployment["selector"]["matchLabels"] == labels
+    assert manifests["Service", f"pdtrim-{name}"]["spec"]["selector"] == labels
+    if name != "router":
+        assert labels["llm-d.ai/role"] == name

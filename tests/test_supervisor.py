@@ -1,0 +1,275 @@
+"""The supervisor of ``pdtrim serve`` with small HTTP servers in place of vLLM's.
+
+Each server, and a child that it leaves behind, holds a connection to the test. The kernel closes it
+when they are gone: that is how a test sees, without a clock, that nothing is left.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from pdtrim.engines.vllm import serve as supervisor
+from pdtrim.engines.vllm.launch import Process, free_port
+from pdtrim.engines.vllm.serve import serve
+from pdtrim.errors import PdtrimError, RuntimeFailure
+
+PATIENCE = 120  # seconds until a test that hangs fails; a good one never waits for it
+
+FAKE = """
+import http.server, os, signal, socket, subprocess, sys
+name, port, witness, *how = sys.argv[1:]
+link = socket.create_connection(("127.0.0.1", int(witness)))
+if "child" in how:  # it would outlive its parent
+    code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)"
+    child = subprocess.Popen(
+        [sys.executable, "-S", "-c", code + "; signal.pause()"],
+        stdout=subprocess.PIPE, pass_fds=[link.fileno()],
+    )
+    child.stdout.readline()
+if "stubborn" in how:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+link.sendall(f"{name}\\n".encode())
+if "fail" in how:
+    link.recv(1)
+    print("loading\\n\\n\\x1b[31mno [/such] model\\x1b[0m", flush=True)
+    sys.exit(1)
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/die":
+            print("out of memory", flush=True)
+            os._exit(3)
+        self.send_response(503 if "sick" in how else 200)
+        self.end_headers()
+        if "sick" in how:
+            link.sendall(b"asked\\n")
+    def log_message(self, *args):
+        pass
+
+print(name, "listens", flush=True)
+http.server.ThreadingHTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
+"""
+
+
+class Witness:
+    """Sees servers come and go."""
+
+    def __init__(self):
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.server.settimeout(PATIENCE)
+        self.links, self.lines = {}, {}
+
+    def fakes(self, prefill=(), decode=(), router=()):
+        port = str(self.server.getsockname()[1])
+        made = []
+        for name, how in (("prefill 0", prefill), ("decode 0", decode), ("router", router)):
+            own = free_port()
+            command = (sys.executable, "-S", "-c", FAKE, name, str(own), port, *how)
+            url = f"http://127.0.0.1:{own}"
+            made.append(Process(name=name, command=command, env={}, url=url))
+        return made
+
+    def wait_for(self, *names):
+        """Until exactly these have come."""
+        while len(self.links) < len(names):
+            link, _ = self.server.accept()
+            link.settimeout(PATIENCE)
+            lines = link.makefile()
+            name = lines.readline().strip()
+            self.links[name], self.lines[name] = link, lines
+        assert self.links.keys() == set(names)
+
+    def all_gone(self):
+        """Wait for the end of all that came, and of their children."""
+        return all(not lines.read().replace("asked\n", "") for lines in self.lines.values())
+
+    def close(self):
+        for closed in (self.server, *self.lines.values(), *self.links.values()):
+            closed.close()
+
+
+class Running:
+    """A supervisor in a thread of its own."""
+
+    def __init__(self, fakes, start_seconds=PATIENCE):
+        self.lines, self.said, self.error = [], [], None
+        self.stop, self.ready = threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=self._run, args=(fakes, start_seconds), daemon=True)
+        self.thread.start()
+
+    def _run(self, fakes, start_seconds):
+        try:
+            serve(
+                fakes,
+                start_seconds=start_seconds,
+                say=self._say,
+                stop=self.stop,
+                log=lambda name, line: self.lines.append((name, line)),
+            )
+        except PdtrimError as error:
+            self.error = error
+        self.ready.set()
+
+    def _say(self, text):
+        self.said.append(text)
+        self.ready.set()
+
+    def serves(self):
+        return self.ready.wait(PATIENCE) and bool(self.said)
+
+    def ended(self):
+        """Whether it returned or raised."""
+        self.thread.join(timeout=PATIENCE)
+        return not self.thread.is_alive()
+
+
+@pytest.fixture
+def witness():
+    witness = Witness()
+    yield witness
+    witness.close()
+
+
+@pytest.fixture
+def spawned(monkeypatch):
+    """Every process that is started, killed at the end if the supervisor did not."""
+    seen, real = [], subprocess.Popen
+
+    def spy(*args, **kwargs):
+        seen.append(real(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(
+        supervisor, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": spy})
+    )
+    yield seen
+    for process in seen:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_all_start_the_endpoint_is_said_and_a_stop_leaves_nothing(witness):
+    fakes = witness.fakes(["child"], ["child"], ["child"])
+    running = Running(fakes)
+    assert running.serves()
+    assert running.said == [f"OpenAI endpoint: {fakes[2].url}/v1"]
+    witness.wait_for("prefill 0", "decode 0", "router")
+    running.stop.set()
+    assert running.ended() and running.error is None and witness.all_gone()
+    assert set(running.lines) == {(f.name, f"{f.name} listens") for f in fakes}
+
+
+def test_the_router_waits_for_the_servers(witness, spawned):
+    running = Running(witness.fakes(["sick"]))
+    witness.wait_for("prefill 0", "decode 0")
+    assert witness.lines["prefill 0"].readline() == "asked\n"
+    assert len(spawned) == 2
+    running.stop.set()
+    assert running.ended() and running.error is None and running.said == []
+    assert len(spawned) == 2 and witness.all_gone()
+
+
+def test_a_server_that_fails_to_start_ends_the_others_and_its_last_line_is_told(witness):
+    running = Running(witness.fakes(["child"], ["fail", "child"]))
+    witness.wait_for("prefill 0", "decode 0")
+    witness.links["decode 0"].sendall(b"!")
+    assert running.ended() and isinstance(running.error, RuntimeFailure)
+    assert str(running.error) == "decode 0 ended (exit 1): no [/such] model"
+    assert running.said == [] and witness.all_gone()
+
+
+def test_a_server_that_does_not_answer_in_time_is_named(witness, monkeypatch):
+    clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=time.sleep)
+    monkeypatch.setattr(supervisor, "time", clock)
+    running = Running(witness.fakes(["sick", "child"]), start_seconds=50)
+    witness.wait_for("prefill 0", "decode 0")
+    assert witness.lines["prefill 0"].readline() == "asked\n"
+    clock.monotonic = lambda: 51.0
+    assert running.ended() and witness.all_gone()
+    assert str(running.error).startswith("prefill 0 did not answer within 50 s")
+
+
+def test_a_command_that_does_not_exist_ends_what_was_started(witness, spawned):
+    prefill, decode, router = witness.fakes()
+    missing = Process(name=decode.name, command=("/no/such/program",), env={}, url=decode.url)
+    running = Running([prefill, missing, router])
+    assert running.ended() and "cannot start decode 0" in str(running.error)
+    assert [process.returncode for process in spawned] == [-signal.SIGTERM]
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_when_one_dies_later_everything_ends_and_it_is_named(witness, victim):
+    fakes = witness.fakes(["child"], ["child"], ["child"])
+    running = Running(fakes)
+    assert running.serves()
+    witness.wait_for("prefill 0", "decode 0", "router")
+    with pytest.raises(OSError):  # it dies before it answers
+        supervisor._direct.open(fakes[victim].url + "/die", timeout=PATIENCE)
+    assert running.ended() and witness.all_gone()
+    assert str(running.error) == f"{fakes[victim].name} ended (exit 3): out of memory"
+
+
+def test_one_that_does_not_heed_sigterm_is_killed(witness, monkeypatch):
+    monkeypatch.setattr(supervisor, "GRACE_SECONDS", 0.0)
+    running = Running(witness.fakes(["stubborn"], ["stubborn"], ["stubborn"]))
+    assert running.serves()
+    witness.wait_for("prefill 0", "decode 0", "router")
+    running.stop.set()
+    assert running.ended() and running.error is None and witness.all_gone()
+
+
+def test_health_is_asked_for_directly_whatever_proxy_is_set(witness, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        running = Running(witness.fakes(["sick"]))
+        witness.wait_for("prefill 0", "decode 0")
+        assert witness.lines["prefill 0"].readline() == "asked\n"
+        running.stop.set()
+        assert running.ended()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_all_and_is_the_callers_again(witness, number):
+    stop, passed = threading.Event(), []
+
+    def callers(*_):
+        passed.append(number)
+        stop.set()
+
+    def say(text):
+        witness.wait_for("prefill 0", "decode 0", "router")
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(number, callers)
+    try:
+        fakes = witness.fakes(["child"], [], ["child"])
+        serve(fakes, start_seconds=PATIENCE, say=say, stop=stop, log=lambda name, line: None)
+        assert not passed and witness.all_gone()
+        os.kill(os.getpid(), number)
+        assert passed == [number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(witness):
+    stop, handlers = threading.Event(), []
+
+    def say(text):
+        handlers.append(signal.getsignal(signal.SIGHUP))
+        stop.set()
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        fakes = witness.fakes()
+        serve(fakes, start_seconds=PATIENCE, say=say, stop=stop, log=lambda name, line: None)
+        assert [*handlers, signal.getsignal(signal.SIGHUP)] == [signal.SIG_IGN, signal.SIG_IGN]
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -1,0 +1,54 @@
+"""Which pages a plan drops, and what it sends. No vLLM here."""
+
+import pytest
+
+from helpers import first_last, make_plan, tiny_model
+from pdtrim.engines.vllm.pages import check_servable, hole_of, page_bytes, pages_of, pages_sent
+from pdtrim.errors import PlanError
+from pdtrim.kv.codecs import Integer
+from pdtrim.kv.selectors import SnapKV
+from pdtrim.plan import Gates, LayerKV
+
+RULES = [(0, 1), (1, 0), (20, 50), (32, 64), (33, 31), (4, 700)]
+
+
+@pytest.mark.parametrize("first, last", RULES)
+@pytest.mark.parametrize("block", [1, 16, 32])
+def test_the_hole_is_what_the_simulator_drops(first, last, block):
+    """Whole pages of the N - 1 tokens handed over, and none of them kept in part."""
+    rule = first_last(first, last)
+    for prompt in (1, 2, 31, 32, 33, 64, 65, 66, 97, 98, 129, 130, 300):
+        keep = rule.selector.static_keep(1, prompt - 1, block_size=block)[0].tolist()
+        start, stop = hole_of(rule, prompt, block)
+        dropped = [not start * block <= token < stop * block for token in range(prompt - 1)]
+        assert dropped == keep, prompt
+        assert stop <= pages_of(prompt, block) or start == stop
+
+
+def test_bytes_sent_are_pages_of_the_layers_that_decode_reads():
+    model = tiny_model(layers=4)
+    gates = Gates.removing(4, prefill={1, 2}, decode={2})
+    kv = (first_last(16, 16), LayerKV(), first_last(1, 1), LayerKV())
+    plan = make_plan(model, gates, kv, block_size=16)
+    # 100 tokens fill 7 pages; layer 0 drops pages 1 .. 4 of them, layer 2 sends nothing
+    assert pages_sent(plan, 100, 16) == (7 - 4) + 7 + 7
+    assert page_bytes(plan, 16, 2) == 2 * 2 * 8 * 16 * 2
+
+
+def test_what_pages_cannot_carry_is_refused():
+    model = tiny_model()
+    gates = Gates.removing(4, decode={3})
+
+    def plan(rule, block_size=32):
+        return make_plan(model, gates, (LayerKV(), rule, LayerKV(), rule), block_size)
+
+    check_servable(plan(first_last(4, 4)), 32)
+    with pytest.raises(PlanError, match=r"pages of 32, the engine's hold 16.*--block-size 16"):
+        check_servable(plan(first_last(4, 4)), 16)
+    with pytest.raises(PlanError, match="layer 1: vLLM's pages cannot hold what 'snapkv' keeps"):
+        check_servable(plan(LayerKV(selector=SnapKV())), 32)
+    with pytest.raises(PlanError, match="layer 1: codec"):
+        check_servable(plan(LayerKV(codec=Integer())), 32)
+    # a layer that does not travel may have any rule
+    only_last = (LayerKV(), LayerKV(), LayerKV(), LayerKV(selector=SnapKV()))
+    check_servable(make_plan(model, gates, only_last), 16)

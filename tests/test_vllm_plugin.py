@@ -1,0 +1,215 @@
+"""The plugin's parts inside vLLM's own classes, without a server."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from helpers import first_last, make_plan, tiny_model
+from pdtrim.engines.vllm import compat
+from pdtrim.engines.vllm.attention import compact
+from pdtrim.engines.vllm.cache import TrimmedManager, TrimmedSpec, register
+from pdtrim.engines.vllm.metrics import HANDOVER, Stats
+from pdtrim.engines.vllm.scheduler import handover_problem
+from pdtrim.engines.vllm.stage import check_config, prefill_to_decode
+from pdtrim.errors import PlanError
+from pdtrim.export import export
+from pdtrim.models.checkpoint import read_stage_config
+from pdtrim.plan import Gates, LayerKV
+
+BLOCK = 4
+
+
+def test_this_vllm_fits(monkeypatch):
+    compat.check()
+    (first, names), *_ = compat.SIGNATURES.items()
+    monkeypatch.setitem(compat.SIGNATURES, first, (*names, "new"))
+    with pytest.raises(RuntimeError, match=rf"{first.__qualname__} has other arguments"):
+        compat.check()
+
+
+@pytest.fixture
+def manager():
+    from vllm.v1.core.block_pool import BlockPool
+
+    register()
+    spec = TrimmedSpec(
+        block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32, first=4, last=6
+    )
+    pool = BlockPool(num_gpu_blocks=40, enable_caching=False, hash_block_size=BLOCK)
+    return TrimmedManager(
+        spec,
+        block_pool=pool,
+        enable_caching=False,
+        kv_cache_group_id=0,
+        scheduler_block_size=BLOCK,
+    )
+
+
+def test_a_prompt_that_is_handed_over_has_null_pages_in_its_hole(manager):
+    # 30 tokens: 29 handed over in 8 pages; the first 4 tokens stay and the last 6, page 5 on
+    pool = manager.block_pool
+    before = pool.get_num_free_blocks()
+    wanted = manager.get_num_blocks_to_allocate("r", 31, [], 30, 0, 31)
+    assert wanted == 8 - 4
+    manager.allocate_external_computed_blocks("r", 0, 30)
+    manager.allocate_new_blocks("r", 31, 31)
+    blocks = manager.req_to_blocks["r"]
+    assert [block.is_null for block in blocks] == [False, *[True] * 4, *[False] * 3]
+    assert before - pool.get_num_free_blocks() == wanted
+    manager.num_cached_block["r"] = 0
+    assert manager.get_num_blocks_to_allocate("r", 33, [], 30, 0, 33) == 1
+    manager.free("r")
+    assert pool.get_num_free_blocks() == before
+
+
+def test_a_prompt_that_decode_runs_itself_has_none(manager):
+    assert manager.get_num_blocks_to_allocate("r", 30, [], 0, 0, 30) == 8
+    manager.allocate_new_blocks("r", 30, 30)
+    assert not any(block.is_null for block in manager.req_to_blocks["r"])
+
+
+def test_nothing_is_found_in_a_prefix_cache(manager):
+    assert TrimmedManager.find_longest_cache_hit([b"x"], 8, [0, 1]) == (([], []), 0)
+
+
+def test_tables_are_compacted_and_other_rows_left():
+    table = torch.tensor([[3, 0, 0, 7, 8], [1, 2, 9, 9, 9], [0, 0, 9, 9, 9], [5, 0, 6, 9, 9]])
+    lengths = torch.tensor([18, 6, 8, 12], dtype=torch.int32)
+    made, kept = compact(table, lengths, BLOCK)
+    assert made[0, :3].tolist() == [3, 7, 8] and kept[0] == 10
+    assert made[1, :2].tolist() == [1, 2] and kept[1] == 6
+    assert made[2, :2].tolist() == [0, 0] and kept[2] == 8, "a row of padding stays"
+    assert made[3, :2].tolist() == [5, 6] and kept[3] == 8
+    assert kept.dtype == torch.int32
+
+
+def test_specs_of_one_rule_share_a_table():
+    def spec(last):
+        return TrimmedSpec(
+            block_size=4, num_kv_heads=1, head_size=8, dtype=torch.float32, first=4, last=last
+        )
+
+    assert spec(6).is_uniform_with_collection({"a": spec(6), "b": spec(6)})
+    assert not spec(6).is_uniform_with_collection({"a": spec(6), "b": spec(7)})
+
+
+GOOD = {
+    "do_remote_prefill": True,
+    "remote_engine_id": "e",
+    "remote_request_id": "r",
+    "remote_host": "127.0.0.1",
+    "remote_port": 1,
+    "tp_size": 1,
+    "remote_block_ids": [[3, 4, 5]],
+    "remote_num_tokens": 10,
+}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({}, None),
+        ({"do_remote_prefill": False}, "without a handover"),
+        ({"tp_size": None}, "lack tp_size"),
+        ({"remote_block_ids": [[3, 4], [5]]}, "not one list"),
+        ({"remote_block_ids": [[3, 4, -5]]}, "not one list"),
+        ({"remote_block_ids": [[3, 4, True]]}, "not one list"),
+        ({"remote_num_tokens": 9}, "prefill ran 9 tokens of a prompt of 10"),
+        ({"remote_block_ids": [[3, 4]]}, "does not fill 2 pages"),
+    ],
+)
+def test_what_came_over_http_is_checked(change, words):
+    problem = handover_problem(GOOD | change, 10, BLOCK)
+    assert problem is None if words is None else words in problem
+    assert "without a handover" in handover_problem(None, 10, BLOCK)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    model = tiny_model()
+    kv = (LayerKV(), first_last(4, 4), LayerKV(), LayerKV())
+    plan = make_plan(model, Gates.removing(4, prefill={2}, decode={0}), kv, block_size=32)
+    return export(plan, model, tmp_path_factory.mktemp("plugin") / "pair")
+
+
+def config_of(pair, stage="decode", **changes):
+    """The parts of a vLLM config that are looked at, as ``pdtrim serve`` sets them."""
+    data, plan = read_stage_config(pair / stage, stage)
+    data["pdtrim"] = {"stage": stage, "plan": plan.to_json(), "plan_digest": plan.digest}
+    settings = {
+        "role": {"decode": "kv_consumer", "prefill": "kv_producer"}[stage],
+        "prefix": False,
+        "policy": "fail",
+        "block_size": 32,
+        "speculative": None,
+        "lora": None,
+        "pipeline": 1,
+        "context": 1,
+        "enforce": True,
+        **data,
+        **changes,
+    }
+    extra = {"enforce_handshake_compat": settings["enforce"]}
+    hf = {k: v for k, v in settings.items() if k in (*data, "layer_types")}
+    return SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(**hf)),
+        kv_transfer_config=SimpleNamespace(
+            kv_role=settings["role"],
+            kv_load_failure_policy=settings["policy"],
+            get_from_extra_config=lambda key, default: extra.get(key, default),
+        ),
+        cache_config=SimpleNamespace(
+            enable_prefix_caching=settings["prefix"], block_size=settings["block_size"]
+        ),
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=settings["pipeline"],
+            decode_context_parallel_size=settings["context"],
+            prefill_context_parallel_size=1,
+        ),
+        speculative_config=settings["speculative"],
+        lora_config=settings["lora"],
+    )
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"role": "kv_producer"}, "decode checkpoint cannot serve as kv_producer"),
+        ({"prefix": True}, "prefix caching on decode: pass --no-enable-prefix-caching"),
+        ({"policy": "recompute"}, "kv_load_failure_policy"),
+        ({"block_size": 16}, "pages of 32, the engine's hold 16"),
+        ({"speculative": object()}, "speculative decoding"),
+        ({"lora": object()}, "LoRA"),
+        ({"pipeline": 2}, "pipeline parallelism"),
+        ({"context": 2}, "context parallelism"),
+        ({"enforce": False}, "enforce_handshake_compat"),
+        ({"layer_types": ["sliding_attention"]}, "sliding-window"),
+        ({"pdtrim": None}, "not exported by pdtrim"),
+    ],
+)
+def test_settings_that_would_break_the_plan_are_refused(pair, change, words):
+    assert check_config(config_of(pair)).stage == "decode"
+    assert check_config(config_of(pair, "prefill", prefix=True)).stage == "prefill"
+    with pytest.raises(PlanError, match=words):
+        check_config(config_of(pair, **change))
+
+
+def test_layers_are_mapped_through_the_plan(pair):
+    _, plan = read_stage_config(pair / "decode", "decode")
+    # prefill runs 0 1 2(kv) 3 in slots 0 .. 3; decode 1 2 3 in slots 0 .. 2
+    assert prefill_to_decode(plan) == {1: 0, 2: 1, 3: 2}
+
+
+def test_what_was_noted_travels_and_adds_up():
+    stats = Stats()
+    assert stats.is_empty()
+    stats.note(HANDOVER, 0.5)
+    stats.record_transfer(
+        SimpleNamespace(xferDuration=1, postDuration=1, totalBytes=64, descCount=2)
+    )
+    other = Stats(data=stats.clone_and_reset().data)
+    assert stats.is_empty() and other.data[HANDOVER] == [0.5]
+    assert other.aggregate(other).data["pdtrim_bytes_sent"] == [64, 64]

@@ -1,0 +1,339 @@
+"""The pair on real vLLM servers: tokens, bytes, refusals, faults. On the CPU, over loopback.
+
+The order matters where servers are killed: those tests come last.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from helpers import first_last, make_plan, tiny_model
+from pdtrim.engines.vllm.launch import ServeConfig, free_port, processes
+from pdtrim.engines.vllm.pages import page_bytes, pages_sent
+from pdtrim.export import export, load_pair
+from pdtrim.kv.policy import HandoverPolicy
+from pdtrim.models.loading import load_model
+from pdtrim.plan import Gates, LayerKV
+from pdtrim.stage.forward import Batch, forward
+from vllm_servers import ARGS, ENV, commands, completion, post, prefill, running, until
+
+pytestmark = pytest.mark.slow
+
+BLOCK = 32
+RULE = first_last(20, 50)
+GATES = Gates(
+    prefill_attention=("full", "full", "full", "off", "full", "kv", "kv", "kv"),
+    prefill_mlp=(True, False, True, True, True, False, True, False),
+    decode_attention=(True, True, True, False, True, True, True, True),
+    decode_mlp=(True, True, False, True, True, True, True, True),
+)
+LENGTHS = (2, 31, 32, 33, 34, 64, 65, 82, 83, 84, 96, 97, 114, 115, 129, 300, 513)
+"""Prompts at the edges of pages, and where the hole of RULE opens and grows."""
+
+
+@pytest.fixture(scope="module")
+def tiny_pair(tmp_path_factory, tiny_folder):
+    """A random Qwen3 with every kind of gate, two of its layers trimmed."""
+    folder = tmp_path_factory.mktemp("vllm")
+    made = tiny_model(
+        "qwen3",
+        layers=8,
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=96,
+        head_dim=32,
+        max_position_embeddings=1024,
+    )
+    made.network.save_pretrained(folder / "m")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_folder / name, folder / "m")
+    model = load_model(str(folder / "m"), dtype="float32")
+    kv = tuple(RULE if layer in (1, 4) else LayerKV() for layer in range(8))
+    return export(make_plan(model, GATES, kv, block_size=BLOCK), model, folder / "pair")
+
+
+@pytest.fixture(scope="module")
+def simulated(tiny_pair):
+    return load_pair(tiny_pair)
+
+
+@pytest.fixture(scope="module")
+def servers(tiny_pair, tmp_path_factory):
+    """Prefill, two decodes, router."""
+    with running(commands(tiny_pair, decode_replicas=2), tmp_path_factory.mktemp("log")) as started:
+        yield started
+
+
+def prompt_of(length, seed=0, vocab=64):
+    generator = torch.Generator().manual_seed(seed * 1000 + length)
+    return torch.randint(3, vocab, (length,), generator=generator).tolist()
+
+
+def tokens_of(answer):
+    status, body = answer
+    assert status == 200, body
+    return body["choices"][0]["token_ids"]
+
+
+def agree(simulated, prompt, tokens):
+    """Each token is the simulator's greedy one behind those before it."""
+    pair, plan = simulated
+    batch = Batch(prompt_BP=torch.tensor([prompt]), continuation_BC=torch.tensor([tokens]))
+    with torch.no_grad():
+        logits_CV = forward(pair, batch, plan.gates, HandoverPolicy.of(plan))[0]
+    return logits_CV.argmax(-1).tolist() == tokens
+
+
+def idle(*servers):
+    """No request holds a page."""
+    return all(server.used == 0 for server in servers)
+
+
+def test_tokens_are_the_simulators_and_bytes_the_plans(servers, simulated):
+    """Through the router, eight at once."""
+    _, *decodes, router = servers
+    _, plan = simulated
+    before = [d.metric("vllm:nixl_bytes_transferred_sum") for d in decodes]
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda n: post(router.url, completion(prompt_of(n))), LENGTHS))
+    wrong = [
+        n
+        for n, answer in zip(LENGTHS, made, strict=True)
+        if not agree(simulated, prompt_of(n), tokens_of(answer))
+    ]
+    assert not wrong
+    planned = sum(pages_sent(plan, n, BLOCK) for n in LENGTHS) * page_bytes(plan, BLOCK, 4)
+    until(lambda: sum(d.metric("pdtrim:handover_seconds_count") for d in decodes) >= len(LENGTHS))
+    sent = sum(d.metric("vllm:nixl_bytes_transferred_sum") for d in decodes) - sum(before)
+    assert sent == planned == sum(d.metric("pdtrim:kv_bytes_sent_total") for d in decodes)
+    whole = sum(-(-n // BLOCK) for n in LENGTHS) * len(plan.sent_layers)
+    skipped = sum(d.metric("pdtrim:kv_bytes_skipped_total", reason="token") for d in decodes)
+    assert skipped == whole * page_bytes(plan, BLOCK, 4) - planned > 0
+    until(lambda: idle(*servers[:-1]))
+
+
+def test_the_trimmed_pages_change_what_is_said(simulated):
+    """Or the test above could not fail: without the holes other tokens come."""
+    pair, plan = simulated
+    batch = Batch(
+        prompt_BP=torch.tensor([prompt_of(300)]), continuation_BC=torch.tensor([[5, 6, 7]])
+    )
+    with torch.no_grad():
+        cut = forward(pair, batch, plan.gates, HandoverPolicy.of(plan))
+        whole = forward(pair, batch, plan.gates, HandoverPolicy.full(8))
+    assert (cut - whole).abs().max() > 0.1
+
+
+def test_memory_is_saved_in_the_hole(servers):
+    """While a request runs, its trimmed layers hold fewer pages than the others."""
+    server = servers[1]
+    request_id, body = prefill(servers[0], completion(prompt_of(900), 100))
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(post, server.url, body, request_id=request_id)
+        until(lambda: server.used > 0)
+        used = max(server.used for _ in range(3))
+        assert answer.result()[0] == 200
+    log = server.log.read_text()
+    total = int(log.split("num_gpu_blocks")[0] and _blocks(log))
+    held = round(used * total)
+    whole = -(-1000 // BLOCK)
+    assert 0 < held < 2 * whole, "two groups without a hole hold twice the pages"
+
+
+def _blocks(log):
+    """Pages of the whole cache, from vLLM's own line."""
+    (line,) = [x for x in log.splitlines() if "KV cache size" in x][:1]
+    tokens = line.split("KV cache size:")[1].split("tokens")[0].strip().replace(",", "")
+    return int(tokens) // BLOCK
+
+
+def test_a_stream_says_the_same(servers):
+    router = servers[-1]
+    body = completion(prompt_of(70), stream=True)
+    request = urllib.request.Request(
+        f"{router.url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        lines = [line.decode().removeprefix("data: ").strip() for line in answer]
+    parts = [json.loads(line) for line in lines if line and line != "[DONE]"]
+    streamed = [t for part in parts for c in part["choices"] for t in c["token_ids"]]
+    assert streamed == tokens_of(post(router.url, completion(prompt_of(70))))
+
+
+def test_only_handovers_are_served(servers):
+    first, second, *_ = servers
+    refused = second.metric("pdtrim:refused_requests_total")
+    for server, words in ((first, "only prefills"), (second, "without a handover")):
+        assert post(server.url, completion(prompt_of(40)))[0] == 500
+        assert words in server.log.read_text()
+    changes = {
+        "prefill ran 5 tokens of a prompt of 77": {"remote_num_tokens": 5},
+        "does not fill 1 pages": {"remote_block_ids": [[1]]},
+        "not one list of page numbers": {"remote_block_ids": [["1"]]},
+        "lack remote_host": {"remote_host": None},
+    }
+    for words, change in changes.items():
+        request_id, body = prefill(first, completion(prompt_of(77)))
+        body["kv_transfer_params"] |= change
+        assert post(second.url, body, request_id=request_id)[0] == 500
+        assert words in second.log.read_text()
+    until(lambda: second.metric("pdtrim:refused_requests_total") == refused + 1 + len(changes))
+    until(lambda: idle(first, second))
+    assert second.metric("pdtrim:local_prefill_requests_total") == 0
+
+
+def test_aborts_leak_nothing(servers):
+    """200 requests, many of whose clients go away in prefill, in the handover or in decode."""
+    router = servers[-1]
+    rng = random.Random(0)
+
+    def one(number):
+        body = completion(prompt_of(rng.randint(2, 400), number), rng.randint(1, 24))
+        patience = rng.choice((0.02, 0.1, 0.3, 120, 120))
+        try:
+            return post(router.url, body, timeout=patience)[0]
+        except OSError:
+            return None  # the client went
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(one, range(200)))
+    assert found.count(200) > 40 and found.count(None) > 20
+    until(lambda: idle(*servers[:-1]))
+    assert post(router.url, completion(prompt_of(99)))[0] == 200
+
+
+@pytest.fixture(scope="module")
+def smollm2_pair(smollm2, tmp_path_factory):
+    gates = Gates.removing(30, prefill=range(18, 28), decode={7}).without_dead_work()
+    kv = tuple(first_last(32, 64) if layer % 3 == 0 else LayerKV() for layer in range(30))
+    folder = tmp_path_factory.mktemp("real") / "pair"
+    return export(make_plan(smollm2, gates, kv, block_size=BLOCK), smollm2, folder)
+
+
+def test_the_verb_serves_smollm2_and_leaves_nothing(smollm2_pair, servers, tmp_path):
+    """``pdtrim serve`` whole: completion, chat, a foreign decode, Ctrl-C."""
+    port = free_port()
+    words = ["serve", str(smollm2_pair), "--port", str(port), "--name", "m"]
+    words += ["--max-model-len", "1024"]
+    words += [f"--{stage}-arg={arg}" for stage in ("prefill", "decode") for arg in ARGS]
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+        popen = subprocess.Popen(
+            [sys.executable, "-m", "pdtrim.cli", *words],
+            env={**os.environ, **ENV},
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        until(lambda: "OpenAI endpoint" in (tmp_path / "out").read_text(), seconds=400)
+        real = load_pair(smollm2_pair)
+        tokenizer = real[0].decode.need_tokenizer()
+        text = "The lighthouse keeper climbed the stairs and lit the lamp. " * 12
+        for prompt in (text[:200], text):
+            ids = tokenizer(prompt).input_ids
+            assert agree(real, ids, tokens_of(post(url, completion(ids, 12))))
+        chat = [{"role": "user", "content": "What is the capital of France?"}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        body = {k: v for k, v in completion(None, 12).items() if k != "prompt"}
+        status, said = post(url, {**body, "messages": chat}, path="/v1/chat/completions")
+        assert status == 200
+        told = tokens_of(post(url, completion(ids, 12)))
+        assert agree(real, ids, told)
+        assert said["choices"][0]["message"]["content"] == tokenizer.decode(
+            told, skip_special_tokens=True
+        )
+        refuse_a_foreign_partner(tmp_path / "err", servers[1])
+        children = group_members(popen.pid)
+        os.kill(popen.pid, signal.SIGINT)
+        assert popen.wait(60) == 0
+        assert "stopped" in (tmp_path / "err").read_text()
+        assert children and not any(os.path.exists(f"/proc/{pid}") for pid in children)
+    finally:
+        popen.kill()
+
+
+def refuse_a_foreign_partner(log, decode):
+    """A decode server of another plan will not read this prefill's pages, and says why."""
+    (line,) = [x for x in log.read_text().splitlines() if "prefill 0 |" in x and "http://" in x][:1]
+    url = "http://" + line.split("http://")[1].split()[0]
+    prefiller = replace(decode, process=replace(decode.process, url=url))
+    request_id, body = prefill(prefiller, completion(prompt_of(40)))
+    assert post(decode.url, body, request_id=request_id)[0] == 500
+    assert decode.log.read_text().count("Local: pdtrim/1 plan") >= 1
+    until(lambda: idle(decode))
+
+
+def group_members(pid):
+    """Every process below one."""
+    parents = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{entry}/stat") as file:
+                parents[int(entry)] = int(file.read().rsplit(")", 1)[1].split()[1])
+    found, todo = set(), [pid]
+    while todo:
+        below = {child for child, parent in parents.items() if parent in todo}
+        todo = list(below - found)
+        found |= below
+    return found
+
+
+def test_a_dead_decode_frees_prefills_pages(servers):
+    first, _, second, router = servers
+    held = [prefill(first, completion(prompt_of(n), 200)) for n in (100, 200)]
+    request_id, body = held[0]
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(post, second.url, body, request_id=request_id)
+        until(lambda: second.used > 0)
+        second.kill()
+        with pytest.raises(OSError):
+            answer.result()
+    until(lambda: idle(first))  # the second prompt's lease runs out
+    assert first.healthy()
+    assert any(post(router.url, completion(prompt_of(50)))[0] == 200 for _ in range(4))
+
+
+def test_a_dead_prefill_fails_its_requests_only(servers):
+    first, decode, *_ = servers
+    before = prefill(first, completion(prompt_of(120)))
+    fresh = [prefill(first, completion(prompt_of(n, 7), 64)) for n in (300, 400, 500)]
+    with ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(post, decode.url, body, request_id=i) for i, body in fresh]
+        first.kill()
+        assert {answer.result()[0] for answer in answers} <= {200, 500}
+    request_id, body = before
+    assert post(decode.url, body, request_id=request_id)[0] == 500
+    assert decode.healthy()
+    until(lambda: idle(decode))
+
+
+def test_a_server_of_the_wrong_settings_does_not_start(tiny_pair, tmp_path):
+    config = ServeConfig(
+        pair=tiny_pair, decode_args=(*ARGS, "--enable-prefix-caching"), max_model_len=512
+    )
+    made = processes(config, free_port=free_port)[1]
+    done = subprocess.run(
+        made.command,
+        env={**os.environ, **made.env, **ENV},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    assert "pdtrim does not serve with prefix caching on decode" in done.stdout + done.stderr

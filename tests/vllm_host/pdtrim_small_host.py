@@ -1,0 +1,24 @@
+"""Lets several vLLM servers share two cores; the tests put this folder on their PYTHONPATH.
+
+vLLM's workers spin while they wait for the engine, and each NIXL agent has a thread that polls
+without a pause: two idle servers keep two cores busy. Both wait a little here; nothing else
+changes.
+"""
+
+import time
+
+
+def register():
+    """Called by vLLM in each of its processes."""
+    from nixl_cu12 import _api
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    shm_broadcast.sched_yield = lambda: time.sleep(0.0005)
+    plain = _api.nixlBind.nixlAgentConfig
+
+    class Patient(plain):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, 500 if name == "pthrDelay" else value)  # microseconds
+
+    if plain.__name__ != "Patient":
+        _api.nixlBind.nixlAgentConfig = Patient
