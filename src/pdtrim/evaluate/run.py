@@ -33,6 +33,7 @@ class EvalConfig:
     continuation_tokens: int = 256
     limit: int = 16
     dtype: str = "bfloat16"
+    device: str = "cpu"
     model: str | None = None
     probes: int = 0
 
@@ -52,7 +53,7 @@ def evaluate(target: str | Path, config: EvalConfig, *, progress: Progress = sil
     """
     target = Path(target)
     plan = plan_of(target) if target.is_dir() else PrunePlan.load(target)
-    model = base_model(plan, source=config.model, dtype=config.dtype)
+    model = base_model(plan, source=config.model, dtype=config.dtype, device=config.device)
     batch = text_batch(
         model,
         config.text,
@@ -60,7 +61,10 @@ def evaluate(target: str | Path, config: EvalConfig, *, progress: Progress = sil
         continuation_tokens=config.continuation_tokens,
         limit=config.limit,
     )
-    pair = load_pair(target)[0] if target.is_dir() else pair_of(plan, model, target.parent)
+    if target.is_dir():
+        pair = load_pair(target, device=config.device)[0]
+    else:
+        pair = pair_of(plan, model, target.parent)
     name = plan.provenance.method
     qualities = measure_quality(
         model,

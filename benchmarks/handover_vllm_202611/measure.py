@@ -1,0 +1,139 @@
+"""One handover after another: vLLM's own NIXL connector on the dense model, and ours on a pair.
+
+    python measure.py DENSE_MODEL PAIR -o result.json
+
+Both pairs of servers run at once and take turns, prompt by prompt. Bytes, descriptors and times are
+those of NIXL's own counters on the decode servers. Prompts are random token ids.
+"""
+
+import argparse
+import json
+import random
+import threading
+import urllib.request
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+from pdtrim.engines.vllm.launch import ServeConfig, free_port, processes
+from pdtrim.engines.vllm.serve import serve
+from pdtrim.versions import host, versions
+
+COUNTERS = {
+    "bytes": "vllm:nixl_bytes_transferred_sum",
+    "descriptors": "vllm:nixl_num_descriptors_sum",
+    "post_s": "vllm:nixl_post_time_seconds_sum",
+    "transfer_s": "vllm:nixl_xfer_time_seconds_sum",
+    "handovers": "vllm:nixl_bytes_transferred_count",
+}
+
+
+def stock(process, model):
+    """The same server with vLLM's connector and the dense model."""
+    words = list(process.command)
+    words[words.index("--model") + 1] = str(model)
+    at = words.index("--hf-overrides")
+    del words[at : at + 2]
+    at = words.index("--kv-transfer-config") + 1
+    settings = json.loads(words[at])
+    del settings["kv_connector_module_path"], settings["kv_connector_extra_config"]
+    words[at] = json.dumps(settings | {"kv_connector": "NixlConnector"})
+    return replace(process, name=f"stock {process.name}", command=tuple(words))
+
+
+def post(url, body, request_id):
+    """The answer to one completion request."""
+    headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        return json.load(answer)
+
+
+def hand_over(prefill, decode, prompt):
+    """One prompt through both stages."""
+    request_id = str(uuid.uuid4())
+    body = {"model": "m", "prompt": prompt, "max_tokens": 1, "temperature": 0}
+    ahead = {"do_remote_decode": True, "do_remote_prefill": False}
+    made = post(prefill, {**body, "kv_transfer_params": ahead}, request_id)
+    post(decode, {**body, "kv_transfer_params": made["kv_transfer_params"]}, request_id)
+
+
+def counters(url):
+    """NIXL's sums so far."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    return {
+        key: sum(float(x.rsplit(" ", 1)[1]) for x in lines if x.startswith(f"{name}{{"))
+        for key, name in COUNTERS.items()
+    }
+
+
+def measure(urls, lengths, repeats, vocab):
+    """By prompt length and connector: means of one handover."""
+    rng = random.Random(0)
+    for prefill, decode in urls.values():  # the handshake is not a handover
+        hand_over(prefill, decode, [rng.randrange(vocab) for _ in range(64)])
+    rows = []
+    for length in lengths:
+        before = {name: counters(decode) for name, (_, decode) in urls.items()}
+        for _ in range(repeats):
+            prompt = [rng.randrange(vocab) for _ in range(length)]
+            for prefill, decode in urls.values():
+                hand_over(prefill, decode, prompt)
+        for name, (_, decode) in urls.items():
+            after = counters(decode)
+            made = {key: (after[key] - before[name][key]) / repeats for key in COUNTERS}
+            assert made.pop("handovers") == 1
+            rows.append({"prompt_tokens": length, "connector": name, **made})
+    return rows
+
+
+def main():
+    """Start four servers and measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dense", type=Path)
+    parser.add_argument("pair", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--lengths", default="128,512,1024,2048")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--vocab", type=int, default=1000)
+    options = parser.parse_args()
+    args = ("--enforce-eager",)
+    config = ServeConfig(
+        pair=options.pair, port=free_port(), name="m", prefill_args=args, decode_args=args
+    )
+    ours = processes(config, free_port=free_port)
+    theirs = processes(replace(config, port=free_port()), free_port=free_port)
+    theirs = [stock(theirs[0], options.dense), stock(theirs[1], options.dense)]
+    urls = {
+        "stock": (theirs[0].url, theirs[1].url),
+        "pdtrim": (ours[0].url, ours[1].url),
+    }
+    ready, stop = threading.Event(), threading.Event()
+    runs = threading.Thread(
+        target=serve,
+        args=([*theirs, *ours],),
+        kwargs={
+            "start_seconds": 900,
+            "say": lambda text: ready.set(),
+            "stop": stop,
+            "log": lambda name, line: None,
+        },
+    )
+    runs.start()
+    while runs.is_alive() and not ready.wait(1):
+        pass
+    try:
+        lengths = [int(x) for x in options.lengths.split(",")]
+        rows = measure(urls, lengths, options.repeats, options.vocab)
+    finally:
+        stop.set()
+        runs.join()
+    made = {"versions": versions(), "host": host(), "rows": rows}
+    options.output.write_text(json.dumps(made, indent=1) + "\n")
+    for row in rows:
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
