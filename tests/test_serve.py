@@ -211,6 +211,8 @@ def test_what_is_missing_here_is_said_before_anything_starts(pair, monkeypatch):
             monkeypatch.setattr(launch, "find_router", lambda router=router: router)
             with pytest.raises(PdtrimError, match=re.escape("pip install 'pdtrim[vllm]'")):
                 check_runnable(config)
+            done = CliRunner().invoke(app, ["serve", str(pair)])
+            assert "pdtrim[vllm]" in str(done.exception)
         monkeypatch.setattr(launch, "find_router", lambda: "vllm-router")
         with pytest.raises(PdtrimError, match=r"cannot listen on .*in use.*give another --port"):
             check_runnable(config)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from http.client import HTTPConnection
 from types import SimpleNamespace
 
 import pytest
@@ -23,13 +24,25 @@ from pdtrim.errors import PdtrimError, RuntimeFailure
 PATIENCE = 120  # seconds until a test that hangs fails; a good one never waits for it
 
 FAKE = """
-import http.server, os, signal, socket, subprocess, sys
+import http.server, os, select, signal, socket, subprocess, sys, threading
 name, port, witness, *how = sys.argv[1:]
 link = socket.create_connection(("127.0.0.1", int(witness)))
+
+def leave_with_the_test():  # a failing one leaves nothing behind either
+    poll = select.poll()
+    poll.register(link, select.POLLRDHUP)
+    poll.poll()
+    os._exit(9)
+
+threading.Thread(target=leave_with_the_test, daemon=True).start()
 if "child" in how:  # it would outlive its parent
-    code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)"
+    code = (
+        "import select, signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "print('up', flush=True); poll = select.poll();"
+        "poll.register(int(sys.argv[1]), select.POLLRDHUP); poll.poll()"
+    )
     child = subprocess.Popen(
-        [sys.executable, "-S", "-c", code + "; signal.pause()"],
+        [sys.executable, "-S", "-c", code, str(link.fileno())],
         stdout=subprocess.PIPE, pass_fds=[link.fileno()],
     )
     child.stdout.readline()
@@ -53,7 +66,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-print(name, "listens", flush=True)
+print(name, os.environ["PORT"], os.environ.get("WORD"), flush=True)
 http.server.ThreadingHTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
 """
 
@@ -73,7 +86,7 @@ class Witness:
             own = free_port()
             command = (sys.executable, "-S", "-c", FAKE, name, str(own), port, *how)
             url = f"http://127.0.0.1:{own}"
-            made.append(Process(name=name, command=command, env={}, url=url))
+            made.append(Process(name=name, command=command, env={"PORT": str(own)}, url=url))
         return made
 
     def wait_for(self, *names):
@@ -98,7 +111,8 @@ class Witness:
 class Running:
     """A supervisor in a thread of its own."""
 
-    def __init__(self, fakes, start_seconds=PATIENCE):
+    def __init__(self, fakes, start_seconds=PATIENCE, log=lambda name, line: None):
+        self.log = log
         self.lines, self.said, self.error = [], [], None
         self.stop, self.ready = threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self._run, args=(fakes, start_seconds), daemon=True)
@@ -111,11 +125,15 @@ class Running:
                 start_seconds=start_seconds,
                 say=self._say,
                 stop=self.stop,
-                log=lambda name, line: self.lines.append((name, line)),
+                log=self._log,
             )
         except PdtrimError as error:
             self.error = error
         self.ready.set()
+
+    def _log(self, name, line):
+        self.lines.append((name, line))
+        self.log(name, line)
 
     def _say(self, text):
         self.said.append(text)
@@ -139,24 +157,27 @@ def witness():
 
 @pytest.fixture
 def spawned(monkeypatch):
-    """Every process that is started, killed at the end if the supervisor did not."""
-    seen, real = [], subprocess.Popen
+    """Every process that the supervisor starts."""
+    seen = []
 
-    def spy(*args, **kwargs):
-        seen.append(real(*args, **kwargs))
-        return seen[-1]
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            self.reaped = threading.Event()
+            super().__init__(*args, **kwargs)
+            seen.append(self)
 
-    monkeypatch.setattr(
-        supervisor, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": spy})
-    )
-    yield seen
-    for process in seen:
-        if process.returncode is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        def wait(self, timeout=None):
+            code = super().wait(timeout)
+            self.reaped.set()
+            return code
+
+    names = {**vars(subprocess), "Popen": Popen}
+    monkeypatch.setattr(supervisor, "subprocess", SimpleNamespace(**names))
+    return seen
 
 
-def test_all_start_the_endpoint_is_said_and_a_stop_leaves_nothing(witness):
+def test_all_start_the_endpoint_is_said_and_a_stop_leaves_nothing(witness, monkeypatch):
+    monkeypatch.setenv("WORD", "listens")
     fakes = witness.fakes(["child"], ["child"], ["child"])
     running = Running(fakes)
     assert running.serves()
@@ -164,7 +185,9 @@ def test_all_start_the_endpoint_is_said_and_a_stop_leaves_nothing(witness):
     witness.wait_for("prefill 0", "decode 0", "router")
     running.stop.set()
     assert running.ended() and running.error is None and witness.all_gone()
-    assert set(running.lines) == {(f.name, f"{f.name} listens") for f in fakes}
+    assert sorted(running.lines) == sorted(
+        (fake.name, f"{fake.name} {fake.env['PORT']} listens") for fake in fakes
+    )
 
 
 def test_the_router_waits_for_the_servers(witness, spawned):
@@ -177,8 +200,12 @@ def test_the_router_waits_for_the_servers(witness, spawned):
     assert len(spawned) == 2 and witness.all_gone()
 
 
-def test_a_server_that_fails_to_start_ends_the_others_and_its_last_line_is_told(witness):
-    running = Running(witness.fakes(["child"], ["fail", "child"]))
+def test_a_server_that_fails_to_start_ends_the_others_and_its_last_line_is_told(witness, spawned):
+    def slow(name, line):  # the last line is still to be read when the process is long gone
+        if line == "loading":
+            assert spawned[1].reaped.wait(PATIENCE)
+
+    running = Running(witness.fakes(["child"], ["fail", "child"]), log=slow)
     witness.wait_for("prefill 0", "decode 0")
     witness.links["decode 0"].sendall(b"!")
     assert running.ended() and isinstance(running.error, RuntimeFailure)
@@ -211,8 +238,10 @@ def test_when_one_dies_later_everything_ends_and_it_is_named(witness, victim):
     running = Running(fakes)
     assert running.serves()
     witness.wait_for("prefill 0", "decode 0", "router")
-    with pytest.raises(OSError):  # it dies before it answers
-        supervisor._direct.open(fakes[victim].url + "/die", timeout=PATIENCE)
+    doomed = HTTPConnection(fakes[victim].url.removeprefix("http://"), timeout=PATIENCE)
+    doomed.request("GET", "/die")
+    with pytest.raises(ConnectionError):
+        doomed.getresponse()
     assert running.ended() and witness.all_gone()
     assert str(running.error) == f"{fakes[victim].name} ended (exit 3): out of memory"
 
@@ -229,6 +258,8 @@ def test_one_that_does_not_heed_sigterm_is_killed(witness, monkeypatch):
 def test_health_is_asked_for_directly_whatever_proxy_is_set(witness, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as proxy:
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
         running = Running(witness.fakes(["sick"]))
         witness.wait_for("prefill 0", "decode 0")
         assert witness.lines["prefill 0"].readline() == "asked\n"
@@ -244,6 +275,9 @@ def test_a_signal_ends_all_and_is_the_callers_again(witness, number):
         passed.append(number)
         stop.set()
 
+    late = threading.Timer(PATIENCE, callers)
+    late.start()
+
     def say(text):
         witness.wait_for("prefill 0", "decode 0", "router")
         os.kill(os.getpid(), number)
@@ -256,6 +290,7 @@ def test_a_signal_ends_all_and_is_the_callers_again(witness, number):
         os.kill(os.getpid(), number)
         assert passed == [number]
     finally:
+        late.cancel()
         signal.signal(number, before)
 
 

@@ -1,5 +1,6 @@
 """The plugin's parts inside vLLM's own classes, without a server."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 pytest.importorskip("vllm")
 
 from helpers import first_last, make_plan, tiny_model
-from pdtrim.engines.vllm import compat
+from pdtrim.engines.vllm import blocks, compat
 from pdtrim.engines.vllm.attention import compact
 from pdtrim.engines.vllm.cache import TrimmedManager, TrimmedSpec, register
 from pdtrim.engines.vllm.metrics import HANDOVER, Stats
@@ -213,3 +214,32 @@ def test_what_was_noted_travels_and_adds_up():
     other = Stats(data=stats.clone_and_reset().data)
     assert stats.is_empty() and other.data[HANDOVER] == [0.5]
     assert other.aggregate(other).data["pdtrim_bytes_sent"] == [64, 64]
+
+
+def test_a_kv_gates_write_survives_compilation():
+    """vLLM's own op has no attention behind it that reads its answer, and would be removed."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    blocks.register()
+    blocks.register()
+    name = compat._encode_layer_name("x")
+    compiled = []
+
+    def keep(graph, inputs):
+        compiled.append(graph.code)
+        return graph.forward
+
+    def run(write):
+        def gate(x_TE):
+            out = torch.zeros_like(x_TE)
+            write(x_TE.view(-1, 1, 4), x_TE.view(-1, 1, 4), out)
+            return out + x_TE
+
+        backend = aot_autograd(fw_compiler=keep, inference_compiler=keep)
+        with torch.no_grad(), contextlib.suppress(AssertionError):  # there is no cache to write to
+            torch.compile(gate, backend=backend, fullgraph=True)(torch.ones(2, 4))
+        return compiled.pop()
+
+    ours, theirs = getattr(torch.ops.vllm, blocks.OP), torch.ops.vllm.unified_kv_cache_update
+    assert blocks.OP in run(lambda k, v, out: ours(k, v, out, name))
+    assert "unified_kv_cache_update" not in run(lambda k, v, out: theirs(k, v, name))
