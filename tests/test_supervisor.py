@@ -51,7 +51,7 @@ if "stubborn" in how:
 link.sendall(f"{name}\\n".encode())
 if "fail" in how:
     link.recv(1)
-    print("loading\\n\\n\\x1b[31mno [/such] model\\x1b[0m", flush=True)
+    print("loading\\n\\x1b[31mno [/such] model\\x1b[0m\\n", flush=True)
     sys.exit(1)
 
 class Handler(http.server.BaseHTTPRequestHandler):

@@ -3,7 +3,14 @@
 import pytest
 
 from helpers import first_last, make_plan, tiny_model
-from pdtrim.engines.vllm.pages import check_servable, hole_of, page_bytes, pages_of, pages_sent
+from pdtrim.engines.vllm.pages import (
+    check_servable,
+    hole_of,
+    padding,
+    page_bytes,
+    pages_of,
+    pages_sent,
+)
 from pdtrim.errors import PlanError
 from pdtrim.kv.codecs import Integer
 from pdtrim.kv.selectors import SnapKV
@@ -33,6 +40,22 @@ def test_bytes_sent_are_pages_of_the_layers_that_decode_reads():
     # 100 tokens fill 7 pages; layer 0 drops pages 1 .. 4 of them, layer 2 sends nothing
     assert pages_sent(plan, 100, 16) == (7 - 4) + 7 + 7
     assert page_bytes(plan, 16, 2) == 2 * 2 * 8 * 16 * 2
+
+
+@pytest.mark.parametrize(
+    "trimmed, padded",
+    # of 12: groups of 12, 3, 4, 6; 5 and 7 become 7 and 7; 2 and 10 need no filling; 11 and 1
+    [(0, 0), (12, 0), (3, 0), (4, 0), (6, 0), (5, 2), (7, 2), (2, 0), (11, 0)],
+)
+def test_padding_is_what_vllm_fills_its_groups_with(trimmed, padded):
+    kv = tuple(first_last(1, 1) if i < trimmed else LayerKV() for i in range(12))
+    assert padding(make_plan(tiny_model(layers=12), Gates.dense(12), kv, 32)) == padded
+
+
+def test_padding_fills_up_what_does_not_divide():
+    """5 and 8: groups of 5, the second of the 8 short of two."""
+    kv = tuple(first_last(1, 1) if i < 5 else LayerKV() for i in range(13))
+    assert padding(make_plan(tiny_model(layers=13), Gates.dense(13), kv, 32)) == 2
 
 
 def test_what_pages_cannot_carry_is_refused():

@@ -45,7 +45,7 @@ def serve(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands only.")] = False,
 ) -> None:
     """Serve a pair with vLLM behind a router, a GPU each server, until Ctrl-C."""
-    from pdtrim.engines.vllm.launch import ServeConfig, check_runnable, free_port, processes
+    from pdtrim.engines.vllm.launch import ServeConfig, advice, check_runnable, free_port, processes
     from pdtrim.engines.vllm.serve import serve as supervise
 
     config = ServeConfig(
@@ -68,6 +68,8 @@ def serve(
             print(process.shell)
         return
     check_runnable(config)
+    if words := advice(config):
+        _say(words)
     supervise(started, start_seconds=start_seconds, say=_say, log=_log)
     err.print("stopped")
 

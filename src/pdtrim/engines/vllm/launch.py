@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pdtrim.engines.vllm.pages import check_servable
+from pdtrim.engines.vllm.pages import check_servable, padding
 from pdtrim.engines.vllm.plugin import FAMILIES
 from pdtrim.errors import ModelError, PdtrimError, PlanError
 from pdtrim.export import check_pair
@@ -130,6 +130,18 @@ def processes(config: ServeConfig, *, free_port: Callable[[], int]) -> list[Proc
         for number in range(replicas[stage])
     ]
     return [*servers, _router(config, servers, next(ports))]
+
+
+def advice(config: ServeConfig) -> str | None:
+    """What a plan could do better on vLLM, in a line; None if nothing."""
+    _, plan = _read_pair(config.pair)
+    wasted = padding(plan)
+    if not wasted:
+        return None
+    return (
+        f"vLLM pads {len(plan.sent_layers)} layers by {wasted}: trimmed and whole layers in numbers"
+        " that divide one another waste no KV memory"
+    )
 
 
 def check_runnable(config: ServeConfig) -> None:

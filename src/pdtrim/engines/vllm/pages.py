@@ -8,6 +8,8 @@ tokens N - 1 are handed over, in the ceil(N / block_size) pages that prefill wro
 
 from __future__ import annotations
 
+from collections import Counter
+
 from pdtrim.errors import PlanError
 from pdtrim.kv.codecs import Raw
 from pdtrim.kv.selectors import FirstLast, Full
@@ -44,6 +46,20 @@ def pages_sent(plan: PrunePlan, prompt_tokens: int, block_size: int) -> int:
 def page_bytes(plan: PrunePlan, block_size: int, itemsize: int) -> int:
     """Bytes of a page: keys and values of one layer, all KV heads."""
     return 2 * plan.model.num_kv_heads * plan.model.head_dim * block_size * itemsize
+
+
+def padding(plan: PrunePlan) -> int:
+    """Layers whose pages decode allocates and does not use.
+
+    vLLM gives all groups of a cache equally many layers: as many as the least kind has, or as the
+    largest if that is less than 1.5 times as many (0.32). What does not divide is filled up.
+    """
+    kinds = Counter(plan.kv[layer].selector for layer in plan.sent_layers)
+    if not kinds:
+        return 0
+    least, most = min(kinds.values()), max(kinds.values())
+    size = most if most < 1.5 * least else least
+    return sum(-count % size for count in kinds.values())
 
 
 def check_servable(plan: PrunePlan, block_size: int) -> None:
