@@ -69,7 +69,7 @@ def serve(
         return
     check_runnable(config)
     if words := advice(config):
-        _say(words)
+        err.print(words, markup=False, highlight=False, soft_wrap=True)
     supervise(started, start_seconds=start_seconds, say=_say, log=_log)
     err.print("stopped")
 
