@@ -46,18 +46,26 @@ class Server:
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait()
 
+    def lines(self):
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+            return answer.read().decode().splitlines()
+
     def metric(self, name, **labels):
         """Sum of a metric's samples with these labels."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
-            lines = answer.read().decode().splitlines()
         wanted = [f'{key}="{value}"' for key, value in labels.items()]
         found = [
             float(line.rsplit(" ", 1)[1])
-            for line in lines
+            for line in self.lines()
             if line.split("{")[0] == name and all(w in line for w in wanted)
         ]
         assert found, name
         return sum(found)
+
+    @property
+    def pages(self):
+        """Pages of its KV cache."""
+        (line,) = [x for x in self.lines() if x.startswith("vllm:cache_config_info{")]
+        return int(line.split('num_gpu_blocks="')[1].split('"')[0])
 
     @property
     def used(self):
