@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pdtrim.engines.vllm.pages import check_servable
+from pdtrim.engines.vllm.pages import check_servable, is_coded
 from pdtrim.errors import PlanError
 from pdtrim.plan import PrunePlan, Stage
 
@@ -93,6 +93,15 @@ def check_config(config: Any) -> Served:
     for what, is_so in refused.items():
         if is_so:
             raise PlanError(f"pdtrim does not serve with {what}")
+    coded = {
+        "tensor parallelism: use --tensor-parallel-size 1": parallel.tensor_parallel_size > 1,
+        "a cache in another dtype than the model's: drop --kv-cache-dtype": (
+            cache.cache_dtype not in ("auto", str(config.model_config.dtype).split(".")[-1])
+        ),
+    }
+    for what, is_so in coded.items():
+        if is_so and is_coded(served.plan):
+            raise PlanError(f"pdtrim does not serve a plan with codecs under {what}")
     kinds = getattr(config.model_config.hf_config, "layer_types", None) or ()
     if "sliding_attention" in kinds:
         raise PlanError("pdtrim does not serve sliding-window attention on vLLM: use the runtime")
