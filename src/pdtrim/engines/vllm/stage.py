@@ -93,17 +93,25 @@ def check_config(config: Any) -> Served:
     for what, is_so in refused.items():
         if is_so:
             raise PlanError(f"pdtrim does not serve with {what}")
-    coded = {
-        "tensor parallelism: use --tensor-parallel-size 1": parallel.tensor_parallel_size > 1,
-        "a cache in another dtype than the model's: drop --kv-cache-dtype": (
-            cache.cache_dtype not in ("auto", str(config.model_config.dtype).split(".")[-1])
-        ),
-    }
-    for what, is_so in coded.items():
-        if is_so and is_coded(served.plan):
-            raise PlanError(f"pdtrim does not serve a plan with codecs under {what}")
+    if is_coded(served.plan):
+        _check_coded(config)
     kinds = getattr(config.model_config.hf_config, "layer_types", None) or ()
     if "sliding_attention" in kinds:
         raise PlanError("pdtrim does not serve sliding-window attention on vLLM: use the runtime")
     check_servable(served.plan, cache.block_size)
     return served
+
+
+def _check_coded(config: Any) -> None:
+    """What a plan with codecs needs beside."""
+    dtype = str(config.model_config.dtype).removeprefix("torch.")
+    if config.parallel_config.tensor_parallel_size > 1:
+        raise PlanError(
+            "pdtrim does not serve a plan with codecs in tensor parallel: use"
+            " --tensor-parallel-size 1, or plan without a codec"
+        )
+    if config.cache_config.cache_dtype not in ("auto", dtype):
+        raise PlanError(
+            f"pdtrim does not serve a plan with codecs from a {config.cache_config.cache_dtype}"
+            " cache: drop --kv-cache-dtype"
+        )
