@@ -17,7 +17,6 @@ from pdtrim.engines.vllm import launch
 from pdtrim.engines.vllm.launch import ServeConfig, check_runnable, processes
 from pdtrim.errors import ModelError, PdtrimError, PlanError
 from pdtrim.export import export
-from pdtrim.kv.codecs import Integer
 from pdtrim.kv.selectors import SnapKV
 from pdtrim.plan import Gates, LayerKV
 
@@ -154,10 +153,6 @@ REFUSED = {
     "selector": (
         {"kv": (LayerKV(selector=SnapKV()), *[LayerKV()] * 3), "block_size": 32},
         "layer 0: .*'snapkv'.*first_last",
-    ),
-    "codec": (
-        {"kv": (*[LayerKV()] * 3, LayerKV(codec=Integer(k_bits=4, v_bits=4)))},
-        "layer 3: codec 'int'",
     ),
     "family": ({"family": "mistral"}, "family 'mistral' is not served"),
 }

@@ -12,7 +12,6 @@ from pdtrim.engines.vllm.pages import (
     pages_sent,
 )
 from pdtrim.errors import PlanError
-from pdtrim.kv.codecs import Integer
 from pdtrim.kv.selectors import SnapKV
 from pdtrim.plan import Gates, LayerKV
 
@@ -70,8 +69,6 @@ def test_what_pages_cannot_carry_is_refused():
         check_servable(plan(first_last(4, 4)), 16)
     with pytest.raises(PlanError, match="layer 1: vLLM's pages cannot hold what 'snapkv' keeps"):
         check_servable(plan(LayerKV(selector=SnapKV())), 32)
-    with pytest.raises(PlanError, match="layer 1: codec"):
-        check_servable(plan(LayerKV(codec=Integer())), 32)
     # a layer that does not travel may have any rule
     only_last = (LayerKV(), LayerKV(), LayerKV(), LayerKV(selector=SnapKV()))
     check_servable(make_plan(model, gates, only_last), 16)

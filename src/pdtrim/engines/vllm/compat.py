@@ -14,6 +14,7 @@ import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import (
     NixlBaseConnector,
@@ -37,6 +38,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import (
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, direct_register_custom_op
 from vllm.v1.attention.backend import AttentionCGSupport, subclass_attention_backend
+from vllm.v1.core.sched.output import KVConnectorBlockState
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -50,8 +52,10 @@ __all__ = [
     "FullAttentionManager",
     "FullAttentionSpec",
     "KVCacheSpecRegistry",
+    "KVConnectorBlockState",
     "KVConnectorRole",
     "KVConnectorTransferResults",
+    "KVConnectorWorkerMetadata",
     "LayerNameType",
     "NixlAgentMetadata",
     "NixlBaseConnector",
@@ -95,6 +99,17 @@ SIGNATURES: dict[Callable[..., Any], tuple[str, ...]] = {
     ),
     NixlPullConnectorWorker.start_load_kv: ("self", "metadata"),
     NixlPullConnectorWorker.get_transfer_results: ("self",),
+    NixlPullConnectorWorker._cleanup_remote_engine: ("self", "engine_id", "log_eviction"),
+    NixlPullConnectorWorker._log_failure: (
+        "self",
+        "failure_type",
+        "req_id",
+        "msg",
+        "error",
+        "meta",
+        "extra_context",
+    ),
+    NixlPullConnectorWorker._logical_to_kernel_block_ids: ("self", "block_ids", "ratio"),
     NixlPullConnectorScheduler.get_num_new_matched_tokens: (
         "self",
         "request",
@@ -107,6 +122,11 @@ SIGNATURES: dict[Callable[..., Any], tuple[str, ...]] = {
         "num_external_tokens",
     ),
     NixlPullConnectorScheduler.build_connector_meta: ("self", "scheduler_output"),
+    NixlPullConnectorScheduler.request_finished: ("self", "request", "block_ids"),
+    NixlPullConnectorScheduler.update_connector_output: ("self", "connector_output"),
+    NixlPullConnector.wait_for_save: ("self",),
+    NixlPullConnector.build_connector_worker_meta: ("self",),
+    KVConnectorBlockState.get_block_ids: ("self", "req_id"),
     FullAttentionManager.allocate_external_computed_blocks: (
         "self",
         "request_id",

@@ -1,8 +1,9 @@
 """The connector: vLLM's NIXL pull, between two models of different depth and different caches.
 
 Decode reads the pages of the layers that it runs, from the slots that prefill gave them, without
-the pages that the plan drops. Leases, heartbeats, aborts and failures are vLLM's own. A partner of
-another plan, version or type is refused at the handshake, whose digest says in words what each is.
+the pages that the plan drops; of a plan with codecs it reads one coded range instead. Leases,
+heartbeats, aborts and failures are vLLM's own. A partner of another plan, version or type is
+refused at the handshake, whose digest says in words what each is.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 from pdtrim.engines.vllm import compat
+from pdtrim.engines.vllm.coded import CodedScheduler, CodedWorker, Encoded
 from pdtrim.engines.vllm.compat import KVConnectorRole, NixlBaseConnector, NixlPullConnector
 from pdtrim.engines.vllm.metrics import Metrics, Stats
+from pdtrim.engines.vllm.pages import is_coded
 from pdtrim.engines.vllm.scheduler import Scheduler
 from pdtrim.engines.vllm.stage import check_config
 from pdtrim.engines.vllm.worker import Worker
@@ -20,8 +23,9 @@ from pdtrim.engines.vllm.worker import Worker
 class PDTrimConnector(NixlPullConnector):
     """Named in ``--kv-transfer-config``; ``pdtrim serve`` writes it.
 
-    Option ``local_prefill`` (in ``kv_connector_extra_config``, on decode): ``refuse`` (default) or
-    ``count`` prompts that come without a handover.
+    Options, in ``kv_connector_extra_config``: ``local_prefill`` (on decode): ``refuse`` (default)
+    or ``count`` prompts that come without a handover. ``staged_prompts`` (of a plan with codecs):
+    how many of the longest prompts may be on their way at once, 4 by default.
 
     Raises:
         PlanError: a setting under which the pair would not run as planned.
@@ -32,10 +36,24 @@ class PDTrimConnector(NixlPullConnector):
         served = check_config(vllm_config)
         NixlBaseConnector.__init__(self, vllm_config, role, kv_cache_config)
         engine = (vllm_config, self.engine_id, kv_cache_config)
+        coded = is_coded(served.plan)
         if role == KVConnectorRole.SCHEDULER:
-            self.connector_scheduler = Scheduler(*engine, served=served)
+            scheduler = CodedScheduler if coded else Scheduler
+            self.connector_scheduler = scheduler(*engine, served=served)
         else:
-            self.connector_worker = Worker(*engine, served=served)
+            worker = CodedWorker if coded else Worker
+            self.connector_worker = worker(*engine, served=served)
+
+    def wait_for_save(self) -> None:
+        """Called behind each forward."""
+        super().wait_for_save()
+        if isinstance(self.connector_worker, CodedWorker):
+            self.connector_worker.encode(self._connector_metadata)
+
+    def build_connector_worker_meta(self) -> Encoded | None:
+        """What the worker has to tell the scheduler of this step."""
+        worker = self.connector_worker
+        return worker.take_encoded() if isinstance(worker, CodedWorker) else None
 
     def get_kv_connector_stats(self) -> Any:
         """What the worker or the scheduler noted since the last call."""

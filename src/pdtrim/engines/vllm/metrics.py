@@ -14,15 +14,16 @@ from pdtrim.engines.vllm.compat import (
     create_metric_per_engine,
 )
 
-SENT, SKIPPED_LAYER, SKIPPED_TOKEN, HANDOVER, LOCAL, REFUSED = (
+SENT, SKIPPED_LAYER, SKIPPED_TOKEN, SKIPPED_CODEC, HANDOVER, LOCAL, REFUSED = (
     "pdtrim_bytes_sent",
     "pdtrim_bytes_skipped_layer",
     "pdtrim_bytes_skipped_token",
+    "pdtrim_bytes_skipped_codec",
     "pdtrim_handover_seconds",
     "pdtrim_local_prefills",
     "pdtrim_refused",
 )
-KEYS = (SENT, SKIPPED_LAYER, SKIPPED_TOKEN, HANDOVER, LOCAL, REFUSED)
+KEYS = (SENT, SKIPPED_LAYER, SKIPPED_TOKEN, SKIPPED_CODEC, HANDOVER, LOCAL, REFUSED)
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -86,7 +87,11 @@ class Metrics(NixlPromMetrics):
                 "pdtrim:refused_requests", "Requests refused for want of a sound handover."
             ),
         }
-        for key, reason in ((SKIPPED_LAYER, "layer"), (SKIPPED_TOKEN, "token")):
+        for key, reason in (
+            (SKIPPED_LAYER, "layer"),
+            (SKIPPED_TOKEN, "token"),
+            (SKIPPED_CODEC, "codec"),
+        ):
             self._counters[key] = {
                 engine: skipped.labels(*values, reason)
                 for engine, values in per_engine_labelvalues.items()

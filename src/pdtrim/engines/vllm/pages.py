@@ -62,6 +62,11 @@ def padding(plan: PrunePlan) -> int:
     return sum(-count % size for count in kinds.values())
 
 
+def is_coded(plan: PrunePlan) -> bool:
+    """Whether a layer travels in another form than pages."""
+    return any(not isinstance(plan.kv[layer].codec, Raw) for layer in plan.sent_layers)
+
+
 def check_servable(plan: PrunePlan, block_size: int) -> None:
     """Raise PlanError unless pages of this size can carry the plan's KV policy."""
     for layer in plan.sent_layers:
@@ -70,11 +75,6 @@ def check_servable(plan: PrunePlan, block_size: int) -> None:
             raise PlanError(
                 f"layer {layer}: vLLM's pages cannot hold what '{rule.selector.name}' keeps: plan"
                 " with --kv full or first_last"
-            )
-        if not isinstance(rule.codec, Raw):
-            raise PlanError(
-                f"layer {layer}: codec '{rule.codec.name}' is not served by vLLM yet: plan with a"
-                " --kv without a codec"
             )
         if isinstance(rule.selector, FirstLast) and plan.block_size != block_size:
             raise PlanError(

@@ -64,6 +64,7 @@ class Scheduler(NixlPullConnectorScheduler):
         self._stage = served.stage
         self._stats = Stats()
         self._local: set[str] = set()
+        self._loaded: set[str] = set()
         self._refused: dict[str, str] = {}
         self._to_fail: set[str] = set()
 
@@ -83,6 +84,8 @@ class Scheduler(NixlPullConnectorScheduler):
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         """As vLLM's for a handover; a refused request waits for a load that will fail."""
+        if request.request_id in self._loaded and request.num_preemptions == 0:
+            return 0, False  # a prompt of one token has nothing computed even behind its load
         problem = self._problem(request)
         if problem is None:
             return super().get_num_new_matched_tokens(request, num_computed_tokens)
@@ -105,6 +108,8 @@ class Scheduler(NixlPullConnectorScheduler):
         if request.request_id in self._local:
             self._local.remove(request.request_id)
             self._stats.note(LOCAL, 1)
+        elif self._stage == "decode":
+            self._loaded.add(request.request_id)
         super().update_state_after_alloc(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
@@ -117,4 +122,5 @@ class Scheduler(NixlPullConnectorScheduler):
         """Forget the request."""
         self._refused.pop(request.request_id, None)
         self._local.discard(request.request_id)
+        self._loaded.discard(request.request_id)
         return super().request_finished(request, block_ids)

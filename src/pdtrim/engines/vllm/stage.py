@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pdtrim.engines.vllm.pages import check_servable
+from pdtrim.engines.vllm.pages import check_servable, is_coded
 from pdtrim.errors import PlanError
 from pdtrim.plan import PrunePlan, Stage
 
@@ -93,8 +93,25 @@ def check_config(config: Any) -> Served:
     for what, is_so in refused.items():
         if is_so:
             raise PlanError(f"pdtrim does not serve with {what}")
+    if is_coded(served.plan):
+        _check_coded(config)
     kinds = getattr(config.model_config.hf_config, "layer_types", None) or ()
     if "sliding_attention" in kinds:
         raise PlanError("pdtrim does not serve sliding-window attention on vLLM: use the runtime")
     check_servable(served.plan, cache.block_size)
     return served
+
+
+def _check_coded(config: Any) -> None:
+    """What a plan with codecs needs beside."""
+    dtype = str(config.model_config.dtype).removeprefix("torch.")
+    if config.parallel_config.tensor_parallel_size > 1:
+        raise PlanError(
+            "pdtrim does not serve a plan with codecs in tensor parallel: use"
+            " --tensor-parallel-size 1, or plan without a codec"
+        )
+    if config.cache_config.cache_dtype not in ("auto", dtype):
+        raise PlanError(
+            f"pdtrim does not serve a plan with codecs from a {config.cache_config.cache_dtype}"
+            " cache: drop --kv-cache-dtype"
+        )

@@ -125,12 +125,16 @@ class Worker(NixlPullConnectorWorker):
         self.xfer_stats.note(SKIPPED_LAYER, unread * whole * spec.page_size_bytes)
         self.xfer_stats.note(SKIPPED_TOKEN, dropped * spec.page_size_bytes)
 
+    def _arrived(self, results: Any) -> None:
+        """What is left to do for requests whose bytes came: of raw pages, nothing."""
+
     def get_transfer_results(self) -> Any:
         """Add the requests that the scheduler refused."""
         results = super().get_transfer_results()
         results.finished_recving |= self._to_fail
         results.failed_recving |= self._to_fail
         self._to_fail = set()
+        self._arrived(results)
         for request in results.finished_recving:
             began = self._began.pop(request, None)
             if began is not None and request not in results.failed_recving:

@@ -1,0 +1,79 @@
+"""Tokens in and out of an engine's pages.
+
+Writing is the backend's own function. Reading is not offered by any, so the layouts of two are
+known here, and :func:`check_readable` tries them out before a server starts.
+
+Shapes: B pages of P tokens, G KV heads, M tokens, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdtrim.errors import PlanError
+
+
+def _cpu_attn(pages_BGPE: Tensor) -> tuple[Tensor, Tensor]:
+    """A head's page is its keys ``[D, P]``, then its values ``[P, D]``."""
+    B, G, P, E = pages_BGPE.shape
+    k, v = pages_BGPE.reshape(B, G, 2, P * E // 2).unbind(2)
+    return k.view(B, G, E // 2, P).mT, v.view(B, G, P, E // 2)
+
+
+def _flash_attn(pages_BGPE: Tensor) -> tuple[Tensor, Tensor]:
+    """A token's row is its key, then its value."""
+    k, v = pages_BGPE.chunk(2, dim=-1)
+    return k, v
+
+
+LAYOUTS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "CPU_ATTN": _cpu_attn,
+    "FLASH_ATTN": _flash_attn,
+}
+"""Pages ``[B, G, P, 2 * D]`` to keys and values ``[B, G, P, D]``, by the backend's name."""
+
+
+def gather(attention: Any, cache: Tensor, pages: list[int], tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[G, M, D]`` of the first M tokens in these pages of the cache."""
+    at = torch.tensor(pages, dtype=torch.long, device=cache.device)
+    read = LAYOUTS[attention.attn_backend.get_name()]
+    k_GMD, v_GMD = (
+        x_BGPD.transpose(0, 1).flatten(1, 2)[:, :tokens].contiguous() for x_BGPD in read(cache[at])
+    )
+    return k_GMD, v_GMD
+
+
+def scatter(attention: Any, cache: Tensor, pages: list[int], k_GMD: Tensor, v_GMD: Tensor) -> None:
+    """Write keys and values ``[G, M, D]`` to the first M tokens of these pages of the cache."""
+    P, M = cache.shape[2], k_GMD.shape[1]
+    if M == 0:
+        return
+    at_M = torch.arange(M, device=cache.device)
+    pages_B = torch.tensor(pages, dtype=torch.long, device=cache.device)
+    attention.impl.do_kv_cache_update(
+        attention,
+        k_GMD.transpose(0, 1).contiguous(),
+        v_GMD.transpose(0, 1).contiguous(),
+        cache,
+        pages_B[at_M // P] * P + at_M % P,
+    )
+
+
+def check_readable(attention: Any, cache: Tensor) -> None:
+    """Raise PlanError unless :func:`gather` reads what the backend writes into such a cache."""
+    name = attention.attn_backend.get_name()
+    problem = f"attention backend {name} keeps its pages in a form that pdtrim cannot read"
+    if name in LAYOUTS:
+        G, P, E = cache.shape[1:]
+        trial = torch.zeros_like(cache[:2])
+        written = torch.randn(2, G, P + 1, E // 2).to(cache)  # a page and a part of another
+        scatter(attention, trial, [1, 0], *written)
+        if torch.equal(torch.stack(gather(attention, trial, [1, 0], P + 1)), written):
+            return
+    raise PlanError(
+        f"{problem}: choose --attention-backend {' or '.join(LAYOUTS)}, or plan without a codec"
+    )

@@ -1,0 +1,296 @@
+"""A plan with codecs inside vLLM's own classes, without a server."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from helpers import first_last, make_plan, tiny_model
+from pdtrim.engines.vllm import coded, pages_io
+from pdtrim.engines.vllm.coded import TICKET, CodedScheduler, Encoded, RemotePool
+from pdtrim.engines.vllm.pages import is_coded
+from pdtrim.engines.vllm.stage import Served, check_config
+from pdtrim.engines.vllm.staging import Form, Ticket
+from pdtrim.errors import PlanError
+from pdtrim.export import export
+from pdtrim.kv.codecs import parse_codec
+from pdtrim.plan import Gates, LayerKV
+from test_vllm_plugin import config_of
+
+BLOCK, LONGEST = 32, 256
+
+
+# ------------------------------------------------------------------ pages
+
+
+def cpu_attention(dtype, head_dim, block):
+    """What of an attention layer its cache writer looks at."""
+    from vllm.v1.attention.backend import AttentionType
+    from vllm.v1.attention.backends import cpu_attn
+
+    impl = SimpleNamespace(attn_type=AttentionType.DECODER, kv_cache_dtype="auto")
+    write = partial(cpu_attn.CPUAttentionBackendImpl.do_kv_cache_update, impl)
+    return SimpleNamespace(
+        attn_backend=cpu_attn.CPUAttentionBackend,
+        impl=SimpleNamespace(do_kv_cache_update=write),
+        isa=cpu_attn._get_attn_isa(dtype, block, head_dim),
+        _k_scale_float=1.0,
+        _v_scale_float=1.0,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [32, 80, 128])
+def test_what_the_cpu_backend_wrote_is_read(dtype, head_dim):
+    attention = cpu_attention(dtype, head_dim, BLOCK)
+    cache = torch.full((9, 2, BLOCK, 2 * head_dim), 9.0, dtype=dtype)
+    pages_io.check_readable(attention, cache)
+    assert (cache == 9).all(), "the trial leaves the cache alone"
+    written = torch.randn(2, 2, 75, head_dim).to(dtype)
+    pages_io.scatter(attention, cache, [7, 2, 5], *written)
+    for tokens in (0, 1, 32, 33, 75):
+        read = pages_io.gather(attention, cache, [7, 2, 5], tokens)
+        assert torch.equal(torch.stack(read), written[:, :, :tokens])
+    untouched = [page for page in range(9) if page not in (7, 2, 5)]
+    assert (cache[untouched] == 9).all()
+
+
+def test_flash_attentions_rows_are_read():
+    """Its writer runs on GPUs only; the layout is that of its ``do_kv_cache_update``."""
+    rows = torch.randn(4, BLOCK, 2, 16).transpose(1, 2)  # the engine's tensor is not contiguous
+    k, v = pages_io.LAYOUTS["FLASH_ATTN"](rows)
+    key_cache, value_cache = rows.transpose(1, 2).split(8, dim=-1)
+    assert torch.equal(k, key_cache.transpose(1, 2)) and torch.equal(v, value_cache.transpose(1, 2))
+
+
+def test_an_unknown_layout_is_refused(monkeypatch):
+    attention = cpu_attention(torch.float32, 32, BLOCK)
+    cache = torch.zeros(4, 2, BLOCK, 64)
+    monkeypatch.setitem(pages_io.LAYOUTS, "CPU_ATTN", pages_io.LAYOUTS["FLASH_ATTN"])
+    with pytest.raises(PlanError, match="CPU_ATTN keeps its pages in a form"):
+        pages_io.check_readable(attention, cache)
+    monkeypatch.delitem(pages_io.LAYOUTS, "CPU_ATTN")
+    with pytest.raises(PlanError, match="choose --attention-backend FLASH_ATTN"):
+        pages_io.check_readable(attention, cache)
+
+
+# ------------------------------------------------------------------ ranges
+
+
+def served(stage, codec="int4"):
+    kv = (LayerKV(codec=parse_codec(codec)), first_last(4, 4), LayerKV(), LayerKV())
+    plan = make_plan(tiny_model(head_dim=32), Gates.dense(4), kv, block_size=BLOCK)
+    assert is_coded(plan)
+    return Served(stage=stage, plan=plan)
+
+
+def scheduler(stage, prompts=1, codec="int4"):
+    extra = {"staged_prompts": prompts}
+    parallel = SimpleNamespace(
+        tensor_parallel_size=1,
+        decode_context_parallel_size=1,
+        pipeline_parallel_size=1,
+        data_parallel_index=0,
+    )
+    config = SimpleNamespace(
+        parallel_config=parallel,
+        cache_config=SimpleNamespace(block_size=BLOCK),
+        model_config=SimpleNamespace(dtype=torch.float32, max_model_len=LONGEST),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        kv_transfer_config=SimpleNamespace(
+            get_from_extra_config=lambda key, default: extra.get(key, default),
+            kv_buffer_device="cpu",
+        ),
+        num_prefill_lookahead_tokens=0,
+    )
+    caches = SimpleNamespace(
+        transfer_groups=[],
+        kv_cache_groups=[],
+        has_mamba_layers=False,
+        select_transfer_block_ids=lambda ids: ids,
+    )
+    return CodedScheduler(config, "engine", caches, served=served(stage, codec))
+
+
+def request(name, tokens, **params):
+    from vllm.v1.request import RequestStatus
+
+    return SimpleNamespace(
+        request_id=name,
+        num_prompt_tokens=tokens,
+        num_computed_tokens=0,
+        num_preemptions=0,
+        prompt_token_ids=[5] * tokens,
+        kv_transfer_params=params,
+        status=RequestStatus.RUNNING,
+    )
+
+
+def prompt(name, tokens):
+    return request(name, tokens, do_remote_decode=True)
+
+
+def step(made, *scheduled):
+    """One step's metadata; ``scheduled`` are (request, tokens of this step)."""
+    state = SimpleNamespace(get_block_ids=lambda name: ([1, 2, 3],))
+    counts = {one.request_id: count for one, count in scheduled}
+    return made.build_connector_meta(
+        SimpleNamespace(num_scheduled_tokens=counts, kv_connector_block_state=state)
+    )
+
+
+def hear(made, *, encoded=None, sent=()):
+    made.update_connector_output(
+        SimpleNamespace(
+            finished_recving=None,
+            finished_sending=set(sent),
+            kv_connector_worker_meta=None if encoded is None else Encoded(encoded),
+        )
+    )
+
+
+def finish(made, one, status="FINISHED_LENGTH_CAPPED"):
+    from vllm.v1.request import RequestStatus
+
+    one.status = RequestStatus[status]
+    return made.request_finished(one, ([1, 2, 3],))
+
+
+WAITS, GOES = (None, False), (0, False)
+
+
+def test_prompts_wait_in_turn_for_a_range():
+    made = scheduler("prefill")
+    long, next_long, short = prompt("a", LONGEST), prompt("b", LONGEST), prompt("c", 40)
+    assert made.get_num_new_matched_tokens(long, 0) == GOES
+    assert made.get_num_new_matched_tokens(long, 0) == GOES, "preempted: it keeps its range"
+    assert made.get_num_new_matched_tokens(next_long, 0) == WAITS
+    finish(made, long, "FINISHED_ABORTED")
+    assert made.get_num_new_matched_tokens(short, 0) == WAITS, "it was not asked first"
+    assert made.get_num_new_matched_tokens(next_long, 0) == GOES
+    assert made.get_num_new_matched_tokens(short, 0) == WAITS
+    finish(made, short, "FINISHED_ABORTED")  # while it waits: the others' turn
+    assert finish(made, next_long, "FINISHED_ABORTED") == (False, None)
+    assert made.get_num_new_matched_tokens(prompt("d", LONGEST), 0) == GOES
+
+
+def test_a_prompt_is_encoded_behind_its_last_chunk_only():
+    made = scheduler("prefill")
+    one = prompt("a", 96)
+    made.get_num_new_matched_tokens(one, 0)
+    assert step(made, (one, 64)).pdtrim_to_encode == {}
+    one.num_computed_tokens = 64
+    job = step(made, (one, 32)).pdtrim_to_encode["a"]
+    assert job.pages == [1, 2, 3] and job.tokens == 96 and len(job.ticket.nonce) == 16
+    assert job.ticket.nbytes == Form.of(served("prefill").plan, torch.float32, 96, BLOCK).most
+    one.num_computed_tokens = 96
+    assert step(made, (one, 1)).pdtrim_to_encode == {}
+
+
+@pytest.mark.parametrize("encoded_first", [True, False])
+def test_the_clients_ticket_has_the_length_that_was_encoded(encoded_first):
+    """Whichever comes first: vLLM ends a request before it passes the worker's words on."""
+    made = scheduler("prefill", codec="entropy")
+    one = prompt("a", 96)
+    made.get_num_new_matched_tokens(one, 0)
+    job = step(made, (one, 96)).pdtrim_to_encode["a"]
+    nbytes = job.ticket.nbytes - 800
+    if encoded_first:
+        hear(made, encoded={"a": nbytes})
+    delay, params = finish(made, one)
+    if not encoded_first:
+        assert TICKET not in params
+        hear(made, encoded={"a": nbytes})
+    assert delay
+    assert params[TICKET] == {"offset": 0, "bytes": nbytes, "nonce": job.ticket.nonce.hex()}
+    other = prompt("b", LONGEST)
+    assert made.get_num_new_matched_tokens(other, 0) == WAITS, "nobody has read it"
+    hear(made, sent={"a"})
+    assert made.get_num_new_matched_tokens(other, 0) == GOES
+    hear(made, encoded={"gone": 1})
+
+
+def test_decode_refuses_what_has_no_sound_ticket():
+    made = scheduler("decode")
+    form = Form.of(served("decode").plan, torch.float32, 40, BLOCK)
+    where = {
+        "do_remote_prefill": True,
+        "remote_engine_id": "e",
+        "remote_request_id": "r",
+        "remote_host": "127.0.0.1",
+        "remote_port": 1,
+        "tp_size": 1,
+        "remote_block_ids": [[3, 4]],
+        "remote_num_tokens": 40,
+    }
+    ticket = Ticket(offset=64, nbytes=form.most, nonce=bytes(16))
+    good = request("a", 40, **where, **{TICKET: ticket.to_json()})
+    assert made._problem(good) is None
+    assert "name no range" in made._problem(request("b", 40, **where))
+    long = ticket.to_json() | {"bytes": form.most + 8}
+    assert "a prompt of 40 tokens has" in made._problem(request("c", 40, **where, **{TICKET: long}))
+    made._reqs_need_recv = {
+        "a": (good, ([1],), (), True),
+        "gone": (request("gone", 40, **where), [], (), False),  # tells prefill to let go
+    }
+    assert step(made).pdtrim_tickets == {"a": ticket}
+
+
+def test_a_prompt_of_one_token_is_loaded_once():
+    """Behind its load nothing is computed, so vLLM asks again: that is not a local prompt."""
+    made = scheduler("decode")
+    one = request("a", 1, do_remote_prefill=False)
+    made._loaded.add("a")
+    assert made.get_num_new_matched_tokens(one, 0) == GOES
+    one.num_preemptions = 1  # its pages are gone
+    assert made.get_num_new_matched_tokens(one, 0) == (1, True) and "a" in made._refused
+
+
+def test_a_pool_of_nothing_is_refused():
+    with pytest.raises(PlanError, match="staged_prompts 0"):
+        scheduler("prefill", prompts=0)
+
+
+def test_the_pool_travels_as_a_region():
+    meta = SimpleNamespace(
+        kv_caches_base_addr=[1, 2],
+        block_lens=[8, 8],
+        block_strides=[8, 8],
+        region_members=[["a"], ["b"]],
+        region_num_blocks=[4, 4],
+        region_group_ids=None,
+        region_names=["a", "b"],
+        region_mem_types=["VRAM", "VRAM"],
+        device_id=3,
+    )
+    before = {key: list(value) for key, value in vars(meta).items() if isinstance(value, list)}
+    coded._add_region(meta, 4096, 512, "DRAM")
+    assert len(meta.region_members) == len(meta.region_num_blocks) == 3
+    pool = coded._take_region(meta)
+    assert pool == RemotePool(address=4096, size=512, device=3, memory="DRAM")
+    assert before == {key: value for key, value in vars(meta).items() if isinstance(value, list)}
+
+
+@pytest.mark.parametrize(
+    "tensor_parallel, cache_dtype, words",
+    [
+        (1, "auto", None),
+        (1, "bfloat16", None),
+        (2, "auto", "--tensor-parallel-size 1"),
+        (1, "fp8", "a fp8 cache: drop --kv-cache-dtype"),
+    ],
+)
+def test_settings_that_a_codec_does_not_go_with(tmp_path, tensor_parallel, cache_dtype, words):
+    export(served("decode").plan, tiny_model(head_dim=32), tmp_path / "pair")
+    config = config_of(tmp_path / "pair")
+    config.parallel_config.tensor_parallel_size = tensor_parallel
+    config.cache_config.cache_dtype = cache_dtype
+    config.model_config.dtype = torch.bfloat16
+    if words is None:
+        check_config(config)
+    else:
+        with pytest.raises(PlanError, match=words):
+            check_config(config)

@@ -1,0 +1,201 @@
+"""A request's KV in coded form: the range, its pool and its ticket. No vLLM here."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from helpers import first_last, make_plan, tiny_model
+from pdtrim.engines.vllm.pages import check_servable, is_coded
+from pdtrim.engines.vllm.staging import (
+    ALIGN,
+    HEAD,
+    Form,
+    Pool,
+    Ticket,
+    checksum,
+    pool_bytes,
+)
+from pdtrim.errors import WireError
+from pdtrim.kv.codecs import parse_codec
+from pdtrim.kv.policy import HandoverPolicy, hand_over
+from pdtrim.plan import Gates, LayerKV
+
+BLOCK = 32
+NONCE = bytes(range(16))
+CODECS = ("int8", "int4:group=32,recent=8", "fp8", "entropy", "lossless", "raw")
+HEADS, WIDTH = 2, 32
+
+
+def plan_of(*codecs, gates=None):
+    """Layers in turn whole and trimmed."""
+    kv = []
+    for layer in range(4):
+        codec = parse_codec(codecs[layer % len(codecs)])
+        selector = first_last(20, 50).selector if layer % 2 else LayerKV().selector
+        kv.append(LayerKV(selector=selector, codec=codec))
+    model = tiny_model(head_dim=WIDTH)
+    return make_plan(model, gates or Gates.removing(4), tuple(kv), block_size=BLOCK)
+
+
+def prompt_kv(plan, tokens, dtype=torch.float32):
+    """Keys and values ``[1, G, N - 1, D]`` of the layers that travel."""
+    torch.manual_seed(tokens)
+    shape = (1, HEADS, tokens - 1, WIDTH)
+    return {
+        i: (torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for i in plan.sent_layers
+    }
+
+
+def kept(form, kv):
+    """What prefill gathers from its pages."""
+    for part in form.parts:
+        start, stop = (page * BLOCK for page in part.hole)
+        yield tuple(torch.cat((x[0, :, :start], x[0, :, stop:]), dim=1) for x in kv[part.layer])
+
+
+def written(plan, tokens, dtype=torch.float32):
+    form = Form.of(plan, dtype, tokens, BLOCK)
+    room = torch.full((form.most + 64,), 7, dtype=torch.uint8)
+    kv = prompt_kv(plan, tokens, dtype)
+    nbytes = form.write(room, NONCE, kept(form, kv))
+    assert (room[nbytes:] == 7).all() or not form.exact
+    return form, room[:nbytes], kv
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("codec", CODECS)
+def test_decode_sees_what_the_simulator_sees(codec, dtype):
+    """Bit by bit, at the edges of pages and of the hole, and for a prompt of one token."""
+    plan = plan_of(codec, "raw", codec)
+    policy = HandoverPolicy.of(plan)
+    for tokens in (1, 2, 33, 34, 84, 115, 200):
+        form, staged, kv = written(plan, tokens, dtype)
+        assert form.fits(len(staged))
+        for part, k_GMD, v_GMD in form.read(staged, NONCE):
+            k, v = kv[part.layer]
+            (seen,) = hand_over(policy, part.layer, SimpleNamespace(k_BGND=k, v_BGND=v))
+            assert torch.equal(k_GMD, seen.k_BgMD[0]), (tokens, part)
+            assert torch.equal(v_GMD, seen.v_BgMD[0]), (tokens, part)
+
+
+def test_only_layers_that_decode_reads_are_in_it():
+    plan = plan_of("int8", gates=Gates.removing(4, prefill={2}, decode={0, 2}))
+    assert [part.layer for part in Form.of(plan, torch.float32, 50, BLOCK).parts] == [1, 3]
+
+
+def test_a_range_that_is_not_this_requests_is_refused():
+    form, staged, _ = written(plan_of("int4"), 100)
+    list(form.read(staged, NONCE))
+    with pytest.raises(WireError, match="another request"):
+        list(form.read(staged, NONCE[::-1]))
+    with pytest.raises(WireError, match="not announced"):
+        list(form.read(staged[:-8], NONCE))
+    with pytest.raises(WireError, match="not announced"):
+        other = Form.of(plan_of("int4"), torch.float32, 101, BLOCK)
+        list(other.read(staged, NONCE))
+    for at in (HEAD.size, form.start + 5, len(staged) - 1):
+        torn = staged.clone()
+        torn[at] += 1
+        with pytest.raises(WireError, match="overwritten"):
+            list(form.read(torn, NONCE))
+
+
+@pytest.mark.parametrize("cut", [0.1, 0.5, 0.9])
+def test_a_range_that_another_prompt_overwrote_in_part_is_refused(cut):
+    """Whose head is still there, or already there."""
+    form, old, _ = written(plan_of("int8"), 100)
+    new = torch.zeros_like(old)
+    kv = {i: (k * 2, v * 3) for i, (k, v) in prompt_kv(plan_of("int8"), 100).items()}
+    form.write(new, NONCE, kept(form, kv))
+    at = int(len(old) * cut)
+    for torn in (torch.cat((old[:at], new[at:])), torch.cat((new[:at], old[at:]))):
+        with pytest.raises(WireError, match="overwritten"):
+            list(form.read(torn, NONCE))
+
+
+def test_a_table_that_lies_is_refused():
+    """With a checksum that fits: sizes are bounded before anything is made from them."""
+    form, staged, _ = written(plan_of("entropy"), 100)
+    table = staged[HEAD.size : form.start].view(torch.int64)
+    for change, words in ((form.most, "expected"), (-8, "add up")):
+        table[0] += change
+        head = staged[HEAD.size - 8 : HEAD.size].view(torch.int64)
+        head.copy_(checksum(staged[HEAD.size :]))
+        with pytest.raises(WireError, match=words):
+            list(form.read(staged, NONCE))
+        table[0] -= change
+
+
+def test_the_checksum_sees_order():
+    words = torch.randint(-(2**62), 2**62, (5000,))
+    data = words.view(torch.uint8)
+    for a, b in ((0, 1), (0, 1024), (3, 4999), (1030, 2051)):
+        swapped = words.clone()
+        swapped[[a, b]] = words[[b, a]]
+        assert checksum(swapped.view(torch.uint8)) != checksum(data), (a, b)
+    assert int(checksum(data[:0])) == 0
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({}, None),
+        ({"offset": -64}, "no range"),
+        ({"offset": 8}, "no range"),
+        ({"offset": True}, "no range"),
+        ({"offset": "0"}, "no range"),
+        ({"bytes": 2**40}, r"a prompt of 100 tokens has at most"),
+        ({"bytes": 0}, "at most"),
+        ({"bytes": None}, "no range"),
+        ({"nonce": "00"}, "no nonce"),
+        ({"nonce": 5}, "no nonce"),
+        ({"nonce": "x" * 32}, "no nonce"),
+    ],
+)
+def test_a_ticket_is_checked_against_the_prompt(change, words):
+    form = Form.of(plan_of("entropy"), torch.float32, 100, BLOCK)
+    ticket = Ticket(offset=128, nbytes=form.most, nonce=NONCE)
+    value = ticket.to_json() | change
+    if words is None:
+        assert Ticket.from_json(value, form) == ticket
+    else:
+        with pytest.raises(WireError, match=words):
+            Ticket.from_json(value, form)
+    with pytest.raises(WireError, match="no range"):
+        Ticket.from_json(None, form)
+
+
+def test_a_ticket_of_a_fixed_length_has_that_length():
+    form = Form.of(plan_of("int8"), torch.float32, 100, BLOCK)
+    assert form.fits(form.most) and not form.fits(form.most - 8)
+
+
+def test_a_pool_gives_gaps_and_takes_them_back():
+    pool = Pool(5 * ALIGN)
+    assert pool.reserve("a", ALIGN) and pool.reserve("b", ALIGN + 1) and pool.reserve("c", 1)
+    assert [pool.offset(key) for key in "abc"] == [0, ALIGN, 3 * ALIGN]
+    assert not pool.reserve("d", 2 * ALIGN), "one unit is left"
+    pool.release("b")
+    pool.release("b")
+    assert pool.reserve("d", 2 * ALIGN) and pool.offset("d") == ALIGN
+    assert pool.reserve("e", ALIGN) and not pool.reserve("f", 1)
+    assert "e" in pool and "f" not in pool and len(pool) == 4
+
+
+def test_a_pool_holds_any_prompt_that_the_model_takes():
+    """A trimmed prompt that is shorter may need more, since kept runs end with pages."""
+    plan = plan_of("int4")
+    for longest in (1, 5, 83, 84, 100, 115, 116, 300):
+        size = pool_bytes(plan, torch.float32, longest, BLOCK, 1)
+        forms = [Form.of(plan, torch.float32, n, BLOCK) for n in range(1, longest + 1)]
+        assert max(form.most for form in forms) <= size < max(f.most for f in forms) + ALIGN
+    assert pool_bytes(plan, torch.float32, 300, BLOCK, 3) == 3 * size
+
+
+def test_plans_with_codecs_are_known():
+    assert is_coded(plan_of("raw", "int8"))
+    assert not is_coded(plan_of("raw"))
+    only_dead = plan_of("int8", "raw", "raw", "raw", gates=Gates.removing(4, decode={0}))
+    assert not is_coded(only_dead), "a layer that does not travel may have any codec"
+    check_servable(plan_of("int8"), BLOCK)
