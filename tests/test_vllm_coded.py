@@ -9,8 +9,10 @@ import torch
 pytest.importorskip("vllm")
 
 from helpers import first_last, make_plan, tiny_model
-from pdtrim.engines.vllm import coded, pages_io
-from pdtrim.engines.vllm.coded import TICKET, CodedScheduler, Encoded, RemotePool
+from pdtrim.engines.vllm import coded_worker, pages_io
+from pdtrim.engines.vllm.coded import TICKET, Encoded
+from pdtrim.engines.vllm.coded_scheduler import CodedScheduler
+from pdtrim.engines.vllm.coded_worker import RemotePool
 from pdtrim.engines.vllm.pages import is_coded
 from pdtrim.engines.vllm.stage import Served, check_config
 from pdtrim.engines.vllm.staging import Form, Ticket
@@ -267,9 +269,9 @@ def test_the_pool_travels_as_a_region():
         device_id=3,
     )
     before = {key: list(value) for key, value in vars(meta).items() if isinstance(value, list)}
-    coded._add_region(meta, 4096, 512, "DRAM")
+    coded_worker._add_region(meta, 4096, 512, "DRAM")
     assert len(meta.region_members) == len(meta.region_num_blocks) == 3
-    pool = coded._take_region(meta)
+    pool = coded_worker._take_region(meta)
     assert pool == RemotePool(address=4096, size=512, device=3, memory="DRAM")
     assert before == {key: value for key, value in vars(meta).items() if isinstance(value, list)}
 

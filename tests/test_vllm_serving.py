@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,72 +19,51 @@ import torch
 
 pytest.importorskip("vllm")
 
-from helpers import first_last, make_plan, tiny_model
+from helpers import first_last, make_plan
 from pdtrim.engines.vllm.launch import ServeConfig, free_port, processes
 from pdtrim.engines.vllm.pages import page_bytes, pages_sent
 from pdtrim.export import export, load_pair
 from pdtrim.kv.policy import HandoverPolicy
-from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.stage.forward import Batch, forward
-from vllm_servers import ARGS, ENV, commands, completion, post, prefill, running, until
+from vllm_servers import (
+    ARGS,
+    BLOCK,
+    ENV,
+    LENGTHS,
+    RULE,
+    commands,
+    completion,
+    idle,
+    post,
+    prefill,
+    prompt_of,
+    running,
+    tiny_pair,
+    tokens_of,
+    until,
+)
 
 pytestmark = pytest.mark.slow
 
-BLOCK = 32
-RULE = first_last(20, 50)
-GATES = Gates(
-    prefill_attention=("full", "full", "full", "off", "full", "kv", "kv", "kv"),
-    prefill_mlp=(True, False, True, True, True, False, True, False),
-    decode_attention=(True, True, True, False, True, True, True, True),
-    decode_mlp=(True, True, False, True, True, True, True, True),
-)
-LENGTHS = (2, 31, 32, 33, 34, 64, 65, 82, 83, 84, 96, 97, 114, 115, 129, 300, 513)
-"""Prompts at the edges of pages, and where the hole of RULE opens and grows."""
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, tiny_folder):
+    """Two layers trimmed."""
+    kv = (RULE if layer in (1, 4) else LayerKV() for layer in range(8))
+    return tiny_pair(tmp_path_factory.mktemp("vllm"), tiny_folder, kv)
 
 
 @pytest.fixture(scope="module")
-def tiny_pair(tmp_path_factory, tiny_folder):
-    """A random Qwen3 with every kind of gate, two of its layers trimmed."""
-    folder = tmp_path_factory.mktemp("vllm")
-    made = tiny_model(
-        "qwen3",
-        layers=8,
-        vocab_size=64,
-        hidden_size=128,
-        intermediate_size=96,
-        head_dim=32,
-        max_position_embeddings=1024,
-    )
-    made.network.save_pretrained(folder / "m")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny_folder / name, folder / "m")
-    model = load_model(str(folder / "m"), dtype="float32")
-    kv = tuple(RULE if layer in (1, 4) else LayerKV() for layer in range(8))
-    return export(make_plan(model, GATES, kv, block_size=BLOCK), model, folder / "pair")
+def simulated(pair):
+    return load_pair(pair)
 
 
 @pytest.fixture(scope="module")
-def simulated(tiny_pair):
-    return load_pair(tiny_pair)
-
-
-@pytest.fixture(scope="module")
-def servers(tiny_pair, tmp_path_factory):
+def servers(pair, tmp_path_factory):
     """Prefill, two decodes, router."""
-    with running(commands(tiny_pair, decode_replicas=2), tmp_path_factory.mktemp("log")) as started:
+    with running(commands(pair, decode_replicas=2), tmp_path_factory.mktemp("log")) as started:
         yield started
-
-
-def prompt_of(length, seed=0, vocab=64):
-    generator = torch.Generator().manual_seed(seed * 1000 + length)
-    return torch.randint(3, vocab, (length,), generator=generator).tolist()
-
-
-def tokens_of(answer):
-    status, body = answer
-    assert status == 200, body
-    return body["choices"][0]["token_ids"]
 
 
 def agree(simulated, prompt, tokens):
@@ -95,11 +73,6 @@ def agree(simulated, prompt, tokens):
     with torch.no_grad():
         logits_CV = forward(pair, batch, plan.gates, HandoverPolicy.of(plan))[0]
     return logits_CV.argmax(-1).tolist() == tokens
-
-
-def idle(*servers):
-    """No request holds a page."""
-    return all(server.used == 0 for server in servers)
 
 
 def test_tokens_are_the_simulators_and_bytes_the_plans(servers, simulated):
@@ -315,9 +288,9 @@ def test_a_dead_prefill_fails_its_requests_only(servers):
     until(lambda: idle(decode))
 
 
-def test_a_server_of_the_wrong_settings_does_not_start(tiny_pair, tmp_path):
+def test_a_server_of_the_wrong_settings_does_not_start(pair):
     config = ServeConfig(
-        pair=tiny_pair, decode_args=(*ARGS, "--enable-prefix-caching"), max_model_len=512
+        pair=pair, decode_args=(*ARGS, "--enable-prefix-caching"), max_model_len=512
     )
     made = processes(config, free_port=free_port)[1]
     done = subprocess.run(

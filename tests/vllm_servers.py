@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -14,7 +15,13 @@ import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
+from helpers import first_last, make_plan, tiny_model
 from pdtrim.engines.vllm.launch import Process, ServeConfig, free_port, processes
+from pdtrim.export import export
+from pdtrim.models.loading import load_model
+from pdtrim.plan import Gates
 
 HOST = Path(__file__).parent / "vllm_host"
 ENV = {
@@ -27,6 +34,52 @@ ENV = {
 }
 ARGS = ("--dtype", "float32", "--enforce-eager")
 LEASE = 6  # seconds; vLLM's own default is 30
+
+BLOCK = 32
+RULE = first_last(20, 50)
+GATES = Gates(
+    prefill_attention=("full", "full", "full", "off", "full", "kv", "kv", "kv"),
+    prefill_mlp=(True, False, True, True, True, False, True, False),
+    decode_attention=(True, True, True, False, True, True, True, True),
+    decode_mlp=(True, True, False, True, True, True, True, True),
+)
+"""Every kind of gate."""
+LENGTHS = (1, 2, 31, 32, 33, 34, 64, 65, 82, 83, 84, 96, 97, 114, 115, 129, 300, 513)
+"""Prompts at the edges of pages, and where the hole of RULE opens and grows."""
+
+
+def tiny_pair(folder, tokenizer, kv):
+    """A random Qwen3 of eight blocks under GATES, exported."""
+    made = tiny_model(
+        "qwen3",
+        layers=8,
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=96,
+        head_dim=32,
+        max_position_embeddings=1024,
+    )
+    made.network.save_pretrained(folder / "m")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, folder / "m")
+    model = load_model(str(folder / "m"), dtype="float32")
+    return export(make_plan(model, GATES, tuple(kv), block_size=BLOCK), model, folder / "pair")
+
+
+def prompt_of(length, seed=0):
+    generator = torch.Generator().manual_seed(seed * 1000 + length)
+    return torch.randint(3, 64, (length,), generator=generator).tolist()
+
+
+def tokens_of(answer):
+    status, body = answer
+    assert status == 200, body
+    return body["choices"][0]["token_ids"]
+
+
+def idle(*servers):
+    """No request holds a page."""
+    return all(server.used == 0 for server in servers)
 
 
 @dataclass

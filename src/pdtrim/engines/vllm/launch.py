@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from pdtrim.engines.vllm.pages import check_servable, padding
 from pdtrim.engines.vllm.plugin import FAMILIES
+from pdtrim.engines.vllm.stage import ROLE_OF
 from pdtrim.errors import ModelError, PdtrimError, PlanError
 from pdtrim.export import check_pair
 from pdtrim.models.checkpoint import read_stage_config
@@ -28,7 +29,6 @@ from pdtrim.plan import STAGES, PrunePlan, Stage
 LOOPBACK = "127.0.0.1"
 BLOCK_SIZE = 32  # of a plan that is exact to the token: what vLLM is fast with on CPU and GPU
 PREFIX = "PDTrim"
-ROLES: dict[Stage, str] = {"prefill": "kv_producer", "decode": "kv_consumer"}
 STAGE_FLAGS: dict[Stage, str] = {
     # a CUDA graph would freeze the gate that saves K and V where a block is skipped
     "prefill": "--enforce-eager",
@@ -243,7 +243,7 @@ def _transfer(config: ServeConfig, stage: Stage) -> dict[str, Any]:
     return {
         "kv_connector": "PDTrimConnector",
         "kv_connector_module_path": "pdtrim.engines.vllm.connector",
-        "kv_role": ROLES[stage],
+        "kv_role": ROLE_OF[stage],
         "kv_load_failure_policy": "fail",
         "kv_connector_extra_config": {"local_prefill": config.local_prefill},
     }

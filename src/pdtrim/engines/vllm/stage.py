@@ -10,7 +10,7 @@ from pdtrim.engines.vllm.pages import check_servable, is_coded
 from pdtrim.errors import PlanError
 from pdtrim.plan import PrunePlan, Stage
 
-ROLES: dict[str, Stage] = {"kv_producer": "prefill", "kv_consumer": "decode"}
+ROLE_OF: dict[Stage, str] = {"prefill": "kv_producer", "decode": "kv_consumer"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Served:
         if not isinstance(entry, dict):
             raise PlanError("this model was not exported by pdtrim: serve DIR/prefill, DIR/decode")
         plan = PrunePlan.from_json(entry.get("plan"), source="config.json")
-        if entry.get("plan_digest") != plan.digest or entry.get("stage") not in ROLES.values():
+        if entry.get("plan_digest") != plan.digest or entry.get("stage") not in ROLE_OF:
             raise PlanError("config.json: the plan does not match its digest; export it again")
         return cls(stage=entry["stage"], plan=plan)
 
@@ -68,10 +68,10 @@ def check_config(config: Any) -> Served:
         config.cache_config,
         config.parallel_config,
     )
-    if ROLES.get(transfer.kv_role) != served.stage:
+    if transfer.kv_role != ROLE_OF[served.stage]:
         raise PlanError(
             f"the {served.stage} checkpoint cannot serve as {transfer.kv_role}: give it"
-            f" {next(role for role, stage in ROLES.items() if stage == served.stage)}"
+            f" {ROLE_OF[served.stage]}"
         )
     decode = served.stage == "decode"
     refused = {
