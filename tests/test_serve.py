@@ -89,6 +89,7 @@ def test_servers_come_first_and_each_stage_gets_its_own_settings(pair):
 def test_options_reach_the_commands(pair):
     started = commands(
         pair, name="m", block_size=64, max_model_len=256, local_prefill="count",
+        staged_prompts=2,
         prefill_args=("--seed", "3"), decode_args=("--dtype=float32",),
     )  # fmt: skip
     prefill, decode = (flags(p.command) for p in started[:2])
@@ -96,7 +97,10 @@ def test_options_reach_the_commands(pair):
         assert one["--served-model-name"] == ["m"] and one["--block-size"] == ["64"]
         assert one["--max-model-len"] == ["256"]
         transfer = one["--kv-transfer-config"][0]
-        assert transfer["kv_connector_extra_config"] == {"local_prefill": "count"}
+        assert transfer["kv_connector_extra_config"] == {
+            "local_prefill": "count",
+            "staged_prompts": 2,
+        }
     assert started[0].command[-2:] == ("--seed", "3")
     assert started[1].command[-1] == "--dtype=float32"
 
@@ -189,7 +193,7 @@ def test_two_stages_of_different_plans_are_refused(pair, tmp_path):
     "option",
     [
         {"prefill_replicas": 0}, {"decode_replicas": 0}, {"block_size": 0}, {"max_model_len": 0},
-        {"port": 0}, {"port": 65536}, {"start_seconds": 0}, {"local_prefill": "maybe"},
+        {"port": 0}, {"port": 65536}, {"start_seconds": 0}, {"local_prefill": "maybe"}, {"staged_prompts": 0},
     ],
     ids=str,
 )  # fmt: skip

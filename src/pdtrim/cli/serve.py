@@ -34,6 +34,10 @@ def serve(
         LocalPrefill,
         typer.Option(help="A prompt that reaches decode without its KV: refuse, or run and count."),
     ] = "refuse",
+    staged_prompts: Annotated[
+        int | None,
+        typer.Option(help="Longest prompts that wait coded for decode at once; 4 if not given."),
+    ] = None,
     prefill_arg: Annotated[
         list[str], typer.Option(help="One more argument of vLLM for prefill; give it again.")
     ] = [],  # noqa: B006
@@ -58,6 +62,7 @@ def serve(
         block_size=block_size,
         max_model_len=max_model_len,
         local_prefill=local_prefill,
+        staged_prompts=staged_prompts,
         prefill_args=tuple(prefill_arg),
         decode_args=tuple(decode_arg),
         start_seconds=start_seconds,

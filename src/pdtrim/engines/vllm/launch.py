@@ -48,6 +48,8 @@ class ServeConfig:
         block_size: tokens of an engine's page; the plan's if None, 32 if that is 1.
         local_prefill: what decode does with a prompt that did not come by handover: ``refuse`` it,
             or run it on its own blocks and ``count`` it.
+        staged_prompts: of a plan with codecs, how many of the longest prompts prefill holds for
+            decode at once; the connector's own number if None.
         prefill_args: more arguments of vLLM, for the prefill servers.
         start_seconds: how long the servers may take until they answer.
 
@@ -64,12 +66,14 @@ class ServeConfig:
     block_size: int | None = None
     max_model_len: int | None = None
     local_prefill: Literal["refuse", "count"] = "refuse"
+    staged_prompts: int | None = None
     prefill_args: tuple[str, ...] = ()
     decode_args: tuple[str, ...] = ()
     start_seconds: float = 900
 
     def __post_init__(self) -> None:
-        for option in ("prefill_replicas", "decode_replicas", "block_size", "max_model_len"):
+        counts = ("prefill_replicas", "decode_replicas", "block_size", "max_model_len")
+        for option in (*counts, "staged_prompts"):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise PdtrimError(f"{option} {value} must be at least 1")
@@ -240,12 +244,15 @@ def _server(
 
 
 def _transfer(config: ServeConfig, stage: Stage) -> dict[str, Any]:
+    extra: dict[str, Any] = {"local_prefill": config.local_prefill}
+    if config.staged_prompts is not None:
+        extra["staged_prompts"] = config.staged_prompts
     return {
         "kv_connector": "PDTrimConnector",
         "kv_connector_module_path": "pdtrim.engines.vllm.connector",
         "kv_role": ROLE_OF[stage],
         "kv_load_failure_policy": "fail",
-        "kv_connector_extra_config": {"local_prefill": config.local_prefill},
+        "kv_connector_extra_config": extra,
     }
 
 
