@@ -193,7 +193,8 @@ def test_two_stages_of_different_plans_are_refused(pair, tmp_path):
     "option",
     [
         {"prefill_replicas": 0}, {"decode_replicas": 0}, {"block_size": 0}, {"max_model_len": 0},
-        {"port": 0}, {"port": 65536}, {"start_seconds": 0}, {"local_prefill": "maybe"}, {"staged_prompts": 0},
+        {"port": 0}, {"port": 65536}, {"start_seconds": 0}, {"local_prefill": "maybe"},
+        {"staged_prompts": 0},
     ],
     ids=str,
 )  # fmt: skip
