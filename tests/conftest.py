@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,13 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers import tiny_model
 from pdtrim.models.loading import load_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c():
+    """A shell's background job ignores SIGINT, and so would all that the tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

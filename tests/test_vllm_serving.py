@@ -156,7 +156,10 @@ def test_only_handovers_are_served(servers):
         body["kv_transfer_params"] |= change
         assert post(second.url, body, request_id=request_id)[0] == 500
         assert words in second.log.read_text()
-    until(lambda: second.metric("pdtrim:refused_requests_total") == refused + 1 + len(changes))
+    nowhere = {"kv_transfer_params": {"do_remote_prefill": True}}
+    assert post(second.url, completion(prompt_of(40)) | nowhere)[0] == 500
+    until(lambda: second.metric("pdtrim:refused_requests_total") == refused + 2 + len(changes))
+    assert second.healthy()
     until(lambda: idle(first, second))
     assert second.metric("pdtrim:local_prefill_requests_total") == 0
 

@@ -1,8 +1,8 @@
-"""One handover after another: vLLM's own NIXL connector on the dense model, and ours on a pair.
+"""One handover after another: vLLM's own NIXL connector on the dense model, and ours on pairs.
 
-    python measure.py DENSE_MODEL PAIR -o result.json
+    python measure.py DENSE_MODEL PAIR... -o result.json
 
-Both pairs of servers run at once and take turns, prompt by prompt. Bytes, descriptors and times are
+All servers run at once and take turns, prompt by prompt. Bytes, descriptors and times are
 those of NIXL's own counters on the decode servers. Prompts are random token ids.
 """
 
@@ -24,6 +24,7 @@ COUNTERS = {
     "descriptors": "vllm:nixl_num_descriptors_sum",
     "post_s": "vllm:nixl_post_time_seconds_sum",
     "transfer_s": "vllm:nixl_xfer_time_seconds_sum",
+    "handover_s": "pdtrim:handover_seconds_sum",  # with polling and decoding; ours only
     "handovers": "vllm:nixl_bytes_transferred_count",
 }
 
@@ -38,7 +39,7 @@ def stock(process, model):
     settings = json.loads(words[at])
     del settings["kv_connector_module_path"], settings["kv_connector_extra_config"]
     words[at] = json.dumps(settings | {"kv_connector": "NixlConnector"})
-    return replace(process, name=f"stock {process.name}", command=tuple(words))
+    return replace(process, command=tuple(words))
 
 
 def post(url, body, request_id):
@@ -89,30 +90,35 @@ def measure(urls, lengths, repeats, vocab):
 
 
 def main():
-    """Start four servers and measure."""
+    """Start the servers and measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dense", type=Path)
-    parser.add_argument("pair", type=Path)
+    parser.add_argument("pairs", type=Path, nargs="+")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--lengths", default="128,512,1024,2048")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--vocab", type=int, default=1000)
     options = parser.parse_args()
     args = ("--enforce-eager",)
-    config = ServeConfig(
-        pair=options.pair, port=free_port(), name="m", prefill_args=args, decode_args=args
-    )
-    ours = processes(config, free_port=free_port)
-    theirs = processes(replace(config, port=free_port()), free_port=free_port)
-    theirs = [stock(theirs[0], options.dense), stock(theirs[1], options.dense)]
-    urls = {
-        "stock": (theirs[0].url, theirs[1].url),
-        "pdtrim": (ours[0].url, ours[1].url),
-    }
+    servers, urls = [], {}
+    for pair in (None, *options.pairs):
+        config = ServeConfig(
+            pair=pair or options.pairs[0],
+            port=free_port(),
+            name="m",
+            prefill_args=args,
+            decode_args=args,
+        )
+        made = processes(config, free_port=free_port)[:2]
+        if pair is None:
+            made = [stock(process, options.dense) for process in made]
+        name = pair.name if pair else "stock"
+        servers += [replace(process, name=f"{name} {process.name}") for process in made]
+        urls[name] = tuple(process.url for process in made)
     ready, stop = threading.Event(), threading.Event()
     runs = threading.Thread(
         target=serve,
-        args=([*theirs, *ours],),
+        args=(servers,),
         kwargs={
             "start_seconds": 900,
             "say": lambda text: ready.set(),

@@ -46,6 +46,10 @@ def handover_problem(params: Any, prompt_tokens: int, block_size: int) -> str | 
     return None
 
 
+def _is_addressed(params: dict[str, Any]) -> bool:
+    return all(params.get(key) is not None for key in (*WHERE, "remote_block_ids"))
+
+
 def _are_ids(values: Any) -> bool:
     return isinstance(values, Sequence) and all(type(v) is int and v >= 0 for v in values)
 
@@ -123,4 +127,7 @@ class Scheduler(NixlPullConnectorScheduler):
         self._refused.pop(request.request_id, None)
         self._local.discard(request.request_id)
         self._loaded.discard(request.request_id)
+        params = request.kv_transfer_params
+        if self._stage == "decode" and isinstance(params, dict) and not _is_addressed(params):
+            params["do_remote_prefill"] = False  # vLLM would look for prefill, to tell it
         return super().request_finished(request, block_ids)
