@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -155,6 +156,62 @@ class Gates(Frozen):
         return self.model_copy(update={"prefill_attention": attention, "prefill_mlp": mlp})
 
 
+class Width(Frozen):
+    """What a stage keeps of one block; the rest is cut out of its weights.
+
+    Attributes:
+        groups: KV heads by their dense index, ascending, each with all the query heads that read
+            it.
+        neurons: of the MLP, as a hexadecimal mask; its first bit is neuron 0.
+        biased: both output projections have a bias; its values are in the block's replacement.
+    """
+
+    groups: tuple[int, ...] = Field(min_length=1)
+    neurons: str = Field(pattern=r"^[0-9a-f]*[1-9a-f][0-9a-f]*$")
+    biased: bool = False
+
+    @field_validator("groups")
+    @classmethod
+    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if value[0] < 0 or any(a >= b for a, b in pairwise(value)):
+            raise ValueError("must be ascending head numbers, each once")
+        return value
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        groups: Iterable[int],
+        neurons: Iterable[int],
+        num_neurons: int,
+        biased: bool = False,
+    ) -> Width:
+        """From indices; ``num_neurons`` is the dense MLP's width."""
+        bits = ["0"] * (-(-num_neurons // 4) * 4)
+        for neuron in neurons:
+            bits[neuron] = "1"
+        digits = ("".join(bits[i : i + 4]) for i in range(0, len(bits), 4))
+        mask = "".join(f"{int(digit, 2):x}" for digit in digits)
+        return cls(groups=tuple(sorted(groups)), neurons=mask, biased=biased)
+
+    @property
+    def kept_neurons(self) -> tuple[int, ...]:
+        """Indices of the neurons that stay, ascending."""
+        bits = "".join(f"{int(digit, 16):04b}" for digit in self.neurons)
+        return tuple(i for i, bit in enumerate(bits) if bit == "1")
+
+
+class Widths(Frozen):
+    """The width of each layer in each stage; None is a whole block."""
+
+    prefill: tuple[Width | None, ...]
+    decode: tuple[Width | None, ...]
+
+    def of(self, stage: Stage) -> tuple[Width | None, ...]:
+        """One stage's."""
+        return self.prefill if stage == "prefill" else self.decode
+
+
 class LayerKV(Frozen):
     """Which prompt tokens of one layer travel, and in how many bits."""
 
@@ -221,6 +278,8 @@ class PrunePlan(Frozen):
         kv: one rule a layer, for the prompt tokens that prefill hands over (all but the last).
         block_size: tokens in a page of the decode engine; kept runs round outward to it. The
             simulator rounds in the same way. 1 is token-exact.
+        widths: None if all blocks are as wide as the dense model's. A KV head that decode keeps,
+            prefill keeps too: decode reads its pairs of the prompt.
     """
 
     schema_id: Literal["pdtrim.plan/1"] = Field(default="pdtrim.plan/1", alias="schema")
@@ -229,6 +288,7 @@ class PrunePlan(Frozen):
     kv: tuple[LayerKV, ...]
     replacements: tuple[Replacement, ...] = ()
     block_size: int = Field(default=1, ge=1, le=1024)
+    widths: Widths | None = None
     provenance: Provenance
 
     model_config = ConfigDict(
@@ -252,13 +312,53 @@ class PrunePlan(Frozen):
         places = [(item.stage, item.layer) for item in self.replacements]
         if len(set(places)) != len(places):
             raise ValueError("two replacements for one layer of a stage: give at most one")
+        self._check_widths()
         return self
+
+    def _check_widths(self) -> None:
+        for stage in STAGES if self.widths else ():
+            count = len(self.widths.of(stage)) if self.widths else 0
+            if count != self.model.num_layers:
+                raise ValueError(
+                    f"{stage} widths has {count} entries but the model has"
+                    f" {self.model.num_layers} layers"
+                )
+            for layer in range(self.model.num_layers):
+                width = self.width(stage, layer)
+                if width and width.groups[-1] >= self.model.num_kv_heads:
+                    raise ValueError(
+                        f"{stage} keeps KV head {width.groups[-1]} of layer {layer}, which does not"
+                        " exist"
+                    )
+        for layer in self.sent_layers:
+            extra = set(self.kv_heads("decode", layer)) - set(self.kv_heads("prefill", layer))
+            if extra:
+                raise ValueError(
+                    f"layer {layer}: decode keeps KV heads {sorted(extra)}, which prefill lost;"
+                    " keep them in prefill too"
+                )
+
+    def width(self, stage: Stage, layer: int) -> Width | None:
+        """The width of a layer in a stage; None is a whole block."""
+        return self.widths.of(stage)[layer] if self.widths else None
+
+    def kv_heads(self, stage: Stage, layer: int) -> tuple[int, ...]:
+        """Dense indices of the KV heads that a stage keeps of a layer."""
+        width = self.width(stage, layer)
+        return width.groups if width else tuple(range(self.model.num_kv_heads))
+
+    def sent_places(self, layer: int) -> tuple[int, ...]:
+        """Which of the heads that prefill keeps of a layer are sent: those that decode keeps."""
+        kept = self.kv_heads("prefill", layer)
+        return tuple(kept.index(head) for head in self.kv_heads("decode", layer))
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of everything that changes what runs; both checkpoints carry it."""
         data = self.model_dump(mode="json", by_alias=True, exclude={"provenance"})
         data["model"] = {"fingerprint": self.model.fingerprint}
+        if data["widths"] is None:
+            del data["widths"]  # so that plans from before there were widths keep their digest
         for item in data["replacements"]:
             del item["weights"]  # where a file lies changes nothing; its hash says what is in it
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,91 @@
+"""A model whose blocks are narrower: KV heads with their query heads, and MLP neurons, cut out.
+
+Cutting a head or a neuron out of the weights equals multiplying its output by zero. The slices are
+copies; every other weight is shared with the original.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pdtrim.errors import PlanError
+from pdtrim.models.model import Model
+from pdtrim.plan import Width
+
+
+def narrow_blocks(model: Model, widths: Mapping[int, Width]) -> Model:
+    """A copy of a dense model with narrower blocks at the dense layer indices named.
+
+    Raises:
+        PlanError: a head or a neuron that the block does not have.
+    """
+    touched = {id(model.block(layer).module) for layer in widths}
+    shared = {
+        id(part): part for part in (*model.network.parameters(), *model.network.buffers())
+    } | {id(layer): layer for layer in model.network.model.layers if id(layer) not in touched}
+    network = copy.deepcopy(model.network, shared)
+    for layer, width in widths.items():
+        narrow(network.model.layers[layer], width, head_dim=model.head_dim, layer=layer)
+    return Model(network, model.tokenizer, name=model.name, revision=model.revision)
+
+
+def narrow(block: Any, width: Width, *, head_dim: int, layer: int) -> None:
+    """Cut one transformers decoder layer to a width, in place.
+
+    Args:
+        layer: what an error calls it.
+
+    Raises:
+        PlanError: a head or a neuron that the block does not have.
+    """
+    attention, mlp = block.self_attn, block.mlp
+    k, q, gate = attention.k_proj, attention.q_proj, mlp.gate_proj
+    num_groups, num_neurons = k.out_features // head_dim, gate.out_features
+    neurons = width.kept_neurons
+    if width.groups[-1] >= num_groups or neurons[-1] >= num_neurons:
+        raise PlanError(
+            f"layer {layer} has {num_groups} KV heads and {num_neurons} MLP neurons: its width"
+            " names more"
+        )
+    kv_rows = channels(width.groups, head_dim)
+    q_rows = channels(width.groups, q.out_features // num_groups)
+    for name in ("k_proj", "v_proj"):
+        setattr(attention, name, _rows(getattr(attention, name), kv_rows))
+    attention.q_proj = _rows(q, q_rows)
+    attention.o_proj = _columns(attention.o_proj, q_rows, biased=width.biased)
+    rows = list(neurons)
+    mlp.gate_proj, mlp.up_proj = _rows(gate, rows), _rows(mlp.up_proj, rows)
+    mlp.down_proj = _columns(mlp.down_proj, rows, biased=width.biased)
+    mlp.intermediate_size = len(rows)
+
+
+def channels(units: Sequence[int], size: int) -> list[int]:
+    """Channels of units of equal size that lie one after the other."""
+    return [unit * size + i for unit in units for i in range(size)]
+
+
+def _rows(linear: nn.Linear, rows: list[int]) -> nn.Linear:
+    """The outputs named."""
+    return _linear(linear.weight[rows], None if linear.bias is None else linear.bias[rows])
+
+
+def _columns(linear: nn.Linear, columns: list[int], *, biased: bool) -> nn.Linear:
+    """The inputs named; a bias that is missing but wanted starts at 0."""
+    bias: Tensor | None = linear.bias
+    if biased and bias is None:
+        bias = torch.zeros_like(linear.weight[:, 0])
+    return _linear(linear.weight[:, columns], bias)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    outputs, inputs = weight.shape
+    made = nn.Linear(inputs, outputs, bias=bias is not None, device="meta", dtype=weight.dtype)
+    made.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return made
