@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from fake_view import SCALE, B, D, E, FakeView, G, H, R, fake_view
 from pdtrim.errors import PlanError
 from pdtrim.kv.selectors import (
+    H2O,
     SELECTORS,
     Duo,
     ExpectedAttention,
@@ -53,6 +54,8 @@ CASES: list[tuple[SelectorBase, int, int, float | None]] = [
     (SnapKV(first=0, window=1, share=0.33, pool=1, value_norm=True), 0, 1, 0.33),
     (Tova(share=0.3), 0, 1, 0.3),
     (Tova(share=0.01, first=4, last=7), 4, 7, 0.01),
+    (H2O(share=0.3), 0, 1, 0.3),
+    (H2O(share=0.33, recent=0.2), 0, 1, 0.33),
     (ExpectedAttention(share=0.4, horizon=16), 4, 0, 0.4),
     (ExpectedAttention(share=0.4, first=0, last=9, horizon=16, eps=0.01), 0, 9, 0.4),
     (Gate(weights=WEIGHTS, threshold=0.5, first=2, last=3), 2, 3, None),
@@ -113,6 +116,7 @@ def test_grain_and_needs() -> None:
     assert SnapKV().reads_queries and not SnapKV().reads_output
     assert SnapKV(value_norm=True).reads_output
     assert not Gate(weights=WEIGHTS, threshold=0).reads_queries
+    assert H2O().grain == "pair" and H2O().reads_queries and not H2O().reads_output
     assert Tova().reads_queries and LazyLayer().reads_queries and ExpectedAttention().reads_queries
 
 
@@ -332,6 +336,7 @@ def test_retrieval_score_takes_the_neediest_query_head() -> None:
         {"name": "lazy_layer", "tau": 1.5},
         {"name": "random", "seed": -1},
         {"name": "expected_attention", "horizon": 0},
+        {"name": "h2o", "recent": 1.1},
         {"name": "tova", "window": 3},
         {"name": "tova", "share": math.nan},
         {"name": "nothing"},

@@ -48,7 +48,10 @@ class SweepConfig:
 
 
 def default_policies(head_dim: int, tokens: int, num_layers: int) -> dict[str, str]:
-    """Family to policies, as ``family@name``; token counts are for prompts of ``tokens``."""
+    """Family to policies, as ``family@name``; token counts are for prompts of ``tokens``.
+
+    ``first_last`` at a compression is StreamingLLM's rule: it holds in every layer.
+    """
     policies = {}
     rotate = ",rotate=true" if head_dim & (head_dim - 1) == 0 else ""
     for name in ("int8", "int4", "k4v2", "int3", "int2"):
@@ -68,6 +71,7 @@ def default_policies(head_dim: int, tokens: int, num_layers: int) -> dict[str, s
         policies[f"random@{x}x"] = f"random:first=0,last=0,share={share}"
         policies[f"snapkv@{x}x"] = f"snapkv:share={share},window={window},value_norm=true"
         policies[f"tova@{x}x"] = f"tova:share={share},first=4"
+        policies[f"h2o@{x}x"] = f"h2o:share={share}"
         policies[f"expected_attention@{x}x"] = f"expected_attention:share={share}"
         policies[f"gate@{x}x"] = f"gate:share={share},last=16"
         policies[f"duo@{x}x"] = (

@@ -7,9 +7,17 @@ Grammar: ``SELECTOR[:option=value,...][+CODEC[:option=value,...]]``, for example
     first_last:first=4,last=60               in the layers where attention concentrates there
     first_last:first=4,last=60,layers=20     in the 20 layers where it concentrates most
     first_last:layers=all,last=124+k4v2      in every layer, keys in 4 bits and values in 2
+    streaming:share=0.2                      4 first tokens and the last ones, in every layer
+    streaming:last=1020                      the same with a window of so many tokens
     snapkv:share=0.25                        other selectors: every layer
     duo:share=0.3,last=60                    the 0.3 of all heads that need the middle stay whole
     gate:share=0.5                           a fitted linear gate that keeps half of the pairs
+
+``streaming`` is StreamingLLM (arXiv 2309.17453), which is ``first_last`` with ``first=4`` and
+``layers=all`` unless given. As in the paper the last tokens are so many, whatever the prompt;
+``share`` sets their number to what keeps that much of a calibration prompt. Different from the
+paper: the cut is made once, so the tokens that decode adds all stay, and keys keep the positions
+that they were rotated for, where the paper numbers those of the cache anew.
 
 Concentration is measured for each attention head: the share of what continuation tokens pay to the
 prompt that goes to the tokens a first/last rule keeps. A head is concentrated from ``cutoff`` on; a
@@ -22,6 +30,7 @@ D head width, L layers.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -49,6 +58,7 @@ from pdtrim.stage.view import BlockView
 HEADS_NEEDED = 0.5
 RIDGE = 1e-2
 FITTED = ("duo", "gate")  # selectors whose parameters come from calibration text
+STREAMING = "streaming"  # a name in the grammar only: the plan says first_last
 
 
 class KVRequest(Frozen):
@@ -57,7 +67,9 @@ class KVRequest(Frozen):
     Attributes:
         options: of the selector, as text.
         layers: which layers it applies to; the others send every token.
-        share: of duo's heads that stay whole, or of gate's pairs that travel.
+        share: of duo's heads that stay whole, of gate's pairs that travel, or of a calibration
+            prompt's tokens that streaming keeps.
+        fit_last: ``last`` follows from that share.
     """
 
     selector: str
@@ -65,6 +77,7 @@ class KVRequest(Frozen):
     layers: int | Literal["all", "auto"]
     cutoff: float = Field(default=0.8, gt=0, le=1)
     share: float = Field(default=0.5, ge=0, le=1)
+    fit_last: bool = False
     codec: Codec = Raw()
 
     @classmethod
@@ -76,8 +89,8 @@ class KVRequest(Frozen):
         """
         selector_text, _, codec_text = text.partition("+")
         name, _, rest = selector_text.partition(":")
-        if name not in SELECTORS:
-            known = ", ".join(SELECTORS)
+        if name not in SELECTORS and name != STREAMING:
+            known = ", ".join((*SELECTORS, STREAMING))
             raise PlanError(f"KV policy '{text}': unknown selector '{name}', use one of {known}")
         options: dict[str, str] = {}
         for item in filter(None, rest.split(",")):
@@ -85,7 +98,10 @@ class KVRequest(Frozen):
             if not equals:
                 raise PlanError(f"KV policy '{text}': '{item}' is not option=value")
             options[key] = value
-        own: dict[str, Any] = {"layers": options.pop("layers", _default_layers(name))}
+        own: dict[str, Any] = {}
+        if name == STREAMING:
+            name, options, own = _streaming(text, options)
+        own["layers"] = options.pop("layers", _default_layers(name))
         if own["layers"].isdecimal():
             own["layers"] = int(own["layers"])
         for key, takers in (("cutoff", ("first_last",)), ("share", FITTED)):
@@ -125,18 +141,26 @@ class KVRequest(Frozen):
         elif self.selector == "gate":
             selectors = self._gate(model, batch, trace)
         else:
-            selectors = [self.build()] * count
-        chosen = self._layers(model, batch, trace, block_size)
+            selectors = [self._window(batch) if self.fit_last else self.build()] * count
+        chosen = self._layers(model, batch, trace, block_size, selectors[0])
         return tuple(
             LayerKV(selector=selectors[i] if i in chosen else Full(), codec=self.codec)  # type: ignore[arg-type]
             for i in range(count)
         )
 
-    def _layers(self, model: Model, batch: Batch, trace: Trace, block_size: int) -> set[int]:
+    def _window(self, batch: Batch) -> SelectorBase:
+        plain = self.build()
+        assert isinstance(plain, FirstLast)
+        handed_over = batch.prompt_BP.shape[1] - 1
+        kept = math.ceil(self.share * handed_over - 1e-9)  # as shares of other selectors round
+        return self.build(last=max(1, kept - plain.first))
+
+    def _layers(
+        self, model: Model, batch: Batch, trace: Trace, block_size: int, selector: SelectorBase
+    ) -> set[int]:
         if self.layers == "all":
             return set(range(model.num_layers))
-        rule = self.build() if self.selector == "first_last" else FirstLast()
-        assert isinstance(rule, FirstLast)
+        rule = selector if isinstance(selector, FirstLast) else FirstLast()
         mass_LH = concentration(model, batch, trace, rule, block_size=block_size)
         heads_L = (mass_LH >= self.cutoff).double().mean(1)
         if self.layers == "auto":
@@ -174,6 +198,16 @@ _PLACEHOLDER: dict[str, dict[str, Any]] = {
     "duo": {"full_heads": ()},
     "gate": {"weights": "AAAAAA==", "threshold": 0.0},
 }
+
+
+def _streaming(text: str, options: dict[str, str]) -> tuple[str, dict[str, str], dict[str, Any]]:
+    """The selector that ``streaming`` stands for, its options, and the request's own fields."""
+    options = {"first": "4", "layers": "all", **options}
+    if "last" not in options:
+        return "first_last", options, {"fit_last": True, "share": options.pop("share", "0.5")}
+    if "share" in options:
+        raise PlanError(f"KV policy '{text}': give share or last, not both")
+    return "first_last", options, {}
 
 
 def _default_layers(selector: str) -> str:

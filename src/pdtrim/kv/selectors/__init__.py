@@ -12,13 +12,14 @@ from pdtrim.kv.selectors.expected_attention import ExpectedAttention
 from pdtrim.kv.selectors.first_last import FirstLast
 from pdtrim.kv.selectors.full import Full
 from pdtrim.kv.selectors.gate import Gate
+from pdtrim.kv.selectors.h2o import H2O
 from pdtrim.kv.selectors.lazy_layer import LazyLayer
 from pdtrim.kv.selectors.random import Random
 from pdtrim.kv.selectors.snapkv import SnapKV
 from pdtrim.kv.selectors.tova import Tova
 
 Selector = Annotated[
-    Full | FirstLast | Random | LazyLayer | Duo | SnapKV | Tova | ExpectedAttention | Gate,
+    Full | FirstLast | Random | LazyLayer | Duo | SnapKV | Tova | H2O | ExpectedAttention | Gate,
     Field(discriminator="name"),
 ]
 """Any selector, as a plan writes it: ``{"name": ..., parameters}``."""
@@ -31,11 +32,13 @@ SELECTORS: dict[str, type[SelectorBase]] = {
     "duo": Duo,
     "snapkv": SnapKV,
     "tova": Tova,
+    "h2o": H2O,
     "expected_attention": ExpectedAttention,
     "gate": Gate,
 }
 
 __all__ = [
+    "H2O",
     "SELECTORS",
     "Duo",
     "ExpectedAttention",
