@@ -26,7 +26,6 @@ from baselines_naive import (
     text_of,
 )
 from helpers import reference_logits, tiny_model
-from pdtrim.methods import Target
 from pdtrim.methods.baselines import (
     SLEB,
     UIDL,
@@ -42,6 +41,7 @@ from pdtrim.methods.baselines.shortened import taylor_salience, taylor_scores
 from pdtrim.methods.baselines.shortgpt import block_influence
 from pdtrim.methods.baselines.uidl import angular_distance, best_run
 from pdtrim.plan import Gates
+from pdtrim.search.goal import Goal
 
 
 @pytest.fixture(scope="module")
@@ -283,9 +283,8 @@ def test_evopress_finds_the_state_of_least_kl(model, calibration):
     plan = plan_of(EvoPress(starts=6), model, calibration, 3, 3)
     assert plan.gates == pruned(best, best)
     assert plan.provenance.search_kl == pytest.approx(losses[best], rel=1e-3)
-    target = Target(prefill_remove=8, decode_remove=8, mode="unified")
-    assert paper_generations(target, 32) == 128
-    assert paper_generations(Target(prefill_remove=2, decode_remove=8, mode="subset"), 32) == 168
+    assert paper_generations(Goal.blocks(32, decode=8), 32) == 128  # unified: prefill follows
+    assert paper_generations(Goal.blocks(32, prefill=2, decode=8), 32) == 168
 
 
 def test_evopress_starts_and_breeds_by_its_seed(model, calibration):

@@ -6,12 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers import random_batch, tiny_config, tiny_model
+from baselines_naive import ALL, flatten
+from helpers import make_plan, random_batch, tiny_config, tiny_model
 from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
 from pdtrim.kv.policy import HandoverPolicy
+from pdtrim.kv.selectors import SnapKV
 from pdtrim.methods import Paper, PDTrim, Target
-from pdtrim.plan import STAGES, Gates
+from pdtrim.methods.baselines import UIDL
+from pdtrim.plan import STAGES, Gates, LayerKV
+from pdtrim.progress import silent
 from pdtrim.search.anneal import Annealing, random_state, swap
 from pdtrim.search.goal import Goal, attention_share
 from pdtrim.search.greedy import greedy
@@ -19,7 +23,7 @@ from pdtrim.search.latency import measure_latency
 from pdtrim.search.objective import Objective, first_difference
 from pdtrim.search.one_shot import one_shot
 from pdtrim.search.state import Removal
-from pdtrim.stage.cost import Lengths, stage_flops
+from pdtrim.stage.cost import Lengths, removed_parameters, stage_flops
 
 LENGTHS = Lengths(prompt=40, continuation=20)
 
@@ -37,14 +41,14 @@ def calibration_of(model, rows=4):
 
 
 def goals_of(model, grain, mode):
-    config = model.config
     sizes = [100.0 * (1 + layer % 3) for layer in range(6)]
-    flops = Goal.flops(config, LENGTHS, prefill_share=0.2, decode_share=0.4, grain=grain, mode=mode)
-    units = range(len(flops.decode_U))
+    units = range(6 if grain == "block" else 12)
     seconds = {stage: [1.0 + (7 * u) % 5 for u in units] for stage in STAGES}
+    shares = {"prefill_share": 0.2, "decode_share": 0.4, "grain": grain, "mode": mode}
     return {
         "blocks": Goal.blocks(6, prefill=1, decode=2, grain=grain, attention=0.4),
-        "flops": flops,
+        "parameters": Goal.parameters(model, **shares),
+        "flops": Goal.flops(model.config, LENGTHS, **shares),
         "kv_bytes": Goal.kv_bytes(sizes, share=0.4, grain=grain),
         "latency": Goal.latency(seconds, prefill_share=0.2, decode_share=0.4),
     }
@@ -141,8 +145,117 @@ def test_operations_saved_are_at_least_those_asked_for(model, grain, mode):
         assert goal.prefill_U[last] == 0  # nothing reads prefill's last block
 
 
+SNAP = (LayerKV(selector=SnapKV(window=3)),) * 6
+
+
+def removed_by(model, state, rules=None):
+    return removed_parameters(model, make_plan(model, state.gates.without_dead_work(), rules))
+
+
+@pytest.mark.parametrize("rules", [None, SNAP], ids=["full", "snapkv"])
+@pytest.mark.parametrize("grain", ["block", "part"])
+@pytest.mark.parametrize("mode", ["projected", "subset", "unified"])
+def test_parameters_saved_are_those_asked_for_and_less_than_a_unit_more(model, mode, grain, rules):
+    """Where only one stage loses something; where both do, prefill may save more."""
+    dense = Removal(num_layers=6, mode=mode, grain=grain)
+    policy = None if rules is None else HandoverPolicy(rules=rules)
+    rng, how = random.Random(2), {"grain": grain, "mode": mode, "policy": policy}
+    unit = max(removed_by(model, dense.remove("decode", u))["decode"] for u in (0, 1))
+    for _ in range(12):
+        share = rng.uniform(0.05, 0.7)
+        goal = Goal.parameters(model, decode_share=share, **how)
+        removed = removed_by(model, random_state(dense, goal, rng), rules)
+        assert share * (1 - 1e-9) <= removed["decode"] < share + unit
+        if (mode, grain) == ("unified", "block"):
+            assert removed["prefill"] >= share * (1 - 1e-9)
+        both = Goal.parameters(model, prefill_share=share / 2, decode_share=share, **how)
+        if mode != "unified":
+            state = random_state(dense, both, rng)
+            assert both.met(state) or (mode, grain) == ("subset", "part")
+            if both.met(state):
+                assert removed_by(model, state, rules)["prefill"] >= share / 2 * (1 - 1e-9)
+        if mode == "projected":
+            alone = (removed_by(model, dense.remove("prefill", u), rules) for u in (0, 1))
+            most = max(removed["prefill"] for removed in alone)
+            goal = Goal.parameters(model, prefill_share=most * 3.3, **how)
+            removed = removed_by(model, random_state(dense, goal, rng), rules)
+            assert most * 3.3 * (1 - 1e-9) <= removed["prefill"] < most * 4.3
+            assert removed["decode"] == 0
+
+
+def test_in_mode_subset_prefill_can_lose_every_block_that_decode_loses(model):
+    goal = Goal.parameters(model, prefill_share=0.3, decode_share=0.3, mode="subset")
+    last = frozenset({4, 5})
+    state = Removal(num_layers=6, mode="subset", prefill=last, decode=last)
+    assert goal.met(state) and not goal.met(state.restore("prefill", 5))
+    assert goal.prefill_U[5] == goal.prefill_U[0] == goal.decode_U[0]
+
+
+@pytest.mark.parametrize("name", [*ALL, "paper", "pdtrim"])
+def test_each_method_meets_shares_of_the_parameters(model, name):
+    text = calibration_of(model)
+    method = {**ALL, "paper": Paper(), "pdtrim": PDTrim(annealing=Annealing(steps=6))}[name]
+    modes = {"paper": ("subset",), "pdtrim": ("projected", "subset", "unified")}
+    for mode in modes.get(name, getattr(method, "modes", ())):
+        for prefill, decode in ((0.3, 0.3), (0.15, 0.3)):
+            if (mode == "unified") != (prefill == decode):
+                continue
+            shares = {"prefill_share": prefill, "decode_share": decode}
+            plan = method.plan(model, text, Target(metric="parameters", mode=mode, **shares))
+            removed = removed_parameters(model, plan)
+            assert decode <= removed["decode"] < decode + 1 / 6
+            if (mode, name) != ("unified", "blockpruner"):  # of parts, prefill may hold fewer
+                assert removed["prefill"] >= prefill
+            if name == "uidl":
+                gone = [i for i, on in enumerate(plan.gates.decode_mlp) if not on]
+                assert gone in ([i, i + 1] for i in range(5))
+
+
+def test_prefills_run_passes_by_a_last_block_that_saves_nothing(model):
+    flat = flatten(flatten(tiny_model("llama", layers=6), 5), 2, scale=0.1)  # 5 turns least, then 2
+    shares = {"metric": "parameters", "prefill_share": 0.1}
+    plan = UIDL().plan(flat, calibration_of(flat), Target(mode="projected", **shares))
+    assert removed_parameters(flat, plan)["prefill"] >= 0.1
+    assert plan.gates == Gates.removing(6, prefill={2}).without_dead_work()
+    counted = UIDL().plan(flat, calibration_of(flat), Target(mode="projected", prefill_remove=1))
+    assert counted.gates == Gates.dense(6).without_dead_work()
+
+
+def test_a_run_grows_until_it_saves_enough(model):
+    goal = Goal(prefill_U=(0.0,) * 6, decode_U=(2.0, 1.0, 1.0, 2.0, 1.0, 1.0), decode_needed=4.0)
+    assert goal.least("decode") == 2  # but no two neighbours save 4
+    chosen = UIDL().choose(
+        model, random_batch(model), Target(), goal, progress=silent, journal=None
+    )
+    first = min(chosen.state.decode)
+    assert goal.met(chosen.state) and chosen.state.decode == {first, first + 1, first + 2}
+
+
+def test_shares_that_a_method_cannot_reach_are_refused(model):
+    text, shares = calibration_of(model), {"metric": "parameters", "mode": "unified"}
+    most = Target(prefill_share=0.8, decode_share=0.8, **shares)
+    with pytest.raises(PlanError, match=r"'sleb' protects the first 1 .* so 4 can go, not 5"):
+        ALL["sleb"].plan(model, text, most)
+    more = Target(metric="parameters", mode="subset", prefill_share=0.5, decode_share=0.1)
+    refusals = {
+        "shortgpt": "prefill removes .*, which decode keeps",
+        "blockpruner": "no units in mode 'subset' .* ask for less of prefill",
+        "paper": "prefill cannot lose more blocks than decode",
+    }
+    for name, words in refusals.items():
+        method = ALL.get(name, Paper())
+        with pytest.raises(PlanError, match=words) as error:
+            method.plan(model, text, more)
+        assert "\n" not in str(error.value)
+    short = random_batch(model, rows=2, prompt=1, new=6)
+    bare = Calibration(search=short, rerank=short, fit=short, source="x", hash="0" * 64)
+    alone = Target(metric="parameters", mode="projected", prefill_share=0.1)
+    with pytest.raises(PlanError, match="prompts of 1 token"):
+        ALL["shortgpt"].plan(model, bare, alone)
+
+
 @pytest.mark.parametrize("search", [greedy, one_shot])
-@pytest.mark.parametrize("name", ["blocks", "flops", "kv_bytes", "latency"])
+@pytest.mark.parametrize("name", ["blocks", "parameters", "flops", "kv_bytes", "latency"])
 def test_searches_meet_each_goal_and_no_more(model, name, search):
     goal = goals_of(model, "part", "projected")[name]
     objective = Objective(model, random_batch(model, rows=2))
@@ -208,6 +321,11 @@ def test_the_method_plans_by_each_metric(model, metric, prefill):
         (Target(prefill_share=0.2), "give no shares"),
         (Target(metric="flops", prefill_remove=1), "goes by shares"),
         (Target(metric="flops", decode_share=1.0), "below 1"),
+        (Target(metric="parameters", decode_remove=1), "goes by shares"),
+        (
+            Target(metric="parameters", mode="unified", prefill_share=0.1, decode_share=0.2),
+            "ask the same of both",
+        ),
         (Target(metric="kv_bytes", prefill_share=0.2), "decode's share only"),
     ],
 )

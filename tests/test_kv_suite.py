@@ -16,7 +16,8 @@ from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.kv.selectors import Random, SnapKV
 from pdtrim.models.loading import load_model
-from pdtrim.plan import Gates, LayerKV
+from pdtrim.models.narrow import narrow_blocks
+from pdtrim.plan import Gates, LayerKV, Width
 from pdtrim.stage.forward import Batch, Pair
 
 LAYERS = 4
@@ -151,22 +152,22 @@ def test_an_answer_made_without_the_needle_is_found_without_it_only(model, probe
 class Watched(HandoverPolicy):
     """Remembers what selectors were shown."""
 
-    seen: list[tuple[int, ...]] = []  # noqa: RUF012
+    shapes: list[tuple[int, ...]] = []  # noqa: RUF012
 
     def keep(self, layer, view):
-        self.seen.append(tuple(view.k_BGND.shape))
+        self.shapes.append(tuple(view.k_BGND.shape))
         return super().keep(layer, view)
 
 
 @pytest.mark.parametrize("hidden", [False, True])
 def test_a_selector_sees_the_question_only_where_it_is_visible(model, probes, hidden):
-    Watched.seen = []
+    Watched.shapes = []
     scores(model, probes, Watched(rules=WHOLE), hidden=hidden)
     lengths = {c - 1 if hidden else c + q - 1 for c, q, _ in SHAPES}
-    assert {shape[2] for shape in Watched.seen} == lengths
+    assert {shape[2] for shape in Watched.shapes} == lengths
     # 6 rows as 4 and 2, 5 as 4 and 1, and one alone: batched, and each seen by every layer
-    assert sum(shape[0] for shape in Watched.seen) == LAYERS * len(SHAPES)
-    assert len(Watched.seen) == LAYERS * 5
+    assert sum(shape[0] for shape in Watched.shapes) == LAYERS * len(SHAPES)
+    assert len(Watched.shapes) == LAYERS * 5
 
 
 @pytest.mark.parametrize("hidden", [False, True])
@@ -216,9 +217,9 @@ def test_the_begin_token_opens_each_prompt(model, probes, tiny_folder):
         found = scores(other, probes, ENDS, hidden=hidden)
         assert found == expected(model, probes, "ends", hidden=hidden, begin=(1,))
     assert sum(scores(model, said)) < len(said)  # without it these are other prompts
-    Watched.seen = []
+    Watched.shapes = []
     scores(other, probes, Watched(rules=WHOLE))
-    assert {shape[2] for shape in Watched.seen} == {c + q for c, q, _ in SHAPES}
+    assert {shape[2] for shape in Watched.shapes} == {c + q for c, q, _ in SHAPES}
 
 
 def probe_of(context="w1 w2 w3", question=" w4", answer=" w5 w6") -> Probe:
@@ -308,7 +309,7 @@ def test_the_suite_end_to_end(letters):
         def __exit__(self, *error):
             return None
 
-    Watched.seen = []
+    Watched.shapes = []
     policies = {"ends": ENDS, "random": HandoverPolicy(rules=(LayerKV(selector=Random()),) * 4)}
     policies["watched"] = Watched(rules=WHOLE)
     result = run_suite(Pair.dense(letters), DENSE, policies, config, Bar)
@@ -322,7 +323,7 @@ def test_the_suite_end_to_end(letters):
         for key, hits_n in result.hits[name].items():
             assert hits_n.shape == (3,) and row[key] == hits_n.mean()
     # visible prompts of at most 200 tokens come first, one of which decode reads
-    seen = [N for B, _, N, _ in Watched.seen for _ in range(B)]
+    seen = [N for B, _, N, _ in Watched.shapes for _ in range(B)]
     visible, hidden = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     assert len(hidden) == 2 * 3 * LAYERS
     assert 150 < max(visible) < 200 and max(hidden) < min(visible)
@@ -342,6 +343,18 @@ def test_shares_count_the_layers_that_hand_over(letters):
     ends = 2 * one - 1
     assert 0 < ends < 0.05
     assert two == pytest.approx((2 * ends + 1) / 3)
+
+
+def test_the_reference_sends_the_heads_that_decode_has(letters):
+    width = Width.of(groups=[1], neurons=range(8), num_neurons=8)
+    width = width.model_copy(update={"neurons": "f" * (letters.config.intermediate_size // 4)})
+    pair = Pair(prefill=letters, decode=narrow_blocks(letters, {1: width}))
+    places = (None, (1,), None, None)
+    sent = HandoverPolicy(rules=(LayerKV(),) * LAYERS, places=places)
+    found = run_suite(
+        pair, DENSE, {"it": sent}, KvSuiteConfig(tasks=("needle",), probes=2, tokens=200)
+    )
+    assert found["it"] == found["full"]
 
 
 def test_a_reference_that_drops_is_refused(letters):

@@ -10,13 +10,14 @@ from helpers import make_plan, random_batch, tiny_model
 from pdtrim.cli import app
 from pdtrim.distill.job import DistillConfig
 from pdtrim.distill.merge import MergeConfig
+from pdtrim.errors import PlanError
 from pdtrim.evaluate.quality import Variant, measure_quality
 from pdtrim.export import export, load_pair
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods.sets import SetRule
 from pdtrim.methods.training import Training, pairs_of, save_trained, train_plan, with_slot
 from pdtrim.models.replacements import save_blocks
-from pdtrim.plan import Gates, LayerKV, PrunePlan
+from pdtrim.plan import Gates, LayerKV, PrunePlan, Width, Widths
 from pdtrim.repair.apply import repair
 from pdtrim.stage.replaced import pair_of
 
@@ -116,3 +117,12 @@ def test_the_verb_writes_a_plan_that_evaluates(tiny_folder, tiny_text, tmp_path)
     assert PrunePlan.load(out).digest == found["digest"]
     assert not list(tmp_path.glob("*.training*"))
     assert run(app, ["distill", plan, "-o", plan, "--text", str(tiny_text)]).exit_code != 0
+
+
+def test_narrower_blocks_are_refused(setting):
+    model, plan, text, rest = setting
+    width = Width(groups=(0,), neurons="f" * (model.config.intermediate_size // 4))
+    row = (width, *[None] * (model.num_layers - 1))
+    narrow = plan.model_copy(update={"widths": Widths(prefill=row, decode=row)})
+    with pytest.raises(PlanError, match="distil a plan without narrower blocks"):
+        train_plan(narrow, model, text, rest, Training())

@@ -44,10 +44,11 @@ def connect(receiver):
 def layers_of(layout, keep=None):
     """Random pairs for each layer; ``keep`` says which where the plan does not."""
     generator = torch.Generator().manual_seed(1)
-    G, N, D = layout.num_kv_heads, layout.tokens, layout.head_dim
+    N, D = layout.tokens, layout.head_dim
     sent = {}
     for entry in layout.entries:
         keep_GN = keep if entry.static_GN is None else entry.static_GN
+        G = entry.num_heads
         k, v = (torch.randn(1, G, N, D, generator=generator).to(layout.dtype) for _ in "kv")
         view = type("View", (), {"k_BGND": k, "v_BGND": v})
         sent[entry.layer] = SentLayer(keep_GN=keep_GN, groups=gather(view, keep_GN[None]))

@@ -21,7 +21,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 
 from pdtrim.errors import PlanError
 from pdtrim.kv.codecs import Codec, Raw
-from pdtrim.kv.selectors import Full, Selector
+from pdtrim.kv.selectors import Duo, Full, Gate, Selector
 from pdtrim.records import Frozen, first_problem
 
 MAX_PLAN_BYTES = 16 * 2**20
@@ -316,8 +316,10 @@ class PrunePlan(Frozen):
         return self
 
     def _check_widths(self) -> None:
-        for stage in STAGES if self.widths else ():
-            count = len(self.widths.of(stage)) if self.widths else 0
+        if self.widths is None:
+            return
+        for stage in STAGES:
+            count = len(self.widths.of(stage))
             if count != self.model.num_layers:
                 raise ValueError(
                     f"{stage} widths has {count} entries but the model has"
@@ -336,6 +338,12 @@ class PrunePlan(Frozen):
                 raise ValueError(
                     f"layer {layer}: decode keeps KV heads {sorted(extra)}, which prefill lost;"
                     " keep them in prefill too"
+                )
+            selector, kept = self.kv[layer].selector, len(self.kv_heads("decode", layer))
+            if isinstance(selector, Duo | Gate) and kept < self.model.num_kv_heads:
+                raise ValueError(
+                    f"layer {layer}: '{selector.name}' numbers all {self.model.num_kv_heads} KV"
+                    f" heads, but decode keeps {kept}: use another selector there"
                 )
 
     def width(self, stage: Stage, layer: int) -> Width | None:

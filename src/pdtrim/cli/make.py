@@ -13,7 +13,7 @@ from pdtrim.errors import PdtrimError
 
 app = typer.Typer()
 
-Metric = Literal["blocks", "flops", "kv_bytes", "latency"]
+Metric = Literal["blocks", "parameters", "flops", "kv_bytes", "latency"]
 Grain = Literal["block", "part"]
 Search = Literal["one_shot", "greedy", "anneal", "evolution", "hybrid"]
 Repair = Literal["best", "none"]

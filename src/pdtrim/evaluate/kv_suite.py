@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -177,7 +177,8 @@ def run_suite(
         PdtrimError: a policy named ``full`` that is not, or as :func:`retrieval_scores`.
     """
     config = config or KvSuiteConfig()
-    full = HandoverPolicy.full(gates.num_layers)
+    places = next((policy.places for policy in policies.values()), ())
+    full = replace(HandoverPolicy.full(gates.num_layers), places=places)
     if policies.get(REFERENCE, full).rules != full.rules:
         raise PdtrimError(f"the policy named '{REFERENCE}' must keep every pair in every layer raw")
     policies = {REFERENCE: full, **policies}

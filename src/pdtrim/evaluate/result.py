@@ -137,7 +137,8 @@ def make_row(
     full = HandoverPolicy.full(model.num_layers)
     gates = plan.gates if plan else dense_gates
     policy = HandoverPolicy.of(plan) if plan else full
-    prefill, decode = stage_flops(model.config, gates, policy, lengths)
+    widths = plan.widths if plan else None
+    prefill, decode = stage_flops(model.config, gates, policy, lengths, widths=widths)
     dense_prefill, dense_decode = stage_flops(model.config, dense_gates, full, lengths)
     return Row(
         name=name,

@@ -17,6 +17,8 @@ absent if the plan and the token count already tell. The *data* are the codec's 
 each group of heads that keep equally many tokens, in the order of the group's first head; a codec
 of variable length writes a u32 length before each piece.
 
+The KV heads of a layer are those that decode has; what prefill makes beside them stays there.
+
 The plan bounds every size, so the receiver checks each length before it allocates; a length that a
 peer claims is never trusted.
 
@@ -35,7 +37,7 @@ from pdtrim.errors import WireError
 from pdtrim.kv.codecs import CodecBase
 from pdtrim.kv.policy import HeadGroup, partition
 from pdtrim.kv.selectors import StaticSelector
-from pdtrim.plan import LayerKV, PrunePlan
+from pdtrim.plan import PrunePlan
 
 MAGIC = b"PDTRIMKV"
 VERSION = 1
@@ -70,11 +72,13 @@ class Entry:
     """What a layer may take in a frame.
 
     Attributes:
+        num_heads: KV heads that travel.
         static_GN: the pairs that travel, where plan and token count tell; else None.
         data_bytes: exact if ``exact``, else the most.
     """
 
     layer: int
+    num_heads: int
     codec: CodecBase
     mask_rows: int
     mask_bytes: int
@@ -94,24 +98,18 @@ class Layout:
     digest: bytes
     dtype: torch.dtype
     tokens: int
-    num_kv_heads: int
     head_dim: int
     entries: tuple[Entry, ...]
 
     @classmethod
     def of(cls, plan: PrunePlan, dtype: torch.dtype, tokens: int) -> Layout:
         """The layout of a handover of ``tokens`` prompt tokens."""
-        heads, width = plan.model.num_kv_heads, plan.model.head_dim
-        entries = tuple(
-            _entry(layer, plan.kv[layer], plan.block_size, heads, tokens, width, dtype)
-            for layer in plan.sent_layers
-        )
+        entries = tuple(_entry(plan, layer, tokens, dtype) for layer in plan.sent_layers)
         return cls(
             digest=bytes.fromhex(plan.digest),
             dtype=dtype,
             tokens=tokens,
-            num_kv_heads=heads,
-            head_dim=width,
+            head_dim=plan.model.head_dim,
             entries=entries,
         )
 
@@ -271,24 +269,19 @@ def unpack_mask(data: Tensor, heads: int, tokens: int) -> Tensor:
     return bits[:, :tokens]
 
 
-def _entry(
-    layer: int,
-    rule: LayerKV,
-    block_size: int,
-    heads: int,
-    tokens: int,
-    width: int,
-    dtype: torch.dtype,
-) -> Entry:
+def _entry(plan: PrunePlan, layer: int, tokens: int, dtype: torch.dtype) -> Entry:
+    rule, width = plan.kv[layer], plan.model.head_dim
+    heads = len(plan.kv_heads("decode", layer))
     static_GN, mask_rows = None, {"static": 0, "token": 1, "pair": heads}[rule.selector.grain]
     if isinstance(rule.selector, StaticSelector):
-        static_GN = rule.selector.static_keep(heads, tokens, block_size=block_size)
+        static_GN = rule.selector.static_keep(heads, tokens, block_size=plan.block_size)
         data_bytes = data_bytes_of(rule.codec, static_GN, width, dtype)
     else:  # the most that any choice can take
         whole = torch.ones(heads, tokens, dtype=torch.bool)
         data_bytes = data_bytes_of(rule.codec, whole, width, dtype) + _slack(rule.codec, heads)
     return Entry(
         layer=layer,
+        num_heads=heads,
         codec=rule.codec,
         mask_rows=mask_rows,
         mask_bytes=mask_rows * -(-tokens // 8),

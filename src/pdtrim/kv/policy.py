@@ -22,24 +22,39 @@ from pdtrim.plan import LayerKV, PrunePlan
 
 @dataclass(frozen=True, kw_only=True)
 class HandoverPolicy:
-    """One rule a layer and the page size they round to."""
+    """One rule a layer, the page size they round to, and the heads that they are for.
+
+    Attributes:
+        places: of the KV heads that prefill makes of a layer, those that travel, because decode
+            has them too; None is all, and so is an empty tuple for all layers.
+    """
 
     rules: tuple[LayerKV, ...]
     block_size: int = 1
+    places: tuple[tuple[int, ...] | None, ...] = ()
 
     @classmethod
     def of(cls, plan: PrunePlan) -> HandoverPolicy:
         """The policy of a plan."""
-        return cls(rules=plan.kv, block_size=plan.block_size)
+        return cls(rules=plan.kv, block_size=plan.block_size, places=_places(plan))
 
     @classmethod
     def full(cls, num_layers: int) -> HandoverPolicy:
         """Everything travels."""
         return cls(rules=(LayerKV(),) * num_layers)
 
+    def seen(self, layer: int, view: LayerView) -> LayerView:
+        """A layer as its rule sees it: without the KV heads that decode does not have."""
+        places = self.places[layer] if self.places else None
+        return view if places is None else view.heads(places)
+
     def keep(self, layer: int, view: LayerView) -> Tensor:
-        """Which pairs of a layer travel, bool ``[B, G, N]``."""
-        return self.rules[layer].selector.keep(view, block_size=self.block_size)
+        """Which pairs of a layer travel, bool ``[B, G, N]``; its heads are those of :meth:`seen`.
+
+        Args:
+            view: with all heads that prefill makes.
+        """
+        return self.rules[layer].selector.keep(self.seen(layer, view), block_size=self.block_size)
 
     def share(self, layer: int, heads: int, tokens: int) -> float:
         """Share of a layer's pairs that travel; 1, the most, where each prompt decides anew."""
@@ -50,11 +65,23 @@ class HandoverPolicy:
         return float(keep_GN.double().mean())
 
 
+def _places(plan: PrunePlan) -> tuple[tuple[int, ...] | None, ...]:
+    if plan.widths is None:
+        return ()
+    places: list[tuple[int, ...] | None] = [None] * plan.model.num_layers
+    for layer in plan.sent_layers:
+        sent = plan.sent_places(layer)
+        if len(sent) < len(plan.kv_heads("prefill", layer)):
+            places[layer] = sent
+    return tuple(places)
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadGroup:
     """KV heads of a layer that keep equally many tokens in every row.
 
     Attributes:
+        heads: their numbers among those of the layer that travel.
         k_BgMD, v_BgMD: kept pairs in token order.
         positions_BgM: their absolute positions.
         padded_BM: True behind a row's last kept token; None if no row is shorter.
@@ -117,11 +144,11 @@ def padding(counts_B: Tensor, longest: int) -> Tensor | None:
 
 def hand_over(policy: HandoverPolicy, layer: int, view: LayerView) -> list[HeadGroup]:
     """What decode sees of a layer: the kept pairs, through the codec and back."""
-    rule = policy.rules[layer]
+    rule, seen = policy.rules[layer], policy.seen(layer, view)
     if isinstance(rule.selector, Full):
-        groups = [whole(view)]
+        groups = [whole(seen)]
     else:
-        groups = gather(view, policy.keep(layer, view))
+        groups = gather(seen, policy.keep(layer, view))
     return [through(rule.codec, group) for group in groups]
 
 

@@ -6,6 +6,7 @@ width, W the last tokens of the prompt. Query head h belongs to KV head ``h // (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -33,3 +34,6 @@ class LayerView(Protocol):
 
     def output_weight(self) -> Tensor:
         """The output projection by query head, ``[H, D, E]``: what a value adds to the stream."""
+
+    def heads(self, places: Sequence[int]) -> LayerView:
+        """The same layer with some of its KV heads, in that order, and their query heads only."""

@@ -101,7 +101,7 @@ def read_answer(link: socket.socket) -> None:
 
 
 def _read_layer(link: socket.socket, entry: Entry, data_bytes: int, layout: Layout) -> SentLayer:
-    G, N = layout.num_kv_heads, layout.tokens
+    G, N = entry.num_heads, layout.tokens
     if entry.static_GN is None:
         mask = torch.empty(entry.mask_bytes, dtype=torch.uint8)
         _fill_all(link, mask.numpy())

@@ -22,6 +22,7 @@ from pdtrim.plan import (
     PrunePlan,
     Replacement,
     Stage,
+    Widths,
 )
 from pdtrim.progress import Progress, silent
 from pdtrim.repair.apply import Blocks
@@ -31,7 +32,7 @@ from pdtrim.search.state import Grain
 from pdtrim.versions import versions
 
 Search = Literal["one_shot", "greedy", "anneal", "evolution", "hybrid"]
-Metric = Literal["blocks", "flops", "kv_bytes", "latency"]
+Metric = Literal["blocks", "parameters", "flops", "kv_bytes", "latency"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,9 @@ class Target:
         metric: what is counted (``search/goal.py``); all but ``blocks`` go by the shares.
         repair: ``best`` corrects kept blocks for what was cut, in closed form and where held-out
             text says that it helps; their weights then go with the plan.
-        prefill_share, decode_share: shares of each stage's operations or time that it must save;
-            with ``kv_bytes``, decode's is the share of the handover's bytes, and prefill has none.
+        prefill_share, decode_share: shares of its blocks' parameters, its operations or its time
+            that each stage must save; with ``kv_bytes``, decode's is the share of the handover's
+            bytes, and prefill has none.
     """
 
     prefill_remove: int = 0
@@ -108,6 +110,7 @@ class Found:
 
     Attributes:
         repair, blocks: what was done to kept blocks, in words, and their weights by stage.
+        widths: of blocks that were made narrower; ``blocks`` then holds their biases.
     """
 
     gates: Gates
@@ -116,6 +119,7 @@ class Found:
     kl: float | None = None
     repair: str = "none"
     blocks: Blocks = field(default_factory=dict)
+    widths: Widths | None = None
 
 
 class Method(ABC):
@@ -134,7 +138,7 @@ class Method(ABC):
         progress: Progress,
         journal: Journal | None,
     ) -> Found:
-        """Find gates and a KV policy."""
+        """Find gates and a KV policy, and perhaps widths."""
 
     def plan(
         self,
@@ -150,44 +154,51 @@ class Method(ABC):
 
         Args:
             output: where the plan is to be written, with repaired blocks in a folder beside it;
-                None writes nothing, and then nothing can be repaired.
+                None writes nothing, and then no block can have other weights.
             journal: a file in which the search's measurements are kept, and from which a search
                 that was interrupted goes on.
 
         Raises:
-            PlanError: the target cannot be met, or the journal belongs to another search.
+            PlanError: the target cannot be met, the journal belongs to another search, or there
+                are weights to be written and no place.
         """
         target.check(model)
-        if target.repair != "none" and output is None:
-            raise PlanError("a repair makes weights that go with the plan: say where it is written")
+        if target.repair != "none":
+            _need_place(output, "a repair")
         started = time.perf_counter()
         record = None
         if journal is not None:
             record = Journal(journal, self._search_hash(model, calibration, target))
         found = self.search(model, calibration, target, progress=progress, journal=record)
         replaced: tuple[Replacement, ...] = ()
-        if output is not None and any(found.blocks.values()):
-            name = f"{output.stem}.blocks"
+        if any(found.blocks.values()):
+            place = _need_place(output, f"method '{self.name}'")
+            name = f"{place.stem}.blocks"
             stands_for = merged_layers(found.gates)
-            replaced = save_blocks(found.blocks, stands_for, output.parent, name)
-        plan = PrunePlan(
-            model=model.ref,
-            gates=found.gates,
-            kv=found.kv,
-            replacements=replaced,
-            block_size=target.block_size,
-            provenance=Provenance(
-                method=self.name,
-                mode=target.mode,
-                seed=target.seed,
-                calibration=calibration.source,
-                calibration_hash=calibration.hash,
-                search_block_tokens=found.block_tokens,
-                search_kl=found.kl,
-                repair=found.repair,
-                wall_s=round(time.perf_counter() - started, 3),
-                versions=versions(),
-            ),
+            replaced = save_blocks(found.blocks, stands_for, place.parent, name)
+        provenance = Provenance(
+            method=self.name,
+            mode=target.mode,
+            seed=target.seed,
+            calibration=calibration.source,
+            calibration_hash=calibration.hash,
+            search_block_tokens=found.block_tokens,
+            search_kl=found.kl,
+            repair=found.repair,
+            wall_s=round(time.perf_counter() - started, 3),
+            versions=versions(),
+        )
+        plan = PrunePlan.from_json(
+            {
+                "model": model.ref,
+                "gates": found.gates,
+                "kv": found.kv,
+                "replacements": replaced,
+                "block_size": target.block_size,
+                "widths": found.widths,
+                "provenance": provenance,
+            },
+            source=f"method '{self.name}'",
         )
         if output is not None:
             plan.save(output)
@@ -208,3 +219,10 @@ class Method(ABC):
             versions(),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _need_place(output: Path | None, what: str) -> Path:
+    """Where the plan goes, which weights go with."""
+    if output is None:
+        raise PlanError(f"{what} makes weights that go with the plan: say where it is written")
+    return output

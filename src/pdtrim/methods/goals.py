@@ -70,6 +70,15 @@ def _goal(
     if target.metric == "kv_bytes":
         sizes = layer_bytes(model, calibration, policy)
         return Goal.kv_bytes(sizes, share=target.decode_share, grain=target.grain)
+    if target.metric == "parameters":
+        return Goal.parameters(
+            model,
+            prefill_share=0.0 if target.mode == "unified" else target.prefill_share,
+            decode_share=target.decode_share,
+            grain=target.grain,
+            mode=target.mode,
+            policy=policy,
+        )
     if target.metric == "flops":
         return Goal.flops(
             model.config,

@@ -23,7 +23,9 @@ from dataclasses import dataclass, field
 
 from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
+from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods.base import Found, Method, Target
+from pdtrim.methods.goals import goal_of
 from pdtrim.methods.sets import similarity
 from pdtrim.models.model import Model
 from pdtrim.plan import Stage
@@ -62,7 +64,7 @@ class Paper(Method):
         """See the module's docstring."""
         if target.mode != "subset":
             raise PlanError("method 'paper' knows mode 'subset' only: use --mode subset")
-        if (target.metric, target.grain) != ("blocks", "block"):
+        if target.metric not in ("blocks", "parameters") or target.grain != "block":
             raise PlanError("method 'paper' counts whole blocks only: use method 'pdtrim'")
         sample = calibration.search[:KV_SEQUENCES]
         rules = resolve_policy(
@@ -76,9 +78,10 @@ class Paper(Method):
         objective = Objective(
             model, calibration.search, loss=cosine_loss, budget=target.budget, journal=journal
         )
-        goal = Goal.blocks(
-            model.num_layers, prefill=target.prefill_remove, decode=target.decode_remove
-        )
+        policy = HandoverPolicy(rules=rules, block_size=target.block_size)
+        goal = goal_of(target, model, calibration, policy)
+        if goal.least("prefill") > goal.least("decode"):
+            raise PlanError("method 'paper': prefill cannot lose more blocks than decode")
         rng = random.Random(target.seed)
         try:
             current = objective.measure(Removal(num_layers=model.num_layers, mode="subset"))

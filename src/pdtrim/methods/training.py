@@ -16,6 +16,7 @@ import torch
 from pdtrim.distill.job import DistillConfig
 from pdtrim.distill.merge import MergeConfig, Merged, merge
 from pdtrim.distill.train import Distilled, distill
+from pdtrim.errors import PlanError
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods.sets import SetRule, merges, similarity
 from pdtrim.models.model import Model
@@ -78,8 +79,10 @@ def train_plan(
         checkpoint: a file from which an interrupted training goes on.
 
     Raises:
-        PlanError: nothing to train, or the checkpoint is not of this run.
+        PlanError: nothing to train, narrower blocks, or the checkpoint is not of this run.
     """
+    if plan.widths is not None:
+        raise PlanError("training knows whole blocks only: distil a plan without narrower blocks")
     pair = pair_of(plan, model, folder)
     before: Blocks = load_blocks(plan, model, folder) if folder else {}
     gates, merged = plan.gates, []

@@ -5,12 +5,13 @@ Blocks that the stage runs anything of get the slots 0, 1, ... in order; the con
 ``pdtrim`` holds the stage, the plan, its digest and each slot's dense layer. If all slots are whole
 blocks it is a plain checkpoint that transformers loads. Otherwise its model type is
 ``pdtrim_<family>``, which transformers does not know: loaded as a plain model it would get random
-weights for the parts that are missing.
+weights for the parts that are missing, and the config has no word for a width of each layer.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,25 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pdtrim.errors import ModelError, PlanError
+from pdtrim.errors import ModelError, PdtrimError, PlanError
 from pdtrim.models.families import family_of
 from pdtrim.models.loading import quiet
 from pdtrim.models.model import Model
-from pdtrim.plan import MAX_PLAN_BYTES, PrunePlan, Stage
+from pdtrim.models.narrow import narrow
+from pdtrim.plan import MAX_PLAN_BYTES, Gates, LayerKV, PrunePlan, Stage
 
 WEIGHTS = "model.safetensors"
 PREFIX = "pdtrim_"
 
 
 def save_stage(model: Model, plan: PrunePlan, stage: Stage, folder: Path) -> None:
-    """Write one stage of a dense model."""
+    """Write one stage of a plan.
+
+    Args:
+        model: what the stage runs (``stage/replaced.py``), with all of the dense model's layers.
+    """
     layers = plan.gates.layers(stage)
-    kept = {layer: _parts(model.config, plan, stage, layer) for layer in layers}
+    kept = {layer: held_parts(model.config, plan.gates, plan.kv, stage, layer) for layer in layers}
     tensors = _stage_tensors(model, kept)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -55,7 +61,7 @@ def load_stage(folder: str | Path, stage: Stage, *, device: str = "cpu") -> tupl
 
     Raises:
         ModelError: not such a folder, the other stage's, or weights that do not fit the plan.
-        PlanError: the plan inside is invalid or its digest wrong.
+        PlanError: the plan inside is invalid, its digest wrong, or a width beyond the model's.
     """
     folder = Path(folder)
     data, plan = read_stage_config(folder, stage)
@@ -70,12 +76,13 @@ def load_stage(folder: str | Path, stage: Stage, *, device: str = "cpu") -> tupl
             family_of(config)
             with torch.device("meta"):
                 network = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            _narrow_slots(network, plan, stage)
             tensors = load_file(folder / WEIGHTS)
             _fill(network, tensors, _expected_missing(network, plan, stage), folder)
             tokenizer = None
             if any(folder.glob("tokenizer*")):
                 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except ModelError:
+        except PdtrimError:
             raise
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ModelError(f"cannot load {folder}: {str(error).splitlines()[0]}") from error
@@ -112,14 +119,20 @@ def read_stage_config(folder: Path, stage: Stage) -> tuple[dict[str, Any], Prune
     return data, plan
 
 
-def _parts(config: PreTrainedConfig, plan: PrunePlan, stage: Stage, layer: int) -> tuple[str, ...]:
-    """Names of the submodules that a stage needs of a layer."""
-    attention, mlp = plan.gates.of(stage)
-    sends = stage == "prefill" and layer in plan.sent_layers
+def held_parts(
+    config: PreTrainedConfig, gates: Gates, rules: Sequence[LayerKV], stage: Stage, layer: int
+) -> tuple[str, ...]:
+    """Names of the submodules that a stage's checkpoint holds of a layer.
+
+    Args:
+        rules: of all layers; a selector may need more of a layer than its gates do.
+    """
+    attention, mlp = gates.of(stage)
+    sends = stage == "prefill" and gates.decode_attention[layer]
     return family_of(config).parts(
         attention=attention[layer],
         mlp=mlp[layer],
-        selector=plan.kv[layer].selector if sends else None,
+        selector=rules[layer].selector if sends else None,
     )
 
 
@@ -151,7 +164,9 @@ def _stage_config(model: Model, plan: PrunePlan, stage: Stage) -> dict[str, Any]
         config["max_window_layers"] = min(config["max_window_layers"], len(layers))
     config["architectures"] = [type(model.network).__name__]
     config["dtype"] = str(model.dtype).removeprefix("torch.")
-    if any(attention[i] not in ("full", True) or not mlp[i] for i in layers):
+    if any(
+        attention[i] not in ("full", True) or not mlp[i] or plan.width(stage, i) for i in layers
+    ):
         config["model_type"] = PREFIX + config["model_type"]
         config["architectures"] = ["PDTrim" + config["architectures"][0]]
     config["pdtrim"] = {
@@ -163,11 +178,22 @@ def _stage_config(model: Model, plan: PrunePlan, stage: Stage) -> dict[str, Any]
     return config
 
 
+def _narrow_slots(network: Any, plan: PrunePlan, stage: Stage) -> None:
+    """Make each slot as narrow as its layer, so that the checkpoint's tensors fit."""
+    config = network.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for slot, layer in enumerate(plan.gates.layers(stage)):
+        width = plan.width(stage, layer)
+        if width is not None:
+            narrow(network.model.layers[slot], width, head_dim=head_dim, layer=layer)
+
+
 def _expected_missing(network: PreTrainedModel, plan: PrunePlan, stage: Stage) -> set[str]:
     """Parameters that the stage's checkpoint leaves out."""
     missing = {"lm_head.weight"} if network.config.tie_word_embeddings else set()
     for slot, layer in enumerate(plan.gates.layers(stage)):
-        parts = tuple(f"{p}." for p in _parts(network.config, plan, stage, layer))
+        held = held_parts(network.config, plan.gates, plan.kv, stage, layer)
+        parts = tuple(f"{p}." for p in held)
         for name, _ in network.model.layers[slot].named_parameters():
             if not name.startswith(parts):
                 missing.add(f"model.layers.{slot}.{name}")

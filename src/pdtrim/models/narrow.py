@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pdtrim.errors import PlanError
 from pdtrim.models.model import Model
-from pdtrim.plan import Width
+from pdtrim.plan import PrunePlan, Stage, Width
 
 
 def narrow_blocks(model: Model, widths: Mapping[int, Width]) -> Model:
@@ -32,6 +32,34 @@ def narrow_blocks(model: Model, widths: Mapping[int, Width]) -> Model:
     for layer, width in widths.items():
         narrow(network.model.layers[layer], width, head_dim=model.head_dim, layer=layer)
     return Model(network, model.tokenizer, name=model.name, revision=model.revision)
+
+
+def narrow_stage(model: Model, plan: PrunePlan, stage: Stage) -> Model:
+    """A dense model as narrow as a plan has it in one stage; the model itself if nothing is.
+
+    Raises:
+        PlanError: a width names a head or a neuron that the model does not have.
+    """
+    layers = range(model.num_layers)
+    widths = {i: width for i in layers if (width := plan.width(stage, i)) is not None}
+    return narrow_blocks(model, widths) if widths else model
+
+
+def outline(model: Model, layer: int, width: Width | None) -> Any:
+    """A dense block at a width, on the meta device: names and shapes, but no numbers.
+
+    Raises:
+        PlanError: a head or a neuron that the block does not have.
+    """
+    module = model.block(layer).module
+    bare = {
+        id(part): nn.Parameter(torch.empty_like(part, device="meta"), requires_grad=False)
+        for part in module.parameters()
+    }
+    block = copy.deepcopy(module, bare)
+    if width is not None:
+        narrow(block, width, head_dim=model.head_dim, layer=layer)
+    return block
 
 
 def narrow(block: Any, width: Width, *, head_dim: int, layer: int) -> None:

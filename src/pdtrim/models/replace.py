@@ -14,7 +14,7 @@ Weights = dict[str, Tensor]
 
 
 def swap_blocks(model: Model, blocks: Mapping[int, Weights]) -> Model:
-    """A copy of a dense model with other weights in the blocks named.
+    """A copy of a model of all layers with other weights in the blocks named.
 
     Args:
         blocks: by dense layer index; parameters that are left out stay shared with ``model``.

@@ -13,9 +13,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
 from pdtrim.errors import PlanError
 from pdtrim.models.model import Model
+from pdtrim.models.narrow import outline
 from pdtrim.models.replace import Weights
 from pdtrim.plan import PrunePlan, Replacement, Stage
 
@@ -65,7 +67,8 @@ def load_blocks(plan: PrunePlan, model: Model, folder: Path) -> dict[Stage, dict
     """Read a plan's replaced blocks, by stage and dense layer index.
 
     Args:
-        model: the plan's dense model; it says what parameters a block can have.
+        model: the plan's dense model; with the plan's widths it says what parameters a block
+            can have.
         folder: the plan file's.
 
     Raises:
@@ -73,13 +76,13 @@ def load_blocks(plan: PrunePlan, model: Model, folder: Path) -> dict[Stage, dict
     """
     blocks: dict[Stage, dict[int, Weights]] = {"prefill": {}, "decode": {}}
     for item in plan.replacements:
-        blocks[item.stage][item.layer] = _read(item, model, folder)
+        block = outline(model, item.layer, plan.width(item.stage, item.layer))
+        blocks[item.stage][item.layer] = _read(item, dict(block.named_parameters()), model, folder)
     return blocks
 
 
-def _read(item: Replacement, model: Model, folder: Path) -> Weights:
-    dense = dict(model.block(item.layer).module.named_parameters())
-    largest = HEADER_BYTES + sum(4 * part.numel() for part in dense.values())
+def _read(item: Replacement, expected: Mapping[str, Tensor], model: Model, folder: Path) -> Weights:
+    largest = HEADER_BYTES + sum(4 * part.numel() for part in expected.values())
     try:
         data = _bytes(folder, item.weights, largest)
     except (OSError, ValueError) as error:
@@ -93,7 +96,8 @@ def _read(item: Replacement, model: Model, folder: Path) -> Weights:
     except (SafetensorError, ValueError, KeyError) as error:
         raise PlanError(f"'{item.weights}' is no safetensors file: {error}") from error
     for name, part in weights.items():
-        if name not in dense or part.shape != dense[name].shape or not part.is_floating_point():
+        fits = name in expected and part.shape == expected[name].shape
+        if not fits or not part.is_floating_point():
             raise PlanError(
                 f"'{item.weights}' does not fit layer {item.layer} of '{model.name}':"
                 f" see '{name}', {part.dtype} {tuple(part.shape)}"

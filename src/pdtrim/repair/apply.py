@@ -125,9 +125,14 @@ def best_repair(
     held_out: Batch,
     kinds: Mapping[Stage, Sequence[Kind]] = KINDS,
     *,
+    pair: Pair | None = None,
     ridge: float = RIDGE,
 ) -> Repaired:
-    """Choose each stage's repair, prefill's first; no repair is a choice too, and wins a tie."""
+    """Choose each stage's repair, prefill's first; no repair is a choice too, and wins a tie.
+
+    Args:
+        pair: what the stages run; None is the dense model in both roles.
+    """
     held_out = held_out.to(model.device)
     parts = [held_out[i : i + ROWS] for i in range(0, len(held_out), ROWS)]
     teachers = [Teacher.of(model, part) for part in parts]
@@ -139,7 +144,7 @@ def best_repair(
         ]
         return float(torch.cat(kl_B).mean())
 
-    pair = Pair.dense(model)
+    pair = pair or Pair.dense(model)
     kl = measure(pair)
     best: dict[Stage, Kind] = {}
     blocks: Blocks = {"prefill": {}, "decode": {}}

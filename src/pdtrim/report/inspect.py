@@ -11,12 +11,14 @@ from pdtrim.kv.frame import Layout
 from pdtrim.models.loading import DTYPES
 from pdtrim.plan import STAGES, LayerKV, PrunePlan
 
+PARTS = ("KV heads", "neurons")
 ATTENTION = {"full": ("A", "green"), "kv": ("k", "yellow"), "off": ("·", "bright_black")}
 
 
 def picture(plan: PrunePlan, *, prompt_tokens: int = 512) -> RenderableType:
     """The plan as a rich renderable; bytes are for a prompt of ``prompt_tokens`` in bf16."""
-    return Group(_head(plan), _blocks(plan), _legend(), _handover(plan, prompt_tokens))
+    narrow = [] if plan.widths is None else [_widths(plan)]
+    return Group(_head(plan), _blocks(plan), _legend(), *narrow, _handover(plan, prompt_tokens))
 
 
 def _head(plan: PrunePlan) -> Text:
@@ -74,6 +76,24 @@ def _legend() -> Text:
         "\nA attention runs   k only its keys and values   M MLP runs   · nothing"
         "\n↓ every prompt token travels   ⇣ a selection\n"
     )
+
+
+def _widths(plan: PrunePlan) -> Table:
+    """What each stage keeps of its narrower layers; of a layer that it does not run, a dot."""
+    table = Table(box=None, pad_edge=False, title="kept of narrower blocks", title_justify="left")
+    for name in ("layer", *(f"{stage} {part}" for stage in STAGES for part in PARTS)):
+        table.add_column(name, justify="right")
+    for layer in range(plan.model.num_layers):
+        if not any(plan.width(stage, layer) for stage in STAGES):
+            continue
+        row = [str(layer)]
+        for stage in STAGES:
+            width, runs = plan.width(stage, layer), layer in plan.gates.layers(stage)
+            neurons = str(len(width.kept_neurons)) if width else "all"
+            heads = f"{len(plan.kv_heads(stage, layer))} of {plan.model.num_kv_heads}"
+            row += [heads, neurons] if runs else ["·", "·"]
+        table.add_row(*row)
+    return table
 
 
 def _handover(plan: PrunePlan, prompt_tokens: int) -> Text:

@@ -69,7 +69,8 @@ class PrefillProcess:
             for row, tokens in enumerate(prompts):
                 own = view.row(row, len(tokens))
                 keep_BGN = self.policy.keep(layer, own)
-                caches[row][layer] = SentLayer(keep_GN=keep_BGN[0], groups=gather(own, keep_BGN))
+                groups = gather(self.policy.seen(layer, own), keep_BGN)
+                caches[row][layer] = SentLayer(keep_GN=keep_BGN[0], groups=groups)
         return caches
 
     def ship(self, layout: Layout, request: bytes, layers: dict[int, SentLayer], port: int) -> int:

@@ -1,4 +1,4 @@
-"""What each stage must lose, in blocks, operations, KV bytes or seconds.
+"""What each stage must lose, in blocks, parameters, operations, KV bytes or seconds.
 
 Every unit of a stage has a saving, and a stage's goal is a needed sum of savings. Where all savings
 are equal this is a count of blocks.
@@ -9,15 +9,16 @@ Shapes: U units of a stage, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
 from pdtrim.kv.policy import HandoverPolicy
-from pdtrim.plan import Mode, Stage
+from pdtrim.models.model import Model
+from pdtrim.plan import Gates, Mode, Stage
 from pdtrim.search.state import Grain, Removal
-from pdtrim.stage.cost import Lengths, stage_flops
+from pdtrim.stage.cost import Lengths, block_parameters, stage_flops
 
 SEARCH_ORDER: tuple[Stage, ...] = ("decode", "prefill")
 """Decode first: it is the sensitive stage, and in mode ``subset`` prefill's set lies in its."""
@@ -44,8 +45,12 @@ class Goal:
 
     def missing(self, state: Removal, stage: Stage) -> float:
         """What a stage must still save; 0 where the goal is reached."""
+        return self.lacking(state.of(stage), stage)
+
+    def lacking(self, units: Iterable[int], stage: Stage) -> float:
+        """The same for a set of a stage's units."""
         savings, needed = self.savings(stage), self.needed(stage)
-        missing = needed - math.fsum(savings[unit] for unit in state.of(stage))
+        missing = needed - math.fsum(savings[unit] for unit in units)
         return missing if missing > ROUNDING * needed else 0.0
 
     def met(self, state: Removal) -> bool:
@@ -123,36 +128,84 @@ class Goal:
     ) -> Goal:
         """Shares of each stage's operations in blocks, the head left out.
 
-        A unit saves what the stage does less without it alone. Prefill work that nothing reads
-        saves nothing; in mode ``projected`` an attention that prefill skips still makes keys and
-        values. What a state really saves is never less than the sum, and more where both stages
-        lose a unit.
+        A unit saves what the stage does less without it alone; in mode ``subset``, without it in
+        both stages. Prefill work that nothing reads saves nothing; in mode ``projected`` an
+        attention that prefill skips still makes keys and values. What a state really saves is
+        never less than the sum, and more where both stages lose a unit.
         """
         num_layers = config.num_hidden_layers
         policy = policy or HandoverPolicy.full(num_layers)
-        dense = Removal(num_layers=num_layers, mode=mode, grain=grain)
 
-        def cost(state: Removal) -> dict[Stage, float]:
-            gates = state.gates.without_dead_work()
+        def cost(gates: Gates) -> dict[Stage, float]:
             prefill, decode = stage_flops(config, gates, policy, lengths)
             return {"prefill": prefill, "decode": decode}
 
-        def saving(stage: Stage, unit: int) -> float:
-            before = dense
-            if stage == "prefill" and mode == "subset":
-                before = dense.remove("decode", unit)  # else prefill may not lose it
-            return cost(before)[stage] - cost(before.remove(stage, unit))[stage]
+        dense = Removal(num_layers=num_layers, mode=mode, grain=grain)
+        return cls._shares(dense, cost, prefill_share=prefill_share, decode_share=decode_share)
 
+    @classmethod
+    def parameters(
+        cls,
+        model: Model,
+        *,
+        prefill_share: float = 0.0,
+        decode_share: float = 0.0,
+        grain: Grain = "block",
+        mode: Mode = "projected",
+        policy: HandoverPolicy | None = None,
+    ) -> Goal:
+        """Shares of the blocks' parameters in each stage's checkpoint.
+
+        Units save as with :meth:`flops`; the shares are those that ``stage/cost.py:
+        removed_parameters`` counts. In mode ``unified`` prefill has none: it loses what decode
+        does, which may be a little more or less of what it holds, as it ends with the keys and
+        values of its last block.
+
+        Args:
+            policy: its selectors may keep parameters of attentions that prefill skips.
+        """
+        rules = (policy or HandoverPolicy.full(model.num_layers)).rules
+
+        def cost(gates: Gates) -> dict[Stage, float]:
+            held = block_parameters(model, gates, rules)
+            return {"prefill": float(held["prefill"]), "decode": float(held["decode"])}
+
+        dense = Removal(num_layers=model.num_layers, mode=mode, grain=grain)
+        return cls._shares(dense, cost, prefill_share=prefill_share, decode_share=decode_share)
+
+    @classmethod
+    def _shares(
+        cls,
+        dense: Removal,
+        cost_of: Callable[[Gates], dict[Stage, float]],
+        *,
+        prefill_share: float,
+        decode_share: float,
+    ) -> Goal:
+        """Shares of a cost that is known for each stage under any gates.
+
+        What the cost is without any unit, such as that of the head, cannot be saved and is left
+        out.
+        """
         units = frozenset(range(dense.num_units))
-        nothing = Removal(
-            num_layers=num_layers, mode=mode, grain=grain, prefill=units, decode=units
-        )
-        whole, head = cost(dense), cost(nothing)
+
+        def cost(state: Removal) -> dict[Stage, float]:
+            return cost_of(state.gates.without_dead_work())
+
+        def saving(stage: Stage, unit: int) -> float:
+            before = start = dense
+            if stage == "prefill" and dense.mode == "subset":
+                before = dense.remove("decode", unit)  # else prefill may not lose it
+            if dense.grain == "part":
+                start = before  # a part at the end takes others along, which count for themselves
+            return cost(start)[stage] - cost(before.remove(stage, unit))[stage]
+
+        whole, rest = cost(dense), cost(replace(dense, prefill=units, decode=units))
         return cls(
-            prefill_U=tuple(saving("prefill", unit) for unit in range(dense.num_units)),
-            decode_U=tuple(saving("decode", unit) for unit in range(dense.num_units)),
-            prefill_needed=prefill_share * (whole["prefill"] - head["prefill"]),
-            decode_needed=decode_share * (whole["decode"] - head["decode"]),
+            prefill_U=tuple(saving("prefill", unit) for unit in sorted(units)),
+            decode_U=tuple(saving("decode", unit) for unit in sorted(units)),
+            prefill_needed=prefill_share * (whole["prefill"] - rest["prefill"]),
+            decode_needed=decode_share * (whole["decode"] - rest["decode"]),
         )
 
     @classmethod

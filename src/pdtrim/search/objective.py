@@ -89,6 +89,8 @@ class Objective:
     """Mean loss of a state under prefill/decode inference; lower is better.
 
     Args:
+        model: the dense model, which the loss compares with.
+        pair: what candidates are cut out of; None is the dense model in both stages.
         policy: KV policy that candidates are measured under; None is full.
         budget: block-tokens it may spend, None for no limit. The dense pass counts.
         journal: where evaluations are written, and from which an earlier run's are taken. Those
@@ -106,12 +108,14 @@ class Objective:
         batch: Batch,
         *,
         loss: LossMaker = kl_loss,
+        pair: Pair | None = None,
         policy: HandoverPolicy | None = None,
         budget: int | None = None,
         journal: Journal | None = None,
     ) -> None:
         batch = batch.to(model.device)
-        self.pair = Pair.dense(model)
+        self.model = model
+        self.pair = pair or Pair.dense(model)
         self.policy = policy or HandoverPolicy.full(model.num_layers)
         rows = min(ROWS, -(-len(batch) // PARTS))
         self.batches = [batch[i : i + rows] for i in range(0, len(batch), rows)]

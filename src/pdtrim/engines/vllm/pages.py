@@ -68,7 +68,9 @@ def is_coded(plan: PrunePlan) -> bool:
 
 
 def check_servable(plan: PrunePlan, block_size: int) -> None:
-    """Raise PlanError unless pages of this size can carry the plan's KV policy."""
+    """Raise PlanError unless vLLM has the plan's blocks, and pages of this size carry its KV."""
+    if plan.widths is not None:
+        raise PlanError("vLLM stages need whole blocks: run the pair with 'pdtrim generate'")
     for layer in plan.sent_layers:
         rule = plan.kv[layer]
         if not isinstance(rule.selector, Full | FirstLast):

@@ -1,4 +1,4 @@
-"""What the baselines share: modes, counts, grains and budgets.
+"""What the baselines share: modes, counts or shares, grains and budgets.
 
 * Mode ``unified``, their default: blocks are ranked on all tokens for one model in both stages.
 * Mode ``subset``: the same ranking; decode loses as many as it must, prefill those of them that
@@ -102,7 +102,8 @@ class Baseline(Method):
             progress=progress,
             journal=journal,
         )
-        goal = goal_of(target, model, calibration, HandoverPolicy.full(model.num_layers))
+        policy = HandoverPolicy(rules=rules, block_size=target.block_size)
+        goal = goal_of(target, model, calibration, policy)
         state = dense_state(model, target)
         chosen = Chosen(state=state, block_tokens=0)
         if not goal.met(state):
@@ -114,6 +115,11 @@ class Baseline(Method):
                     f"a budget of {target.budget} block-tokens does not reach the end of method"
                     f" '{self.name}': give more, fewer blocks to remove, or less calibration text"
                 ) from error
+        if not goal.met(chosen.state):
+            raise PlanError(
+                f"method '{self.name}' finds no units in mode '{target.mode}' that save what both"
+                " stages must: ask for less of prefill, or use --mode unified"
+            )
         return Found(
             gates=chosen.state.gates.without_dead_work(),
             kv=rules,
@@ -128,8 +134,11 @@ class Baseline(Method):
                 f"method '{self.name}' cannot rank a block for one stage alone: use --mode"
                 f" {' or '.join(self.modes)}"
             )
-        if target.metric != "blocks":
-            raise PlanError(f"method '{self.name}' counts blocks: use --metric blocks")
+        if target.metric not in ("blocks", "parameters"):
+            raise PlanError(
+                f"method '{self.name}' counts blocks or parameters: use --metric blocks or"
+                " parameters"
+            )
         if target.repair != "none":
             raise PlanError(f"method '{self.name}' repairs nothing: use method 'pdtrim'")
         if target.grain in self.grains:

@@ -16,13 +16,14 @@ by doubling, where the paper's grow from 2048 tokens to 32768; the KL is that of
 over the dense model's likeliest tokens and a bucket for the rest (``calibration/teacher.py``).
 
 Grain ``block`` ties a block's attention and MLP. With grain ``part`` the paper removes as many
-attentions as MLPs; here any units go that together are worth the blocks asked for. In modes
+attentions as MLPs; here any units go that together are worth what is asked for. In modes
 ``subset`` and ``projected`` both stages' sets evolve together, in ``subset`` prefill's inside
 decode's. A budget that ends the generations early is no error, as long as one state is measured.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -42,10 +43,13 @@ from pdtrim.stage.forward import Batch
 SWAPS = 1.5  # swaps that a state has, for each generation of the authors' runs
 
 
-def paper_generations(target: Target, num_layers: int) -> int:
-    """About k (n - k) / 1.5, summed over the stages that are searched; at least 1."""
-    stages = ("decode",) if target.mode == "unified" else STAGES
-    counts = [target.remove(stage) for stage in stages]
+def paper_generations(goal: Goal, num_layers: int) -> int:
+    """About k (n - k) / 1.5, summed over the stages that are searched; at least 1.
+
+    k is the goal in blocks, as if all were worth the same.
+    """
+    whole = {stage: math.fsum(goal.savings(stage)) for stage in STAGES}
+    counts = [num_layers * goal.needed(stage) / whole[stage] for stage in STAGES if whole[stage]]
     return max(1, round(sum(k * (num_layers - k) for k in counts) / SWAPS))
 
 
@@ -74,7 +78,7 @@ class EvoPress(Baseline):
         """See the module's docstring."""
         generations = self.generations
         if generations is None:
-            generations = paper_generations(target, model.num_layers)
+            generations = paper_generations(goal, model.num_layers)
         config = Evolution(
             starts=self.starts,
             offspring=self.offspring,

@@ -14,6 +14,7 @@ from pdtrim.progress import Progress
 from pdtrim.search.goal import SEARCH_ORDER, Goal
 from pdtrim.search.journal import Journal
 from pdtrim.search.objective import Measured, Objective
+from pdtrim.search.state import Removal
 from pdtrim.stage.forward import Batch
 
 
@@ -51,9 +52,9 @@ def remove_one_by_one(
 class Iterative(Baseline):
     """Removal one by one; subclasses say which units may go."""
 
-    def allowed(self, model: Model, target: Target) -> Container[int]:
-        """Units that may be removed."""
-        return range(dense_state(model, target).num_units)
+    def allowed(self, goal: Goal, dense: Removal) -> Container[int]:
+        """Units that may be removed, enough for the goal."""
+        return range(dense.num_units)
 
     def choose(
         self,
@@ -66,7 +67,7 @@ class Iterative(Baseline):
         journal: Journal | None,
     ) -> Chosen:
         """Remove, and in the modes of one ranking give prefill what went first."""
-        allowed = self.allowed(model, target)
+        allowed = self.allowed(goal, dense_state(model, target))
         objective = nll_objective(model, batch, target, journal)
         mode = ranking_mode(target)
         stages = SEARCH_ORDER if mode == "projected" else SEARCH_ORDER[:1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from pdtrim.errors import PlanError
 from pdtrim.methods.base import Target
@@ -36,17 +37,22 @@ def apply_orders(state: Removal, goal: Goal, orders: Mapping[Stage, Iterable[int
     return state
 
 
-def open_blocks(name: str, target: Target, num_layers: int, first: int, last: int) -> range:
+def open_blocks(name: str, goal: Goal, dense: Removal, first: int, last: int) -> range:
     """Blocks that may go where the ``first`` and the ``last`` few are protected.
 
+    Args:
+        dense: the state before anything goes, of the target's mode.
+
     Raises:
-        PlanError: fewer than the target asks for.
+        PlanError: together they do not meet the goal.
     """
-    left = range(first, max(num_layers - last, first))
-    wanted = max(target.prefill_remove, target.decode_remove)
-    if wanted > len(left):
+    left = range(first, max(dense.num_layers - last, first))
+    units = frozenset(left)
+    if not goal.met(replace(dense, prefill=units, decode=units)):
+        wanted = max(goal.least(stage) for stage in SEARCH_ORDER)
         raise PlanError(
-            f"method '{name}' protects the first {first} and the last {last} of {num_layers}"
-            f" blocks, so {len(left)} can go, not {wanted}: remove fewer, or change its settings"
+            f"method '{name}' protects the first {first} and the last {last} of"
+            f" {dense.num_layers} blocks, so {len(left)} can go, not {max(wanted, len(left) + 1)}:"
+            " remove fewer, or change its settings"
         )
     return left

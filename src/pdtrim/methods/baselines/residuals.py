@@ -31,7 +31,7 @@ def ranked_tokens(batch: Batch, target: Target) -> dict[Stage, slice]:
     N = batch.prompt_BP.shape[1] - 1
     if ranking_mode(target) == "unified":
         return {"decode": slice(None)}
-    if N == 0 and target.prefill_remove:
+    if N == 0 and (target.prefill_remove or target.prefill_share):
         raise PlanError("prompts of 1 token leave prefill nothing to be ranked on: give longer")
     return {"decode": slice(N, None), "prefill": slice(N)} if N else {"decode": slice(None)}
 

@@ -20,8 +20,6 @@ trained. Taylor pays three passes: the backward one counts as two.
 
 In mode ``subset`` prefill loses the lowest-scored of decode's. In mode ``projected`` perplexity is
 measured without the block in one stage; Taylor refuses, as a gradient belongs to both stages.
-
-Shapes: B sequences, T tokens, E hidden width, L layers.
 """
 
 from __future__ import annotations
@@ -34,9 +32,15 @@ from torch import Tensor
 
 from pdtrim.methods.base import Target
 from pdtrim.methods.baselines.base import Baseline, Chosen, PaperCalibration
-from pdtrim.methods.baselines.nll import nll_objective, token_nll
+from pdtrim.methods.baselines.gradients import (
+    GRADIENT_ROWS,
+    PASSES,
+    add_gradients,
+    wanting_gradients,
+)
+from pdtrim.methods.baselines.nll import nll_objective
 from pdtrim.methods.baselines.orders import apply_orders, dense_state, open_blocks, ranking_mode
-from pdtrim.methods.baselines.residuals import dense_cost, dense_residuals
+from pdtrim.methods.baselines.residuals import dense_cost
 from pdtrim.models.model import Model
 from pdtrim.plan import Stage
 from pdtrim.progress import Progress
@@ -44,7 +48,6 @@ from pdtrim.search.goal import SEARCH_ORDER, Goal
 from pdtrim.search.journal import Journal
 from pdtrim.stage.forward import Batch
 
-GRADIENT_ROWS = 2  # sequences run together: a backward pass holds what every block made of them
 TEXT = PaperCalibration(source="BookCorpus", sequences=10, tokens=128)
 
 
@@ -62,25 +65,10 @@ def taylor_scores(model: Model, batch: Batch, *, rows: int = GRADIENT_ROWS) -> l
     """
     weights = [list(model.block(layer).module.parameters()) for layer in range(model.num_layers)]
     flat = [w for block in weights for w in block]
-    before = [(w.requires_grad, w.grad) for w in flat]
-    try:
-        for w in flat:
-            w.requires_grad_(True)
-            w.grad = None
-        with torch.enable_grad():
-            for start in range(0, len(batch), rows):
-                part = batch[start : start + rows]
-                ids_BT = torch.cat((part.prompt_BP, part.continuation_BC), dim=1)[:, 1:]
-                logits_BTV = model.head(dense_residuals(model, part)[-1])
-                nll_R = token_nll(logits_BTV.flatten(0, 1), ids_BT.flatten())
-                loss = nll_R.mean() * (len(part) / len(batch))
-                loss.backward(inputs=flat)
+    with wanting_gradients(flat):
+        add_gradients(model, batch, flat, rows=rows)
         with torch.no_grad():
             return [taylor_salience(ws, [w.grad for w in ws]) for ws in weights]
-    finally:
-        for w, (wanted, gradient) in zip(flat, before, strict=True):
-            w.grad = gradient
-            w.requires_grad_(wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +91,12 @@ class ShortenedPPL(Baseline):
         journal: Journal | None,
     ) -> Chosen:
         """See the module's docstring."""
-        left = open_blocks(
-            self.name, target, model.num_layers, self.protect_first, self.protect_last
-        )
+        dense = dense_state(model, target)
+        left = open_blocks(self.name, goal, dense, self.protect_first, self.protect_last)
         objective = nll_objective(model, batch, target, journal)
-        dense = objective.measure(dense_state(model, target, ranking_mode(target)))
-        objective.stand_on(dense)
-        stages = [stage for stage in SEARCH_ORDER if goal.missing(dense.state, stage)]
+        whole = objective.measure(dense_state(model, target, ranking_mode(target)))
+        objective.stand_on(whole)
+        stages = [stage for stage in SEARCH_ORDER if goal.missing(whole.state, stage)]
         if ranking_mode(target) == "unified":
             stages = ["decode"]
         orders: dict[Stage, list[int]] = {"decode": []}
@@ -117,10 +104,10 @@ class ShortenedPPL(Baseline):
             for stage in stages:
                 loss = {}
                 for layer in left:
-                    loss[layer] = objective.measure(dense.state.remove(stage, layer)).loss
+                    loss[layer] = objective.measure(whole.state.remove(stage, layer)).loss
                     advance(1)
                 orders[stage] = sorted(loss, key=lambda layer: loss[layer])
-        state = apply_orders(dense_state(model, target), goal, orders)
+        state = apply_orders(dense, goal, orders)
         return Chosen(state=state, block_tokens=objective.spent)
 
 
@@ -145,12 +132,11 @@ class ShortenedTaylor(Baseline):
         journal: Journal | None,
     ) -> Chosen:
         """See the module's docstring."""
-        left = open_blocks(
-            self.name, target, model.num_layers, self.protect_first, self.protect_last
-        )
-        cost = dense_cost(model, batch, target, passes=3)
+        dense = dense_state(model, target)
+        left = open_blocks(self.name, goal, dense, self.protect_first, self.protect_last)
+        cost = dense_cost(model, batch, target, passes=PASSES)
         with progress("Taylor scores", 1):
             scores = taylor_scores(model, batch)
         orders: dict[Stage, list[int]] = {"decode": sorted(left, key=lambda i: scores[i])}
-        state = apply_orders(dense_state(model, target), goal, orders)
+        state = apply_orders(dense, goal, orders)
         return Chosen(state=state, block_tokens=cost)

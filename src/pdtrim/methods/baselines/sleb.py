@@ -21,11 +21,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pdtrim.methods.base import Target
 from pdtrim.methods.baselines.base import PaperCalibration
 from pdtrim.methods.baselines.iterative import Iterative
 from pdtrim.methods.baselines.orders import open_blocks
-from pdtrim.models.model import Model
+from pdtrim.search.goal import Goal
+from pdtrim.search.state import Removal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,6 @@ class SLEB(Iterative):
     protect_first: int = 1
     protect_last: int = 1
 
-    def allowed(self, model: Model, target: Target) -> range:
+    def allowed(self, goal: Goal, dense: Removal) -> range:
         """All but the protected blocks."""
-        return open_blocks(
-            self.name, target, model.num_layers, self.protect_first, self.protect_last
-        )
+        return open_blocks(self.name, goal, dense, self.protect_first, self.protect_last)

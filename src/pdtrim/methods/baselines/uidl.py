@@ -5,10 +5,11 @@ x_L the last block's output before the final norm, at the last token of a text, 
 
     d_n(l) = arccos( <x_l, x_{l+n}> / (|x_l| |x_{l+n}|) ) / pi,     l* = argmin_l E_X[ d_n(l) ]
 
-Blocks l* to l* + n - 1 go. The paper takes texts of C4 and then heals with QLoRA; the simple rule
-of the paper (the deepest n but the last) is not this method. Different here: the text is the
-user's and cut, so the last token is that of a sequence and never padding; nothing is healed. Every
-l is allowed, the run that ends with the last block too.
+Blocks l* to l* + n - 1 go; asked for a share of the parameters, n is the least that saves it. The
+paper takes texts of C4 and then heals with QLoRA; the simple rule of the paper (the deepest n but
+the last) is not this method. Different here: the text is the user's and cut, so the last token is
+that of a sequence and never padding; nothing is healed. Every l is allowed, the run that ends with
+the last block too.
 
 In mode ``subset`` prefill loses the run of its own length inside decode's that turns the stream
 least. In mode ``projected`` each stage reads the last of its own tokens.
@@ -86,19 +87,29 @@ class UIDL(Baseline):
         last = {
             stage: [torch.cat(x) for x in zip(*parts, strict=True)] for stage, parts in ends.items()
         }
-        everywhere = range(model.num_layers)
-        decode = _run(last["decode"], target.decode_remove, everywhere)
+        dense, everywhere = dense_state(model, target), range(model.num_layers)
+        decode = _run(last["decode"], goal, "decode", everywhere)
         if target.mode == "projected" and "prefill" in last:
-            prefill = _run(last["prefill"], target.prefill_remove, everywhere)
+            prefill = _run(last["prefill"], goal, "prefill", everywhere)
         else:
-            prefill = _run(last["decode"], target.prefill_remove, decode)
+            prefill = _run(last["decode"], goal, "prefill", decode)
         orders: dict[Stage, range] = {"decode": decode, "prefill": prefill}
-        return Chosen(
-            state=apply_orders(dense_state(model, target), goal, orders), block_tokens=cost
-        )
+        return Chosen(state=apply_orders(dense, goal, orders), block_tokens=cost)
 
 
-def _run(flows: Sequence[Tensor], count: int, within: range) -> range:
-    if count == 0:
+def _run(flows: Sequence[Tensor], goal: Goal, stage: Stage, within: range) -> range:
+    """The run of least angle among the shortest within a range that save what the stage must.
+
+    Empty if nothing is to be saved, or if no run saves it.
+    """
+    if not goal.needed(stage):
         return range(0)
-    return best_run(angular_distance(flows, count).mean(0), count, within)
+    for span in range(max(goal.least(stage), 1), len(within) + 1):
+        distance_S = angular_distance(flows, span).mean(0)
+        for start in range(len(distance_S)):
+            if goal.lacking(range(start, start + span), stage):
+                distance_S[start] = torch.inf  # prefill's last block saves nothing
+        run = best_run(distance_S, span, within)
+        if not goal.lacking(run, stage):
+            return run
+    return range(0)
