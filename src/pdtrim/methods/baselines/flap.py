@@ -1,0 +1,257 @@
+"""``flap``: channels that fluctuate little go, their mean stays as a bias (FLAP, arXiv 2312.11983).
+
+With W the weights of an output projection (o or down) and x_j its input channel j over all tokens
+of the text::
+
+    M_j = Var(x_j) |W_:j|^2_2             (the paper's WIFV)
+    Z_j = (M_j - mean(M)) / std(M)        over the channels of one projection of one block
+
+For o, M is squared first, as in the authors' code. An MLP neuron scores Z of its channel of down, a
+KV group the mean Z of its query heads' channels of o. All units of all blocks are ranked together,
+so each block and each part finds a width of its own (the paper's AL-AM), and the lowest go until
+the share of the parameters is reached, each unit counting for what it holds. What the cut channels
+made on average stays as a bias::
+
+    b = sum_{j cut} W_:j mean(x_j)
+
+Inputs are the dense model's in every block. The paper calibrates on 1024 sequences of 128 tokens of
+WikiText2. Different here: the text is the user's, units of attention are whole KV groups, and one
+group and one neuron of each block stay. Where the last unit is a group, worth more than what was
+missing, the neurons of the highest score come back, so the share is met to within one neuron; the
+biases are counted.
+
+Shapes: E hidden width, F input channels of a projection, G KV groups, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pdtrim.methods.baselines.base import PaperCalibration
+from pdtrim.methods.baselines.moments import Moments, watched
+from pdtrim.methods.baselines.residuals import each_residuals
+from pdtrim.methods.baselines.width import (
+    GROUP_COLUMNS,
+    NEURON_COLUMNS,
+    Costs,
+    Narrowed,
+    StageCost,
+    Units,
+    UnitScores,
+    WidthMethod,
+    each_stage,
+    group_sums,
+)
+from pdtrim.models.model import Model
+from pdtrim.models.narrow import channels
+from pdtrim.models.replace import Weights
+from pdtrim.plan import STAGES
+from pdtrim.progress import Progress
+from pdtrim.repair.apply import Blocks
+from pdtrim.stage.forward import Batch
+
+Kind = Literal["group", "neuron"]
+Unit = tuple[int, Kind, int]
+"""Layer, kind, index in the block."""
+
+
+def fluctuation(variance_F: Tensor, weight_EF: Tensor) -> Tensor:
+    """Variance of each input channel times the squared length of its weights, ``[F]``."""
+    return variance_F * weight_EF.square().sum(0)
+
+
+def standardised(metric_F: Tensor) -> Tensor:
+    """Shifted and scaled to mean 0 and standard deviation 1, ``[F]``; 0 where all are equal."""
+    spread = metric_F.std(correction=0)
+    return (metric_F - metric_F.mean()) / torch.where(spread > 0, spread, 1)
+
+
+def flap_scores(o_F: Tensor, down_F: Tensor, num_groups: int) -> UnitScores:
+    """Scores of a block's units from the fluctuation of the channels of o and of down."""
+    channels_F = standardised(o_F.square())
+    size = len(channels_F) // num_groups
+    return UnitScores(
+        groups_G=group_sums(channels_F, num_groups) / size, neurons_F=standardised(down_F)
+    )
+
+
+def compensation(weight_EF: Tensor, mean_F: Tensor, cut: Sequence[int]) -> Tensor:
+    """What the cut channels add to the output on average, ``[E]``."""
+    return weight_EF[:, list(cut)].to(mean_F) @ mean_F[list(cut)]
+
+
+def ranked(scores: Mapping[int, UnitScores]) -> list[Unit]:
+    """Units of all layers, the lowest score first; equals by layer, groups first."""
+    units: list[Unit] = []
+    for layer, of_layer in scores.items():
+        units += [(layer, "group", i) for i in range(len(of_layer.groups_G))]
+        units += [(layer, "neuron", i) for i in range(len(of_layer.neurons_F))]
+    values = torch.cat([torch.cat((one.groups_G, one.neurons_F)) for one in scores.values()])
+    return [units[place] for place in values.cpu().argsort(stable=True).tolist()]
+
+
+class _Cut:
+    """Units cut so far, and the parameters that this saves."""
+
+    def __init__(self, cost: StageCost, *, biased: bool) -> None:
+        self.cost, self.biased = cost, biased
+        self.units: set[Unit] = set()
+        self.of_kind: Counter[tuple[int, Kind]] = Counter()
+        self.saved = 0
+
+    @property
+    def enough(self) -> bool:
+        """Whether the stage loses its share."""
+        return self.saved >= self.cost.needed
+
+    def holds(self, unit: Unit) -> int:
+        """Parameters of one unit."""
+        layer, kind, _ = unit
+        cost = self.cost.layers[layer]
+        return cost.group if kind == "group" else cost.neuron
+
+    def take(self, unit: Unit) -> None:
+        """Cut a unit; the first of a layer brings the biases."""
+        self.saved += self.holds(unit) - self._bias(unit)
+        self.units.add(unit)
+        self.of_kind[unit[:2]] += 1
+
+    def restore(self, unit: Unit) -> None:
+        """Undo :meth:`take`."""
+        self.units.remove(unit)
+        self.of_kind[unit[:2]] -= 1
+        self.saved -= self.holds(unit) - self._bias(unit)
+
+    def _bias(self, unit: Unit) -> int:
+        """Parameters of the biases that come with a layer's first unit."""
+        layer = unit[0]
+        others = self.of_kind[layer, "group"] + self.of_kind[layer, "neuron"]
+        return self.cost.layers[layer].bias if self.biased and not others else 0
+
+
+def cut_until_enough(
+    name: str, cost: StageCost, order: Sequence[Unit], size: Mapping[Kind, int], *, biased: bool
+) -> list[Unit]:
+    """The first units of an order that save what a stage must lose, but those it can do without.
+
+    Args:
+        name: of the method, for the error.
+        size: units of each kind in a dense block; one of each stays.
+
+    Raises:
+        PlanError: all that may go is less.
+    """
+    cut = _Cut(cost, biased=biased)
+    for unit in order:
+        if cut.enough:
+            break
+        if cut.of_kind[unit[:2]] < size[unit[1]] - 1:
+            cut.take(unit)
+    if not cut.enough:
+        raise cost.refuse(name, cut.saved)
+    for unit in reversed(order):
+        if unit in cut.units:
+            cut.restore(unit)
+            if not cut.enough:
+                cut.take(unit)
+    return [unit for unit in order if unit in cut.units]
+
+
+def by_layer(cut: Sequence[Unit]) -> dict[int, Units]:
+    """The units of each layer that loses any, in the order given."""
+    lost: dict[int, dict[Kind, list[int]]] = {}
+    for layer, kind, index in cut:
+        lost.setdefault(layer, {"group": [], "neuron": []})[kind].append(index)
+    return {
+        layer: Units(groups=tuple(kinds["group"]), neurons=tuple(kinds["neuron"]))
+        for layer, kinds in lost.items()
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FLAP(WidthMethod):
+    """Settings: whether what was cut leaves its mean behind."""
+
+    name = "flap"
+    passes = 1
+    paper_calibration = PaperCalibration(source="WikiText2 train", sequences=1024, tokens=128)
+    bias: bool = True
+
+    @torch.no_grad()
+    def choose(self, model: Model, batch: Batch, costs: Costs, *, progress: Progress) -> Narrowed:
+        """See the module's docstring."""
+        moments = _dense_moments(model, batch, progress)
+        order = ranked({layer: _scores(model, layer, *moments[layer]) for layer in moments})
+        size: dict[Kind, int] = {
+            "group": model.num_kv_heads,
+            "neuron": model.config.intermediate_size,
+        }
+
+        def cut(cost: StageCost, within: list[Unit] | None) -> list[Unit]:
+            units = order if within is None else within
+            return cut_until_enough(self.name, cost, units, size, biased=self.bias)
+
+        lost = {stage: by_layer(units) for stage, units in each_stage(costs, cut).items()}
+        blocks: Blocks = {}
+        if self.bias:
+            for stage in STAGES:
+                blocks[stage] = {
+                    layer: _biases(model, layer, units, *moments[layer])
+                    for layer, units in sorted(lost[stage].items())
+                    if costs[stage].layers[layer].whole
+                }
+        return Narrowed(lost=lost, blocks=blocks)
+
+
+def _dense_moments(
+    model: Model, batch: Batch, progress: Progress
+) -> dict[int, tuple[Moments, Moments]]:
+    """By layer, of what o and down read in the dense model."""
+    with ExitStack() as stack:
+        moments = {
+            layer: stack.enter_context(watched(model.block(layer)))
+            for layer in range(model.num_layers)
+        }
+        with progress("fluctuation", len(batch)) as advance:
+            for flows in each_residuals(model, batch):
+                advance(len(flows[0]))
+    return moments
+
+
+def _outputs(model: Model, layer: int) -> tuple[nn.Linear, nn.Linear]:
+    module = model.block(layer).module
+    return module.get_submodule(GROUP_COLUMNS), module.get_submodule(NEURON_COLUMNS)
+
+
+def _scores(model: Model, layer: int, attention: Moments, mlp: Moments) -> UnitScores:
+    o, down = _outputs(model, layer)
+    return flap_scores(
+        fluctuation(attention.variance_F, o.weight.double()),
+        fluctuation(mlp.variance_F, down.weight.double()),
+        model.num_kv_heads,
+    )
+
+
+def _biases(model: Model, layer: int, lost: Units, attention: Moments, mlp: Moments) -> Weights:
+    """Biases of both output projections, the model's own included."""
+    heads_F = channels(lost.groups, len(attention.mean_F) // model.num_kv_heads)
+    made: Weights = {}
+    for name, projection, seen, cut in zip(
+        (GROUP_COLUMNS, NEURON_COLUMNS),
+        _outputs(model, layer),
+        (attention, mlp),
+        (heads_F, lost.neurons),
+        strict=True,
+    ):
+        bias_E = compensation(projection.weight, seen.mean_F, cut)
+        if projection.bias is not None:
+            bias_E = bias_E + projection.bias
+        made[f"{name}.bias"] = bias_E.to(projection.weight.dtype)
+    return made

@@ -1,0 +1,120 @@
+"""``wanda-sp``: weights times their inputs, for units (Wanda-SP, in FLAP, arXiv 2312.11983).
+
+With W the weights of an output projection (o or down), X_j its input channel j as a vector over all
+tokens, and i an output of E::
+
+    M_j = 1/E sum_i |W_ij| |X_j|_2
+
+An MLP neuron scores its own channel of down, a KV group the sum over its query heads' channels of
+o. Units of the lowest score go at one ratio in every block, in order of the blocks: what a
+narrower block makes is what the next one is scored on. The scores are Wanda's (2306.11695), which
+removes single weights; the authors of FLAP made them a baseline for whole units. Nothing makes up
+for what is cut.
+
+That paper calibrates on 128 sequences of 128 tokens of C4. Different here: the text is the user's,
+units of attention are whole KV groups, and the ratio of groups is rounded and neurons make up for
+it (``uniform.py``). It pays two passes, of the block as it is and of the narrower one. In mode
+``subset`` the later blocks are scored behind decode's narrower ones.
+
+Shapes: B sequences, T tokens, E hidden width, F input channels of a projection, G KV groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pdtrim.methods.baselines.base import PaperCalibration
+from pdtrim.methods.baselines.moments import watched
+from pdtrim.methods.baselines.uniform import Counts, uniform_counts
+from pdtrim.methods.baselines.width import (
+    Costs,
+    Lost,
+    Narrowed,
+    StageCost,
+    Units,
+    UnitScores,
+    WidthMethod,
+    each_stage,
+    group_sums,
+    width_without,
+)
+from pdtrim.models.block import Block
+from pdtrim.models.model import Model
+from pdtrim.models.narrow import narrow_blocks
+from pdtrim.plan import STAGES, Stage
+from pdtrim.progress import Progress
+from pdtrim.search.objective import ROWS
+from pdtrim.stage.forward import Batch
+from pdtrim.stage.step import prefill_block
+
+
+def channel_scores(weight_EF: Tensor, norm_F: Tensor) -> Tensor:
+    """Mean over the outputs of |W| times the length of the input channel, ``[F]``."""
+    return weight_EF.abs().mean(0) * norm_F
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandaSP(WidthMethod):
+    """The method has no settings."""
+
+    name = "wanda-sp"
+    passes = 2
+    paper_calibration = PaperCalibration(source="C4", sequences=128, tokens=128)
+
+    @torch.no_grad()
+    def choose(self, model: Model, batch: Batch, costs: Costs, *, progress: Progress) -> Narrowed:
+        """See the module's docstring."""
+        layers = range(model.num_layers)
+        size = model.num_kv_heads, model.config.intermediate_size
+
+        def count(cost: StageCost, within: Counts | None) -> Counts:
+            return uniform_counts(self.name, cost, layers, size, within)
+
+        counts = each_stage(costs, count)
+        flows = _embedded(model, batch)
+        orders: dict[int, Units] = {}
+        with progress("weights times inputs", len(layers)) as advance:
+            for layer in layers:
+                orders[layer], flows = _through(model, layer, counts["decode"][layer], flows)
+                advance(1)
+        lost: dict[Stage, Lost] = {
+            stage: {layer: orders[layer].first(*counts[stage][layer]) for layer in layers}
+            for stage in STAGES
+        }
+        return Narrowed(lost=lost)
+
+
+def _embedded(model: Model, batch: Batch) -> list[Tensor]:
+    """The streams ``[B, T, E]`` that enter the first block, a few sequences each."""
+    ids_BT = torch.cat((batch.prompt_BP, batch.continuation_BC[:, :-1]), dim=1)
+    return [model.embed(ids) for ids in ids_BT.split(ROWS)]
+
+
+def _through(
+    model: Model, layer: int, counts: tuple[int, int], flows: Sequence[Tensor]
+) -> tuple[Units, list[Tensor]]:
+    """Rank a block's units on the streams that reach it, and run it without the first of them."""
+    at_1T = torch.arange(flows[0].shape[1], device=flows[0].device)[None]
+    rope = model.rope(at_1T)
+
+    def run(block: Block) -> list[Tensor]:
+        return [
+            prefill_block(block, x_BTE, rope, model.rope, attention="full", mlp=True)[0]
+            for x_BTE in flows
+        ]
+
+    block = model.block(layer)
+    with watched(block) as (attention, mlp):
+        run(block)
+    o, down = block.attention.o_proj.weight, block.module.mlp.down_proj.weight
+    scores = UnitScores(
+        groups_G=group_sums(channel_scores(o.double(), attention.norm_F), model.num_kv_heads),
+        neurons_F=channel_scores(down.double(), mlp.norm_F),
+    )
+    order = scores.order()
+    width = width_without(model, order.first(*counts))
+    return order, run(narrow_blocks(model, {layer: width} if width else {}).block(layer))
