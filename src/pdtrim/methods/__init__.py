@@ -2,16 +2,22 @@
 
 from pdtrim.methods.base import Method, Target
 from pdtrim.methods.baselines import (
+    FLAP,
     SLEB,
     UIDL,
     BlockPruner,
     EvoPress,
+    LLMPruner,
+    LLMPrunerVector,
     ShortenedPPL,
     ShortenedTaylor,
     ShortGPT,
+    WandaSP,
 )
+from pdtrim.methods.llm_pruner_pdtrim import LLMPrunerPDTrim
 from pdtrim.methods.paper import Paper
 from pdtrim.methods.pdtrim import PDTrim
+from pdtrim.methods.shortgpt_pdtrim import ShortGPTPDTrim
 
 METHODS: dict[str, type[Method]] = {
     "pdtrim": PDTrim,
@@ -23,6 +29,12 @@ METHODS: dict[str, type[Method]] = {
     "uidl": UIDL,
     "blockpruner": BlockPruner,
     "evopress": EvoPress,
+    "llm-pruner": LLMPruner,
+    "llm-pruner-vector": LLMPrunerVector,
+    "flap": FLAP,
+    "wanda-sp": WandaSP,
+    "shortgpt+pdtrim": ShortGPTPDTrim,
+    "llm-pruner+pdtrim": LLMPrunerPDTrim,
 }
 
 __all__ = ["METHODS", "Method", "PDTrim", "Paper", "Target"]

@@ -22,6 +22,7 @@ from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods.base import Found, Method, Target
 from pdtrim.methods.goals import goal_of
 from pdtrim.models.model import Model
+from pdtrim.plan import Widths
 from pdtrim.progress import Progress
 from pdtrim.repair.apply import Repaired, best_repair
 from pdtrim.search.anneal import Annealing, anneal
@@ -34,6 +35,22 @@ from pdtrim.search.kv_budget import KV_SEQUENCES, resolve_policy
 from pdtrim.search.objective import BudgetSpent, Measured, Objective
 from pdtrim.search.one_shot import one_shot
 from pdtrim.search.state import Removal
+from pdtrim.stage.forward import Pair
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ground:
+    """What a search starts from: the dense model in both stages, or a pair already narrowed.
+
+    Attributes:
+        goal: what is still to be removed.
+        block_tokens: what narrowing has cost.
+    """
+
+    pair: Pair
+    goal: Goal
+    widths: Widths | None = None
+    block_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,28 +90,55 @@ class PDTrim(Method):
             journal=journal,
         )
         policy = HandoverPolicy(rules=rules, block_size=target.block_size)
-        goal = goal_of(target, model, calibration, policy, journal)
-        objective = Objective(
-            model, calibration.search, policy=policy, budget=target.budget, journal=journal
-        )
+        ground = self.ground(model, calibration, target, policy, progress=progress, journal=journal)
         dense = Removal(num_layers=model.num_layers, mode=target.mode, grain=target.grain)
-        if goal.met(dense):
-            return Found(gates=dense.gates.without_dead_work(), kv=rules, block_tokens=0)
-        best = self._search(objective, dense, goal, target, progress)
-        if not goal.met(best.state):
-            raise PlanError(f"no state was found that saves this much in {target.metric}")
-        ranked, spent = self._rerank(calibration, objective, goal, best.state, model, progress)
         found = Found(
-            gates=ranked[0].gates.without_dead_work(),
+            gates=dense.gates.without_dead_work(),
             kv=rules,
+            block_tokens=ground.block_tokens,
+            widths=ground.widths,
+        )
+        if ground.goal.met(dense):
+            return found
+        objective = Objective(
+            model,
+            calibration.search,
+            pair=ground.pair,
+            policy=policy,
+            budget=target.budget,
+            journal=journal,
+        )
+        objective.spent += ground.block_tokens
+        best = self.explore(objective, dense, ground.goal, target, progress)
+        if not ground.goal.met(best.state):
+            raise PlanError(f"no state was found that saves this much in {target.metric}")
+        ranked, spent = self._rerank(calibration, objective, ground.goal, best.state, progress)
+        found = replace(
+            found,
+            gates=ranked[0].gates.without_dead_work(),
             block_tokens=objective.spent + spent,
             kl=objective.memo[ranked[0]],
         )
         if target.repair == "none":
             return found
-        return self._repair(found, ranked, calibration, objective, model, progress)
+        return self._repair(found, ranked, calibration, objective, progress)
 
-    def _search(
+    def ground(
+        self,
+        model: Model,
+        calibration: Calibration,
+        target: Target,
+        policy: HandoverPolicy,
+        *,
+        progress: Progress,
+        journal: Journal | None,
+    ) -> Ground:
+        """What the search starts from; a hybrid narrows the blocks first."""
+        del progress
+        goal = goal_of(target, model, calibration, policy, journal)
+        return Ground(pair=Pair.dense(model), goal=goal)
+
+    def explore(
         self,
         objective: Objective,
         dense: Removal,
@@ -102,6 +146,11 @@ class PDTrim(Method):
         target: Target,
         progress: Progress,
     ) -> Measured:
+        """The best state that a search meets; a hybrid begins it elsewhere.
+
+        Raises:
+            PlanError: the budget does not reach the end of the first phase.
+        """
         rng = random.Random(target.seed)
         with progress(f"searching: {target.search}", self._steps(goal, dense, target)) as advance:
             try:
@@ -148,7 +197,6 @@ class PDTrim(Method):
         objective: Objective,
         goal: Goal,
         best: Removal,
-        model: Model,
         progress: Progress,
     ) -> tuple[list[Removal], int]:
         """Finalists by their loss on search and re-rank text together, and what that cost."""
@@ -157,7 +205,11 @@ class PDTrim(Method):
         if len(calibration.rerank) == 0 or len(finalists) == 1:
             return [best], 0
         second = Objective(
-            model, calibration.rerank, policy=objective.policy, journal=objective.journal
+            objective.model,
+            calibration.rerank,
+            pair=objective.pair,
+            policy=objective.policy,
+            journal=objective.journal,
         )
         share = len(calibration.rerank) / (len(calibration.rerank) + len(calibration.search))
         losses: dict[Removal, float] = {}
@@ -175,7 +227,6 @@ class PDTrim(Method):
         ranked: list[Removal],
         calibration: Calibration,
         objective: Objective,
-        model: Model,
         progress: Progress,
     ) -> Found:
         """The finalist that is best when repaired, chosen on the re-rank text.
@@ -191,11 +242,12 @@ class PDTrim(Method):
         with progress("repairing finalists", len(options)) as advance:
             for state in options:
                 repaired = best_repair(
-                    model,
+                    objective.model,
                     state.gates.without_dead_work(),
                     objective.policy,
                     fit,
                     calibration.rerank,
+                    pair=objective.pair,
                 )
                 made.append((state, repaired))
                 advance(1)

@@ -1,0 +1,103 @@
+"""Methods of the literature with the stage-aware search behind them."""
+
+from dataclasses import replace
+
+import pytest
+
+from baselines_naive import text_of
+from helpers import tiny_model
+from pdtrim.errors import PlanError
+from pdtrim.evaluate.quality import Variant, measure_quality
+from pdtrim.methods import METHODS, Target
+from pdtrim.methods.baselines import LLMPruner, ShortGPT
+from pdtrim.methods.llm_pruner_pdtrim import LLMPrunerPDTrim
+from pdtrim.methods.pdtrim import PDTrim
+from pdtrim.methods.shortgpt_pdtrim import ShortGPTPDTrim
+from pdtrim.plan import PrunePlan
+from pdtrim.search.anneal import Annealing
+from pdtrim.stage.cost import removed_parameters
+from pdtrim.stage.replaced import pair_of
+
+LAYERS = 8
+SHARES = Target(metric="parameters", prefill_share=0.4, decode_share=0.3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama", layers=LAYERS, seed=1)
+
+
+@pytest.fixture(scope="module")
+def text(model):
+    text = text_of(model, rows=14)
+    return replace(text, search=text.search[:9], rerank=text.search[9:])
+
+
+def test_without_steps_it_is_shortgpt_and_with_them_never_worse(model, text):
+    target = Target(prefill_remove=4, decode_remove=3)
+    text = replace(text, rerank=text.rerank[:0])
+    alone = ShortGPT().plan(model, text, target)
+    still = ShortGPTPDTrim(annealing=Annealing(steps=0)).plan(model, text, target)
+    moved = ShortGPTPDTrim().plan(model, text, target)
+    assert still.gates == alone.gates
+    assert moved.provenance.search_kl < still.provenance.search_kl
+    assert moved.gates.blocks("decode") == LAYERS - 3
+    assert moved.gates.blocks("prefill") <= LAYERS - 4
+
+
+def test_the_ranking_is_paid_for(model, text):
+    target = Target(decode_remove=2)
+    ranking = ShortGPT().plan(model, text, target).provenance.search_block_tokens
+    still = ShortGPTPDTrim(annealing=Annealing(steps=0)).plan(model, text, target)
+    own = still.provenance.search_block_tokens - ranking
+    assert ranking > 0 and own > 0
+    with pytest.raises(PlanError, match=r"does not pay ShortGPT's ranking"):
+        tight = Target(decode_remove=2, budget=ranking + own // 4)
+        ShortGPTPDTrim().plan(model, text, tight)
+
+
+def test_narrow_blocks_and_removed_blocks_make_up_the_share(model, text):
+    plan = LLMPrunerPDTrim().plan(model, text, SHARES)
+    assert plan.widths is not None and plan.widths.prefill == plan.widths.decode
+    removed = removed_parameters(model, plan)
+    assert 0.4 <= removed["prefill"] < 0.4 + 1 / LAYERS
+    assert 0.3 <= removed["decode"] < 0.3 + 1 / LAYERS
+    half = Target(metric="parameters", prefill_share=0.15, decode_share=0.15, mode="unified")
+    assert plan.widths == LLMPruner().plan(model, text, half).widths
+    assert plan.gates.blocks("decode") < LAYERS
+
+
+def test_without_narrowing_it_is_pdtrim(model, text):
+    ours = PDTrim().plan(model, text, SHARES)
+    plan = LLMPrunerPDTrim(narrow=0).plan(model, text, SHARES)
+    assert plan.widths is None and plan.gates == ours.gates
+
+
+def test_a_repaired_hybrid_is_written_read_and_better(model, text, tmp_path):
+    target = Target(metric="parameters", prefill_share=0.3, decode_share=0.3, repair="best")
+    path = tmp_path / "plan.json"
+    LLMPrunerPDTrim().plan(model, text, target, output=path)
+    plan = PrunePlan.load(path)
+    assert plan.replacements and plan.provenance.repair != "none"
+    bare = plan.model_copy(update={"replacements": ()})
+    found = measure_quality(
+        model,
+        {
+            "bare": Variant.of(bare, pair_of(bare, model, None)),
+            "repaired": Variant.of(plan, pair_of(plan, model, tmp_path)),
+        },
+        text.rerank,
+    )
+    assert found["repaired"].kl < found["bare"].kl
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "what"),
+    [
+        ("llm-pruner+pdtrim", Target(decode_remove=2), "use --metric parameters"),
+        ("shortgpt+pdtrim", Target(decode_remove=2, search="greedy"), "--search anneal"),
+    ],
+)
+def test_refusals_say_what_to_do(model, text, name, target, what):
+    with pytest.raises(PlanError, match=what):
+        METHODS[name]().plan(model, text, target)
