@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,14 +16,28 @@ app = typer.Typer()
 
 @app.command(
     "eval",
-    epilog="Example: pdtrim eval plan.json --text held_out.jsonl --limit 16",
+    epilog="Example: pdtrim eval plan.json --text held_out.jsonl --limit 16"
+    " | pdtrim eval plan.json --tasks piqa,arc_easy --data olmo --limit 100",
 )
 def evaluate(
     target: Annotated[Path, typer.Argument(help="A plan, or an exported pair's folder.")],
-    text: Annotated[str, typer.Option(help="Held-out text: FILE.txt, FILE.jsonl or hub:NAME.")],
+    text: Annotated[
+        str | None, typer.Option(help="Held-out text: FILE.txt, FILE.jsonl or hub:NAME.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Benchmark tasks instead of text, such as piqa,arc_easy.")
+    ] = None,
+    data: Annotated[
+        str, typer.Option(help="Where the tasks' rows are: a folder, olmo or hub.")
+    ] = "hub",
+    shots: Annotated[
+        int | None, typer.Option(help="Solved examples in each prompt of a task.")
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option()] = 512,
     continuation_tokens: Annotated[int, typer.Option()] = 256,
-    limit: Annotated[int, typer.Option(help="Sequences at most.")] = 16,
+    limit: Annotated[
+        int | None, typer.Option(help="Sequences (16 if not given), or items of a task (all).")
+    ] = None,
     suite: Annotated[
         str | None, typer.Option(help="kv: also what decode still retrieves from the prompt.")
     ] = None,
@@ -40,18 +54,30 @@ def evaluate(
     dtype: Dtype = "bfloat16",
     as_json: Json = False,
 ) -> None:
-    """Measure KL, NLL and perplexity of continuations, dense beside it."""
+    """Measure KL, NLL and perplexity of continuations, or benchmark tasks; dense beside it."""
     from pdtrim.evaluate.run import EvalConfig
     from pdtrim.evaluate.run import evaluate as run
     from pdtrim.report.table import table
 
+    if (text is None) == (tasks is None):
+        raise PdtrimError("give one of --text and --tasks")
+    if text is None:
+        _evaluate_tasks(
+            target,
+            [task.strip() for task in (tasks or "").split(",")],
+            {"data": data, "limit": limit, "shots": shots},
+            {"model": model, "dtype": dtype, "device": device},
+            output,
+            as_json,
+        )
+        return
     if suite not in (None, "kv"):
         raise PdtrimError(f"unknown suite '{suite}': use kv")
     config = EvalConfig(
         text=text,
         prompt_tokens=prompt_tokens,
         continuation_tokens=continuation_tokens,
-        limit=limit,
+        limit=16 if limit is None else limit,
         dtype=dtype,
         device=device,
         model=model,
@@ -67,6 +93,28 @@ def evaluate(
         for row in result.rows if suite else ():
             found = ", ".join(f"{k} {v:.3f}" for k, v in row.metrics.items())
             out.print(f"{row.name}: {found}", highlight=False)
+
+
+def _evaluate_tasks(
+    target: Path,
+    tasks: list[str],
+    rows: dict[str, Any],
+    place: dict[str, Any],
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """``eval --tasks``; ``rows`` and ``place`` as TasksConfig and evaluate_tasks take them."""
+    from pdtrim.evaluate.tasks.result import evaluate_tasks, tasks_table
+    from pdtrim.evaluate.tasks.run import TasksConfig
+
+    config = TasksConfig(**rows)
+    result = evaluate_tasks(target, tasks, config, **place, progress=progress_of(as_json))
+    if output is not None:
+        result.save(output)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        out.print(tasks_table(result))
 
 
 @app.command(epilog="Example: pdtrim demo -o out/demo")
