@@ -8,7 +8,7 @@ from __future__ import annotations
 import typer
 from rich.markup import escape
 
-from pdtrim.cli import make, measure, run, serve
+from pdtrim.cli import compare, make, measure, run, serve
 from pdtrim.cli.common import err
 from pdtrim.errors import PdtrimError
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prune a language model separately for prefill and for decode, and run the pair.",
 )
-for verbs in (make, run, serve, measure):
+for verbs in (make, run, serve, measure, compare):
     app.add_typer(verbs.app)
 
 

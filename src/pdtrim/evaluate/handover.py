@@ -32,16 +32,21 @@ class Loopback:
     cache: float
 
 
-def loopback_bytes(plan: PrunePlan, model: Model, batch: Batch) -> Loopback:
-    """Counted within this process: the stages' own sender and receiver over a loopback socket."""
-    receiver = Receiver(plan, model.dtype)
-    sender = PrefillProcess(None, model, plan)
+def loopback_bytes(plan: PrunePlan, prefill: Model, batch: Batch) -> Loopback:
+    """Counted within this process: the stages' own sender and receiver over a loopback socket.
+
+    Args:
+        prefill: what prefill runs, ``pair_of(...).prefill``; that is the dense model for a plan
+            without replaced or narrower blocks.
+    """
+    receiver = Receiver(plan, prefill.dtype)
+    sender = PrefillProcess(None, prefill, plan)
     frames = caches = 0
     try:
         for prompt in batch.prompt_BP.tolist():
             tokens, request = prompt[:-1], secrets.token_bytes(16)
             receiver.expect(request, len(tokens))
-            layout = Layout.of(plan, model.dtype, len(tokens))
+            layout = Layout.of(plan, prefill.dtype, len(tokens))
             sender.ship(layout, request, sender.run([tokens])[0], receiver.port)
             arrived = receiver.take(request)
             frames += arrived.frame_bytes

@@ -4,6 +4,8 @@ Variants are measured on the same sequences, and most of the spread between sequ
 both. A paired bootstrap resamples items and keeps each item's pair together, so that this common
 part cancels; comparing two separate intervals would drown small differences in it.
 
+Over several tasks items are resampled within each task, and the tasks' means averaged.
+
 Shapes: n items, S bootstrap samples.
 """
 
@@ -51,20 +53,8 @@ def mean_interval(
             not one-dimensional, no samples, or a level outside 0..1.
     """
     a_n = _scores(a_n)
-    if samples < 1 or not 0.0 < level < 1.0:
-        raise PdtrimError("a bootstrap needs at least 1 sample and a level between 0 and 1")
-    rng = np.random.default_rng(seed)
-    n = len(a_n)
-    rows = max(1, CHUNK // n)
-    means_S = np.concatenate(
-        [
-            a_n[rng.integers(0, n, size=(min(rows, samples - start), n))].mean(axis=1)
-            for start in range(0, samples, rows)
-        ]
-    )
-    tail = (1.0 - level) / 2
-    low, high = np.quantile(means_S, (tail, 1.0 - tail))
-    return Interval(mean=float(a_n.mean()), low=float(low), high=float(high))
+    means_S = _resampled(a_n, np.random.default_rng(seed), samples=samples, level=level)
+    return _interval(float(a_n.mean()), means_S, level)
 
 
 def paired_difference(
@@ -78,10 +68,51 @@ def paired_difference(
     Raises:
         PdtrimError: as :func:`mean_interval`, or the two have different numbers of items.
     """
-    a_n, b_n = _scores(a_n), _scores(b_n)
-    if len(a_n) != len(b_n):
-        raise PdtrimError(f"paired scores need the same items: {len(a_n)} and {len(b_n)} given")
-    return mean_interval(a_n - b_n, seed=seed, samples=samples, level=level)
+    return mean_interval(_difference(a_n, b_n), seed=seed, samples=samples, level=level)
+
+
+def average_interval(
+    a: Sequence[Scores], *, seed: int, samples: int = 10_000, level: float = 0.95
+) -> Interval:
+    """Bootstrap interval of the average over tasks of the tasks' means.
+
+    Items are resampled within each task. Tasks are not: they are what was chosen, not a sample of
+    what could have been, and each counts the same however many items it has.
+
+    Args:
+        a: the scores of each task, one an item; the other arguments are as for
+            :func:`mean_interval`.
+
+    Raises:
+        PdtrimError: no task, or as :func:`mean_interval` for one of them.
+    """
+    if not a:
+        raise PdtrimError("an average needs at least one task")
+    rng = np.random.default_rng(seed)
+    tasks = [_scores(a_n) for a_n in a]
+    means_S = sum(_resampled(a_n, rng, samples=samples, level=level) for a_n in tasks) / len(tasks)
+    return _interval(float(np.mean([a_n.mean() for a_n in tasks])), np.asarray(means_S), level)
+
+
+def paired_average(
+    a: Sequence[Scores],
+    b: Sequence[Scores],
+    *,
+    seed: int,
+    samples: int = 10_000,
+    level: float = 0.95,
+) -> Interval:
+    """Paired bootstrap interval of the average over tasks of ``mean(a - b)``.
+
+    Item i of task t is the same text in both; arguments are as for :func:`average_interval`.
+
+    Raises:
+        PdtrimError: as :func:`average_interval`, or the two have other tasks or numbers of items.
+    """
+    if len(a) != len(b):
+        raise PdtrimError(f"paired averages need the same tasks: {len(a)} and {len(b)} given")
+    differences = [_difference(a_n, b_n) for a_n, b_n in zip(a, b, strict=True)]
+    return average_interval(differences, seed=seed, samples=samples, level=level)
 
 
 def matches(generated: str, answer: str) -> bool:
@@ -99,6 +130,37 @@ def matches(generated: str, answer: str) -> bool:
         raise PdtrimError(f"the answer '{answer}' holds neither digits nor letters to compare")
     found = re.search(pattern, generated)
     return found is not None and found.group().lower() == expected.group().lower()
+
+
+def _difference(a_n: Scores, b_n: Scores) -> NDArray[np.float64]:
+    """``a - b``, item by item."""
+    a_n, b_n = _scores(a_n), _scores(b_n)
+    if len(a_n) != len(b_n):
+        raise PdtrimError(f"paired scores need the same items: {len(a_n)} and {len(b_n)} given")
+    return a_n - b_n
+
+
+def _resampled(
+    a_n: NDArray[np.float64], rng: np.random.Generator, *, samples: int, level: float
+) -> NDArray[np.float64]:
+    """Means of resampled items, ``[S]``."""
+    if samples < 1 or not 0.0 < level < 1.0:
+        raise PdtrimError("a bootstrap needs at least 1 sample and a level between 0 and 1")
+    n = len(a_n)
+    rows = max(1, CHUNK // n)
+    return np.concatenate(
+        [
+            a_n[rng.integers(0, n, size=(min(rows, samples - start), n))].mean(axis=1)
+            for start in range(0, samples, rows)
+        ]
+    )
+
+
+def _interval(mean: float, means_S: NDArray[np.float64], level: float) -> Interval:
+    """Percentiles of resampled means."""
+    tail = (1.0 - level) / 2
+    low, high = np.quantile(means_S, (tail, 1.0 - tail))
+    return Interval(mean=mean, low=float(low), high=float(high))
 
 
 def _scores(values: Scores) -> NDArray[np.float64]:

@@ -1,0 +1,286 @@
+"""Plans of a comparison and their measurements, each made once and kept in its folder.
+
+``DIR/text`` has the calibration text of each seed, ``DIR/plans`` the plans, ``DIR/cells`` a folder
+for each system and seed with one file a task, and beside them ``_pair.json`` and ``_latency.json``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from pdtrim.bench.stages import StageTimes, stage_times
+from pdtrim.calibration.batches import (
+    Calibration,
+    CalibrationConfig,
+    load_calibration,
+    save_calibration,
+    saved_calibration,
+)
+from pdtrim.errors import PdtrimError
+from pdtrim.evaluate.compare.records import PairFacts, Run
+from pdtrim.evaluate.compare.store import Settings, claim, once
+from pdtrim.evaluate.compare.systems import System
+from pdtrim.evaluate.handover import loopback_bytes
+from pdtrim.evaluate.quality import Variant
+from pdtrim.evaluate.tasks import TASKS
+from pdtrim.evaluate.tasks.run import TasksConfig
+from pdtrim.evaluate.tasks.scores import TaskScores
+from pdtrim.export import check_base
+from pdtrim.methods import METHODS
+from pdtrim.methods.dense import dense_plan
+from pdtrim.models.model import Model
+from pdtrim.plan import PrunePlan
+from pdtrim.progress import Progress, silent
+from pdtrim.stage.cost import Lengths, removed_parameters
+from pdtrim.stage.replaced import pair_of
+
+WIRE_PROMPTS = 4  # calibration prompts whose handover is counted
+TIMED_PROMPT, TIMED_TOKENS = 512, 32
+DENSE = "dense"
+
+
+class Runner(Protocol):
+    """What runs a task; ``evaluate.tasks.run.run_task`` is one."""
+
+    def __call__(
+        self, variant: Variant, task: str, config: TasksConfig, *, progress: Progress
+    ) -> TaskScores:
+        """Scores of each item of a task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What to compare, and on what.
+
+    Attributes:
+        remove: mean share of the blocks' parameters that the two stages lose.
+        limit: items of a task; None for all. ``shots`` None is each task's own number.
+        calibration: source of the text; every seed draws its own from it.
+        sequences: of it that steer a search; half as many choose finalists, and twice as many are
+            what repairs are fitted to.
+        rows: plan files that are measured too, with the names of their rows.
+        latency: whether the stages are timed.
+    """
+
+    remove: float
+    methods: tuple[str, ...]
+    tasks: tuple[str, ...]
+    data: str
+    limit: int | None = None
+    shots: int | None = None
+    seeds: tuple[int, ...] = (0,)
+    calibration: str = "self"
+    sequences: int = 32
+    lengths: Lengths = Lengths(prompt=256, continuation=256)  # noqa: RUF009 - frozen
+    rows: tuple[tuple[str, Path], ...] = ()
+    latency: bool = True
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            if task not in TASKS:
+                raise PdtrimError(f"unknown task '{task}': use some of {', '.join(TASKS)}")
+        if self.limit is not None and self.limit < 2:
+            raise PdtrimError(f"--limit {self.limit}: an interval needs at least 2 items of a task")
+        for what, values in (("task", self.tasks), ("seed", self.seeds)):
+            if not values or len(set(values)) < len(values):
+                raise PdtrimError(f"give at least one {what}, and each once")
+        assert self.tasks_config  # refuses what no task can be run with
+
+    @property
+    def tasks_config(self) -> TasksConfig:
+        """How the tasks are run."""
+        return TasksConfig(data=self.data, limit=self.limit, shots=self.shots)
+
+    def text(self, seed: int) -> CalibrationConfig:
+        """The calibration text of a seed."""
+        return CalibrationConfig(
+            source=self.calibration,
+            prompt_tokens=self.lengths.prompt,
+            continuation_tokens=self.lengths.continuation,
+            search=self.sequences,
+            rerank=(self.sequences + 1) // 2,
+            fit=2 * self.sequences,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A run, and the scores of its tasks' items; none if it failed."""
+
+    run: Run
+    scores: dict[str, TaskScores]
+
+
+class Bench:
+    """A model, the folder of its comparison, and what runs its tasks."""
+
+    def __init__(
+        self,
+        model: Model,
+        config: CompareConfig,
+        folder: Path,
+        *,
+        runner: Runner,
+        progress: Progress = silent,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.model, self.config, self.folder = model, config, folder
+        self.runner, self.progress, self.say = runner, progress, say
+        self.texts: dict[int, Calibration] = {}
+
+    def dense(self) -> Measured:
+        """The dense model's measurements."""
+        return self._measured(DENSE, dense_plan(self.model), None, Run(seed=0))
+
+    def system(self, system: System, seed: int) -> Measured:
+        """A system's measurements with one seed; a method that refuses is a failed run.
+
+        Raises:
+            PdtrimError: unreadable text or plan, files of other settings, or a task that cannot
+                be run.
+        """
+        name = f"{system.name}-seed{seed}"
+        if system.given:
+            path = system.given[seed]
+            plan = PrunePlan.load(path)
+            check_base(self.model, plan)
+        else:
+            path = self.folder / "plans" / f"{name}.json"
+            made = self._plan(system, seed, path)
+            if isinstance(made, str):
+                self.say(f"{name}: {made}")
+                return Measured(run=Run(seed=seed, failed=made), scores={})
+            plan = made
+        origin = plan.provenance
+        run = Run(
+            seed=seed,
+            plan_digest=plan.digest,
+            calibration=origin.calibration,
+            calibration_hash=origin.calibration_hash,
+            search_block_tokens=origin.search_block_tokens,
+            wall_s=origin.wall_s,
+        )
+        return self._measured(name, plan, path.parent, run)
+
+    def _text(self, seed: int) -> Calibration:
+        if seed not in self.texts:
+            config = self.config.text(seed)
+            path = self.folder / "text" / f"seed{seed}.safetensors"
+            text = saved_calibration(config, path)
+            if text is None:
+                text = load_calibration(self.model, config, progress=self.progress)
+                save_calibration(text, config, path)
+            self.texts[seed] = text
+        return self.texts[seed]
+
+    def _plan(self, system: System, seed: int, path: Path) -> PrunePlan | str:
+        """The plan, or in one line why the method makes none."""
+        claim(
+            path.with_name(f"{path.stem}.settings.json"),
+            {
+                **self._of_model(),
+                "method": system.method,
+                "target": asdict(system.target(seed)),
+                "text": asdict(self.config.text(seed)),
+            },
+        )
+        if path.is_file():
+            return PrunePlan.load(path)
+        text = self._text(seed)
+        journal = path.with_name(f"{path.stem}.search.jsonl")
+        try:
+            plan = METHODS[system.method]().plan(
+                self.model,
+                text,
+                system.target(seed),
+                progress=self.progress,
+                journal=journal,
+                output=path,
+            )
+        except (PdtrimError, torch.OutOfMemoryError) as error:
+            return str(error).splitlines()[0]
+        journal.unlink(missing_ok=True)
+        return plan
+
+    def _measured(self, name: str, plan: PrunePlan, beside: Path | None, run: Run) -> Measured:
+        """All of a plan's cells; ``beside`` is its file's folder."""
+        cells = self.folder / "cells" / name
+        pair = pair_of(plan, self.model, beside)
+        variant = Variant.of(plan, pair)
+        own: Settings = {**self._of_model(), "plan": plan.digest}
+
+        def facts() -> PairFacts:
+            prompts = self._text(self.config.seeds[0]).rerank[:WIRE_PROMPTS]
+            removed = removed_parameters(self.model, plan)
+            return PairFacts(
+                prefill_removed=removed["prefill"],
+                decode_removed=removed["decode"],
+                kv_bytes=loopback_bytes(plan, pair.prefill, prompts).frame,
+            )
+
+        def times() -> StageTimes:
+            return stage_times(
+                variant,
+                Variant.dense(self.model),
+                prompt=TIMED_PROMPT,
+                new_tokens=TIMED_TOKENS,
+                progress=self.progress,
+            )
+
+        # tasks first: data that cannot be read should not wait for calibration text
+        scores = {task: self._cell(cells, task, variant, own) for task in self.config.tasks}
+        text = asdict(self.config.text(self.config.seeds[0]))
+        pair_facts = once(cells / "_pair.json", PairFacts, {**own, "text": text}, facts)
+        taken = None
+        if self.config.latency and name != DENSE:
+            setting = {**own, "prompt": TIMED_PROMPT, "new_tokens": TIMED_TOKENS}
+            taken = once(cells / "_latency.json", StageTimes, setting, times)
+        self.say(f"{name}: " + ", ".join(f"{t} {main_score(s):.3f}" for t, s in scores.items()))
+        run = run.model_copy(
+            update={
+                "facts": pair_facts,
+                "times": taken,
+                "scores": {task: main_score(found) for task, found in scores.items()},
+            }
+        )
+        return Measured(run=run, scores=scores)
+
+    def _cell(self, cells: Path, task: str, variant: Variant, own: Settings) -> TaskScores:
+        config = self.config
+        data = config.data
+        if Path(data).is_dir():
+            data = str(Path(data).resolve())
+        settings = {
+            **own,
+            "device": self.model.device.type,
+            "task": task,
+            "data": data,
+            "limit": config.limit,
+            "shots": config.shots,
+        }
+        return once(
+            cells / f"{task}.json",
+            TaskScores,
+            settings,
+            lambda: self.runner(variant, task, config.tasks_config, progress=self.progress),
+        )
+
+    def _of_model(self) -> Settings:
+        return {
+            "model": self.model.fingerprint,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+
+
+def main_score(scores: TaskScores) -> float:
+    """A task's main metric: the mean over its items, or the perplexity."""
+    if scores.main == "ppl":
+        return scores.metrics["ppl"]
+    items = scores.items[scores.main]
+    return sum(items) / len(items)

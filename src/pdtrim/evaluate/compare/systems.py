@@ -1,0 +1,188 @@
+"""What is compared: methods in settings, all at the same share of the blocks' parameters removed.
+
+The share is of both stages together: what a system removes is the mean of its two stages' shares.
+
+* Setting ``unified``: both stages lose the same, by every method that knows how.
+* Setting ``disaggregated``: the stages lose different parts. ``even`` removes the share from each,
+  but not the same blocks; ``tilted`` and ``prefill`` take more from prefill, the stage that bears
+  it, and less from decode. PDTrim (arXiv 2509.04467) keeps prefill's removed set inside decode's,
+  so its split is the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pdtrim.errors import PdtrimError
+from pdtrim.methods import METHODS, PDTrim, Target
+from pdtrim.plan import Mode, PrunePlan
+
+Setting = Literal["unified", "disaggregated"]
+SETTINGS: tuple[Setting, ...] = ("unified", "disaggregated")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How a mean share is split: each stage loses this many times it.
+
+    Attributes:
+        below: the split is left out where a stage would lose this share or more.
+    """
+
+    name: str
+    mode: Mode
+    prefill: float
+    decode: float
+    below: float = 1.0
+
+
+SPLITS: dict[str, tuple[Split, ...]] = {
+    "pdtrim": (
+        Split(name="-even", mode="projected", prefill=1.0, decode=1.0),
+        Split(name="-tilted", mode="projected", prefill=1.5, decode=0.5),
+        Split(name="-prefill", mode="projected", prefill=2.0, decode=0.0, below=0.8),
+    ),
+    "paper": (Split(name="", mode="subset", prefill=2 / 3, decode=4 / 3),),
+    "shortgpt+pdtrim": (Split(name="-tilted", mode="projected", prefill=1.5, decode=0.5),),
+    "llm-pruner+pdtrim": (Split(name="-tilted", mode="projected", prefill=1.5, decode=0.5),),
+}
+"""The disaggregated systems of a method."""
+
+NEVER_UNIFIED = ("paper",)
+OWN = ("pdtrim", "paper")
+"""Methods that are no baseline, as also those with a ``+`` in their names, which build on them."""
+
+OPTIONS: dict[str, Any] = {"search": "hybrid", "repair": "best"}
+"""Further fields of the target of ``pdtrim`` and of the methods that build on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """A method in a setting.
+
+    Attributes:
+        name: of the row and of its files.
+        prefill_share, decode_share: of the blocks' parameters, that each stage is to lose.
+        options: further fields of the target.
+        trained: its weights were trained; nothing that is planned here is.
+        given: plan files by seed, for a system that is not planned here.
+    """
+
+    name: str
+    method: str
+    setting: Setting
+    mode: Mode
+    prefill_share: float
+    decode_share: float
+    options: dict[str, Any] = field(default_factory=dict)
+    trained: bool = False
+    given: dict[int, Path] = field(default_factory=dict)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is a method of the literature, planned here and not trained."""
+        return self.method not in OWN and "+" not in self.method and not self.given
+
+    def target(self, seed: int) -> Target:
+        """What its plans must meet."""
+        return Target(
+            metric="parameters",
+            prefill_share=self.prefill_share,
+            decode_share=self.decode_share,
+            mode=self.mode,
+            seed=seed,
+            **self.options,
+        )
+
+
+def chosen_methods(text: str) -> tuple[str, ...]:
+    """Names from ``all``, ``none`` or a list with commas; always in the library's order.
+
+    Raises:
+        PdtrimError: an unknown name.
+    """
+    if text in ("all", "none"):
+        return tuple(METHODS) if text == "all" else ()
+    names = {name.strip() for name in text.split(",")}
+    for name in sorted(names - METHODS.keys()):
+        known = ", ".join(METHODS)
+        raise PdtrimError(f"unknown method '{name}': use all, none, or some of {known}")
+    return tuple(name for name in METHODS if name in names)
+
+
+def planned_systems(methods: Sequence[str], remove: float) -> list[System]:
+    """The systems of some methods at a mean share, unified ones first.
+
+    Raises:
+        PdtrimError: a share that is not between 0 and 1.
+    """
+    if not 0 < remove < 1:
+        raise PdtrimError(f"--remove {remove}: give a share between 0 and 1")
+    systems = [
+        System(
+            name=method,
+            method=method,
+            setting="unified",
+            mode="unified",
+            prefill_share=remove,
+            decode_share=remove,
+            options=_options(method),
+        )
+        for method in methods
+        if method not in NEVER_UNIFIED
+    ]
+    for method in methods:
+        systems += [
+            System(
+                name=method + split.name,
+                method=method,
+                setting="disaggregated",
+                mode=split.mode,
+                prefill_share=split.prefill * remove,
+                decode_share=split.decode * remove,
+                options=_options(method),
+            )
+            for split in SPLITS.get(method, ())
+            if max(split.prefill, split.decode) * remove < split.below
+        ]
+    return systems
+
+
+def _options(method: str) -> dict[str, Any]:
+    return OPTIONS if issubclass(METHODS[method], PDTrim) else {}
+
+
+def given_systems(rows: Sequence[tuple[str, Path]]) -> list[System]:
+    """Systems of plan files that are there, by name; one name may have a plan of each seed.
+
+    Their shares are not known before they are measured, and stand as 0.
+
+    Raises:
+        PdtrimError: unreadable plans, or plans of one name that are of one seed or differ in kind.
+    """
+    plans: dict[str, dict[int, Path]] = {}
+    kinds: dict[str, tuple[str, Mode, bool]] = {}
+    for name, path in rows:
+        provenance = PrunePlan.load(path).provenance
+        kind = provenance.method, provenance.mode, provenance.distillation != "none"
+        if kinds.setdefault(name, kind) != kind:
+            raise PdtrimError(f"--row {name}: plans of different kinds need a name each")
+        if provenance.seed in plans.setdefault(name, {}):
+            raise PdtrimError(f"--row {name}: two plans of seed {provenance.seed} need a name each")
+        plans[name][provenance.seed] = path
+    return [
+        System(
+            name=name,
+            method=method,
+            setting="unified" if mode == "unified" else "disaggregated",
+            mode=mode,
+            prefill_share=0.0,
+            decode_share=0.0,
+            trained=trained,
+            given=plans[name],
+        )
+        for name, (method, mode, trained) in kinds.items()
+    ]
