@@ -1,17 +1,35 @@
-"""Fixtures: the real SmolLM2 as a plain folder, made once a session."""
+"""Fixtures: the real SmolLM2 as a plain folder, made once a session. And who runs what.
+
+With several workers each file's tests run in one of them, one after the other; all that start
+vLLM's servers run in the same one, first, as they take the longest.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from helpers import tiny_model
 from pdtrim.models.loading import load_model
+
+SERVERS = ("test_vllm_", "test_serve", "test_supervisor")
+
+
+def pytest_collection_modifyitems(config, items):
+    """See the module's docstring."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    items.sort(key=lambda item: not item.path.stem.startswith(SERVERS))  # stable
+    for item in items:
+        name = "servers" if item.path.stem.startswith(SERVERS) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,10 +42,15 @@ def ctrl_c():
 @pytest.fixture(scope="session")
 def smollm2_folder(tmp_path_factory) -> Path:
     """SmolLM2-135M-Instruct in bf16 as safetensors: the GGUF is slow to read."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    model = load_model("smollm2")
-    model.network.save_pretrained(folder)
-    model.need_tokenizer().save_pretrained(folder)
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # all workers share one
+    folder = root / "smollm2"
+    with FileLock(root / "smollm2.lock"):
+        if not folder.exists():
+            model = load_model("smollm2")
+            model.network.save_pretrained(folder)
+            model.need_tokenizer().save_pretrained(folder)
     return folder
 
 
