@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Qwen2.5-7B: 28 blocks with grouped-query attention and biases on queries, keys and values.
+#
+#     bash runs/qwen2.5-7b.sh OUT
+#
+# The numbers are for one GPU of 80 GB; each is replaced by an environment variable of its name.
+# steps.sh has the other variables and says what they mean.
+set -euo pipefail
+
+: "${MODEL:=Qwen/Qwen2.5-7B}"
+: "${SHARES:=0.2 0.33}"
+: "${SEEDS:=0,1,2}"
+: "${SEQUENCES:=32}"
+: "${STEPS:=1000}"
+: "${ROWS:=4}"
+: "${ACCUMULATE:=4}"
+
+. "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
