@@ -22,6 +22,7 @@ from pdtrim.models.loading import load_model
 SERVERS = ("test_vllm_", "test_serve", "test_supervisor")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     """See the module's docstring."""
     if not config.pluginmanager.hasplugin("xdist"):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pdtrim.errors import PlanError
 from pdtrim.models.model import Model
+from pdtrim.models.replace import own_blocks
 from pdtrim.plan import PrunePlan, Stage, Width
 
 
@@ -24,11 +25,7 @@ def narrow_blocks(model: Model, widths: Mapping[int, Width]) -> Model:
     Raises:
         PlanError: a head or a neuron that the block does not have.
     """
-    touched = {id(model.block(layer).module) for layer in widths}
-    shared = {
-        id(part): part for part in (*model.network.parameters(), *model.network.buffers())
-    } | {id(layer): layer for layer in model.network.model.layers if id(layer) not in touched}
-    network = copy.deepcopy(model.network, shared)
+    network = own_blocks(model, widths)
     for layer, width in widths.items():
         narrow(network.model.layers[layer], width, head_dim=model.head_dim, layer=layer)
     return Model(network, model.tokenizer, name=model.name, revision=model.revision)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,16 +23,21 @@ def swap_blocks(model: Model, blocks: Mapping[int, Weights]) -> Model:
     Raises:
         ValueError: a parameter that the block does not have, or of another shape.
     """
-    swapped = {id(model.block(layer).module) for layer in blocks}
-    shared = {
-        id(part): part for part in (*model.network.parameters(), *model.network.buffers())
-    } | {id(layer): layer for layer in model.network.model.layers if id(layer) not in swapped}
-    network = copy.deepcopy(model.network, shared)
+    network = own_blocks(model, blocks)
     for layer, weights in blocks.items():
         module = network.model.layers[layer]
         for name, tensor in weights.items():
             _put(module, layer, name, tensor.to(model.device, model.dtype))
     return Model(network, model.tokenizer, name=model.name, revision=model.revision)
+
+
+def own_blocks(model: Model, layers: Iterable[int]) -> Any:
+    """The network with modules of its own at some layers; weights, and all else, are shared."""
+    own = {id(model.block(layer).module) for layer in layers}
+    shared = {
+        id(part): part for part in (*model.network.parameters(), *model.network.buffers())
+    } | {id(layer): layer for layer in model.network.model.layers if id(layer) not in own}
+    return copy.deepcopy(model.network, shared)
 
 
 def _put(block: nn.Module, layer: int, name: str, tensor: Tensor) -> None:
