@@ -1,8 +1,4 @@
-"""Fixtures: the real SmolLM2 as a plain folder, made once a session. And who runs what.
-
-With several workers each file's tests run in one of them, one after the other; all that start
-vLLM's servers run in the same one, first, as they take the longest.
-"""
+"""Fixtures: the real SmolLM2 as a plain folder, made once for all workers; and what runs first."""
 
 from __future__ import annotations
 
@@ -19,18 +15,12 @@ from transformers import PreTrainedTokenizerFast
 from helpers import tiny_model
 from pdtrim.models.loading import load_model
 
-SERVERS = ("test_vllm_", "test_serve", "test_supervisor")
+LONG = ("test_vllm_", "test_runs", "test_supervisor")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config, items):
-    """See the module's docstring."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    items.sort(key=lambda item: not item.path.stem.startswith(SERVERS))  # stable
-    for item in items:
-        name = "servers" if item.path.stem.startswith(SERVERS) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(name))
+def pytest_collection_modifyitems(items):
+    """The files that take the longest come first, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: not item.path.stem.startswith(LONG))  # stable
 
 
 @pytest.fixture(scope="session", autouse=True)
