@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from helpers import tiny_model
 from pdtrim.models.loading import load_model
 
-LONG = ("test_vllm_", "test_runs", "test_supervisor")
+LONG = ("test_smollm2", "test_vllm_", "test_runs", "test_supervisor")
 
 
 def pytest_collection_modifyitems(items):
