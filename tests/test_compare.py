@@ -1,95 +1,30 @@
-"""The comparison: what is compared, what is kept on disk, the outputs, and the command."""
+"""The comparison: what is compared, and the command."""
 
-import hashlib
-import io
 import json
-import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
-from helpers import make_plan, tiny_model
+from compare_runs import config_of
 from pdtrim.cli import app
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.compare.measure import CompareConfig
-from pdtrim.evaluate.compare.records import Comparison, PairFacts
-from pdtrim.evaluate.compare.run import compare, listed
-from pdtrim.evaluate.compare.store import claim, once
+from pdtrim.evaluate.compare.records import Comparison
+from pdtrim.evaluate.compare.run import listed
 from pdtrim.evaluate.compare.systems import (
     chosen_methods,
     given_systems,
     planned_systems,
 )
-from pdtrim.evaluate.tasks.scores import TaskScores
 from pdtrim.methods import METHODS
 from pdtrim.methods.dense import dense_plan
 from pdtrim.models.loading import load_model
-from pdtrim.plan import Gates, PrunePlan
-from pdtrim.report.compare import markdown, plot_compare, table
-from pdtrim.stage.cost import Lengths
-
-ITEMS = 8
-
-
-def scores_of(task="piqa", values=(0.0, 1.0), *, main="acc", ppl=20.0, items="h"):
-    return TaskScores(
-        task=task,
-        version="1",
-        source="folder",
-        shots=0,
-        count=len(values),
-        metrics={main: ppl if main == "ppl" else sum(values) / len(values)},
-        items={main: tuple(values)},
-        items_hash=items,
-        main=main,
-    )
-
-
-class Runner:
-    """Scores made of the variant's gates, without running anything; it counts its calls."""
-
-    def __init__(self):
-        self.calls = []
-        self.stop_at = None
-
-    def __call__(self, variant, task, config, *, progress):
-        if len(self.calls) == self.stop_at:
-            raise KeyboardInterrupt
-        self.calls.append(task)
-        text = f"{task} {variant.gates}"
-        right = np.random.default_rng(list(hashlib.sha256(text.encode()).digest())).random(ITEMS)
-        main = "ppl" if task == "wikitext" else "acc"
-        return scores_of(task, tuple((right < 0.5).astype(float)), main=main)
-
-
-def config_of(text, **changes):
-    values = {
-        "remove": 0.25,
-        "methods": ("pdtrim", "shortgpt"),
-        "tasks": ("piqa", "wikitext"),
-        "data": "hub",
-        "calibration": str(text),
-        "sequences": 2,
-        "lengths": Lengths(prompt=12, continuation=6),
-        "latency": False,
-    }
-    return CompareConfig(**{**values, **changes})
+from pdtrim.report.compare import markdown
 
 
 @pytest.fixture(scope="module")
 def model(tiny_folder):
     return load_model(str(tiny_folder), dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def compared(model, tiny_text, tmp_path_factory):
-    """A whole comparison, its folder, its settings, and what ran its tasks."""
-    folder = tmp_path_factory.mktemp("compare")
-    config, runner = config_of(tiny_text, seeds=(0, 1)), Runner()
-    return compare(model, config, folder, run=runner), folder, config, runner
 
 
 # what is compared
@@ -182,219 +117,6 @@ def test_names_are_told_apart(model, tiny_text, tmp_path):
 def test_settings_that_give_no_comparison_are_refused(changes, problem, tiny_text):
     with pytest.raises(PdtrimError, match=problem):
         config_of(tiny_text, **changes)
-
-
-# what is kept
-
-
-def test_a_file_is_made_once_and_only_by_its_settings(tmp_path):
-    path = tmp_path / "deep" / "x.json"
-    assert once(path, PairFacts, {"a": 1}, lambda: facts(0.5)) == facts(0.5)
-    assert once(path, PairFacts, {"a": 1}, lambda: pytest.fail("made again")) == facts(0.5)
-    with pytest.raises(PdtrimError, match=r"made with a 1, now it is 2: delete it"):
-        once(path, PairFacts, {"a": 2}, lambda: pytest.fail("made again"))
-    for text in ("{", "[]", "{}", '{"settings": {"a": 1}, "value": {}}', '{"settings": {"a": 1}}'):
-        path.write_text(text)
-        with pytest.raises(PdtrimError, match="not a file of a comparison"):
-            once(path, PairFacts, {"a": 1}, lambda: pytest.fail("made again"))
-    claim(tmp_path / "claim", {"a": 1})
-    claim(tmp_path / "claim", {"a": 1})
-    with pytest.raises(PdtrimError, match="made with a 1"):
-        claim(tmp_path / "claim", {"a": 1.5})
-
-
-def interrupted(*args, **options):
-    raise KeyboardInterrupt
-
-
-def test_an_interruption_while_measuring_leaves_no_file(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        once(tmp_path / "x.json", PairFacts, {}, interrupted)
-    assert not list(tmp_path.iterdir())
-
-
-def facts(removed, kv_bytes=100.0):
-    return PairFacts(prefill_removed=removed, decode_removed=removed, kv_bytes=kv_bytes)
-
-
-def test_every_system_and_seed_has_its_plan_and_cells(compared):
-    result, folder, _, runner = compared
-    names = [row.name for row in result.rows]
-    assert names == [
-        "dense",
-        "pdtrim",
-        "shortgpt",
-        "pdtrim-even",
-        "pdtrim-tilted",
-        "pdtrim-prefill",
-    ]
-    assert all(row.failed is None for row in result.rows)
-    assert len(runner.calls) == 2 * (1 + 5 * 2)  # tasks, for dense and for each system and seed
-    for row in result.rows[1:]:
-        assert [run.seed for run in row.runs] == [0, 1]
-        assert len({run.calibration_hash for run in row.runs}) == 2
-        for run in row.runs:
-            plan = PrunePlan.load(folder / "plans" / f"{row.name}-seed{run.seed}.json")
-            assert (plan.digest, plan.provenance.seed) == (run.plan_digest, run.seed)
-            cells = folder / "cells" / f"{row.name}-seed{run.seed}"
-            assert {path.name for path in cells.iterdir()} == {
-                *("piqa.json", "wikitext.json", "_pair.json")
-            }
-    assert not list((folder / "plans").glob("*.search.jsonl"))
-
-
-def test_rows_hold_what_their_plans_save(compared, model):
-    result = compared[0]
-    rows = {row.name: row for row in result.rows}
-    assert (rows["dense"].prefill_removed, rows["dense"].kv_compression) == (0, 1)
-    for name in ("pdtrim", "shortgpt"):  # one block of four, whose KV does not travel
-        assert rows[name].prefill_removed >= 0.25 and rows[name].decode_removed >= 0.25
-        assert rows[name].kv_compression > 1.2
-    assert rows["pdtrim-prefill"].decode_removed == 0
-    assert rows["pdtrim-prefill"].prefill_removed >= 0.5
-    assert rows["pdtrim-prefill"].kv_compression == 1
-    assert rows["shortgpt"].search_block_tokens > 0 and rows["shortgpt"].wall_s > 0
-    assert rows["pdtrim"].asked_prefill == 0.25 and rows["dense"].asked_prefill is None
-
-
-def test_what_is_there_is_not_made_again(compared, model, tmp_path):
-    result, folder, config, _ = compared
-    again = Runner()
-    assert compare(model, config, folder, run=again) == result
-    assert again.calls == []
-    more = compare(model, replace(config, tasks=("piqa", "wikitext", "rte")), folder, run=again)
-    assert set(again.calls) == {"rte"} and len(again.calls) == 11
-    assert [info.task for info in more.tasks] == ["piqa", "wikitext", "rte"]
-
-
-def test_other_settings_are_refused_in_one_line(compared, model):
-    _, folder, config, _ = compared
-    with pytest.raises(PdtrimError, match=r"piqa\.json was made with limit null, now it is 5"):
-        compare(model, replace(config, limit=5), folder, run=Runner())
-    with pytest.raises(PdtrimError, match=r"made with target\.\w+_share 0\.\d+, now it is"):
-        compare(model, replace(config, remove=0.5), folder, run=Runner())
-    with pytest.raises(PdtrimError, match=r"made with text\.\w+ \d+, now it is"):
-        compare(model, replace(config, sequences=3), folder, run=Runner())
-
-
-def test_an_interruption_loses_the_cell_in_work_only(model, tiny_text, tmp_path):
-    config = config_of(tiny_text, methods=("shortgpt",), tasks=("piqa", "rte", "cb"))
-    first, second = Runner(), Runner()
-    first.stop_at = 4  # in the second cell of the system
-    with pytest.raises(KeyboardInterrupt):
-        compare(model, config, tmp_path, run=first)
-    compare(model, config, tmp_path, run=second)
-    assert second.calls == ["rte", "cb"]
-
-
-def test_an_interrupted_search_goes_on(compared, model, tmp_path, monkeypatch):
-    result, _, config, _ = compared
-    config = replace(config, methods=("pdtrim",), seeds=(0,))
-    journal = tmp_path / "plans" / "pdtrim-seed0.search.jsonl"
-    kept = []
-    for _ in range(2):
-        with monkeypatch.context() as patch:
-            patch.setattr("pdtrim.methods.pdtrim.best_repair", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                compare(model, config, tmp_path, run=Runner())
-        kept.append((journal.stat().st_mtime_ns, journal.read_text()))
-    assert kept[0] == kept[1]  # the second search measured nothing
-    assert len(kept[0][1].splitlines()) > 2
-    again = compare(model, config, tmp_path, run=Runner())
-    assert not journal.exists()
-    assert again.rows[1].runs[0].plan_digest == result.rows[1].runs[0].plan_digest
-
-
-def test_a_method_that_refuses_is_a_row_with_its_reason(model, tiny_text, tmp_path):
-    # shortened-taylor protects 6 blocks, and the model has 4
-    config = config_of(tiny_text, methods=("shortgpt", "shortened-taylor"))
-    result = compare(model, config, tmp_path, run=Runner())
-    _, _, failed = result.rows
-    assert failed.name == "shortened-taylor" and "\n" not in failed.failed
-    assert failed.average is None and failed.scores == {}
-    assert result.best_baseline == "shortgpt"
-    text = markdown(result)
-    assert f"| shortened-taylor | not made: {failed.failed} |" in text
-    plot_compare(result, tmp_path / "compare.png")
-
-
-def test_given_plans_are_rows_of_their_own(model, tiny_text, tmp_path):
-    gates = Gates.removing(model.num_layers, prefill={1}, decode={1, 2})
-    plan = make_plan(model, gates)
-    trained = plan.provenance.model_copy(update={"distillation": "some", "seed": 3})
-    plan.model_copy(update={"provenance": trained}).save(tmp_path / "mine.json")
-    config = config_of(tiny_text, methods=("shortgpt",), rows=(("mine", tmp_path / "mine.json"),))
-    result = compare(model, config, tmp_path / "out", run=Runner())
-    row = result.rows[-1]
-    assert (row.name, row.trained, row.runs[0].seed) == ("mine", True, 3)
-    assert row.prefill_removed < row.decode_removed
-    assert row.to_baseline is not None and row.asked_prefill is None
-    assert "## Disaggregated, trained" in markdown(result)
-    other = tiny_model(seed=1)
-    other.tokenizer = model.tokenizer
-    with pytest.raises(PdtrimError, match="not the model of this plan"):
-        compare(other, config, tmp_path / "other", run=Runner())
-
-
-def test_times_are_kept_with_the_cells(model, tiny_text, tmp_path, monkeypatch):
-    monkeypatch.setattr("pdtrim.evaluate.compare.measure.TIMED_PROMPT", 8)
-    monkeypatch.setattr("pdtrim.evaluate.compare.measure.TIMED_TOKENS", 2)
-    config = config_of(tiny_text, methods=("shortgpt",), latency=True)
-    result = compare(model, config, tmp_path, run=Runner())
-    row = result.rows[1]
-    assert row.prefill_time > 0 and row.decode_time > 0 and row.runs[0].times
-    assert compare(model, config, tmp_path, run=Runner()) == result
-    without = compare(model, replace(config, latency=False), tmp_path, run=Runner())
-    assert without.rows[1].prefill_time is None
-
-
-# the outputs
-
-
-def test_the_result_file_is_read_back(compared, tmp_path):
-    result = compared[0]
-    result.save(tmp_path / "result.json")
-    assert Comparison.load(tmp_path / "result.json") == result
-    data = json.loads((tmp_path / "result.json").read_text())
-    assert data["schema"] == "pdtrim.compare/1"
-    assert data["versions"]["pdtrim"] and data["settings"]["seeds"] == [0, 1]
-    for text in ("{", "{}", '{"schema": "pdtrim.result/1"}'):
-        (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(PdtrimError):
-            Comparison.load(tmp_path / "bad.json")
-    with pytest.raises(PdtrimError, match="no readable result"):
-        Comparison.load(tmp_path / "none.json")
-
-
-def test_the_tables_have_every_system_in_its_part(compared):
-    result = compared[0]
-    text = markdown(result)
-    unified, apart = text.split("## Disaggregated, training-free")
-    assert "| shortgpt |" in unified and "| shortgpt |" not in apart
-    assert "| pdtrim-tilted |" in apart and "| pdtrim-tilted |" not in unified
-    assert unified.count("| dense |") == apart.count("| dense |") == 1
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in lines}) == 1
-    row = next(row for row in result.rows if row.name == "pdtrim-even")
-    low, high = (100 * x for x in row.spread)
-    assert f"{100 * row.average.mean:.1f} ({low:.1f} .. {high:.1f})" in text
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(table(result))
-    shown = console.export_text()
-    assert all(row.name in shown for row in result.rows)
-
-
-def test_the_picture_is_written(compared, tmp_path, monkeypatch, recwarn):
-    pytest.importorskip("matplotlib")
-    result = compared[0]
-    path = plot_compare(result, tmp_path / "new" / "compare.png")
-    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert not [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)]
-    with pytest.raises(PdtrimError, match="nothing to plot"):
-        plot_compare(result.model_copy(update={"rows": result.rows[:1]}), tmp_path / "x.png")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(PdtrimError, match=r"pdtrim\[plot\]"):
-        plot_compare(result, tmp_path / "x.png")
 
 
 # the command
