@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -10,9 +11,10 @@ from rich.console import Console
 
 from compare_runs import Runner, config_of
 from helpers import make_plan, tiny_model
+from pdtrim.bench.stages import StageTimes
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.compare.records import Comparison, PairFacts
-from pdtrim.evaluate.compare.run import compare
+from pdtrim.evaluate.compare.run import compare, measure_part
 from pdtrim.evaluate.compare.store import claim, once
 from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates, PrunePlan
@@ -115,10 +117,51 @@ def test_what_is_there_is_not_made_again(compared, model, tmp_path):
     assert [info.task for info in more.tasks] == ["piqa", "wikitext", "rte"]
 
 
+def test_parts_made_side_by_side_are_the_whole(compared, model, tmp_path):
+    result, _, config, _ = compared
+    measure_part(model, config, tmp_path, ["dense"], run=Runner())
+    assert {path.name for path in (tmp_path / "text").iterdir()} == {
+        "seed0.safetensors",
+        "seed1.safetensors",
+    }
+    one = Runner()
+    measure_part(model, config, tmp_path, ["shortgpt-seed1"], run=one)
+    assert one.calls == ["piqa", "wikitext"]
+    assert [path.name for path in (tmp_path / "plans").glob("*seed?.json")] == [
+        "shortgpt-seed1.json"
+    ]
+    rest = ["shortgpt", "pdtrim", "pdtrim-even", "pdtrim-tilted", "pdtrim-prefill"]
+    measure_part(model, config, tmp_path, rest, run=Runner())
+    assert not (tmp_path / "result.json").exists()
+    again = Runner()
+    whole = compare(model, config, tmp_path, run=again)
+    assert again.calls == []
+    assert [row.scores for row in whole.rows] == [row.scores for row in result.rows]
+    for name in ("sleb", "shortgpt-seed2", "dense-seed0"):
+        with pytest.raises(PdtrimError, match=f"--only '{name}': give dense, or a system such as"):
+            measure_part(model, config, tmp_path, [name], run=Runner())
+
+
+def test_the_first_seed_of_a_system_is_timed(compared, model, tmp_path, monkeypatch):
+    _, folder, config, _ = compared
+    times = StageTimes(prefill=0.5, decode=0.9, dense_prefill_s=1.0, dense_decode_s=2.0)
+    monkeypatch.setattr(
+        "pdtrim.evaluate.compare.measure.stage_times", lambda *args, **options: times
+    )
+    shutil.copytree(folder, tmp_path / "copy")
+    result = compare(model, replace(config, latency=True), tmp_path / "copy", run=Runner())
+    assert [run.times for run in result.dense.runs] == [None]
+    for row in result.rows[1:]:
+        assert [run.times for run in row.runs] == [times, None]
+        assert (row.prefill_time, row.decode_time) == (0.5, 0.9)
+
+
 def test_other_settings_are_refused_in_one_line(compared, model):
     _, folder, config, _ = compared
     with pytest.raises(PdtrimError, match=r"piqa\.json was made with limit null, now it is 5"):
         compare(model, replace(config, limit=5), folder, run=Runner())
+    with pytest.raises(PdtrimError, match=r"made with batch_tokens 8192, now it is 64"):
+        compare(model, replace(config, batch_tokens=64), folder, run=Runner())
     with pytest.raises(PdtrimError, match=r"made with target\.\w+_share 0\.\d+, now it is"):
         compare(model, replace(config, remove=0.5), folder, run=Runner())
     with pytest.raises(PdtrimError, match=r"made with text\.\w+ \d+, now it is"):

@@ -46,6 +46,16 @@ def compare(
     latency: Annotated[bool, typer.Option(help="Time the two stages beside the dense ones.")] = (
         True
     ),
+    batch_tokens: Annotated[
+        int, typer.Option(help="Of a task, that run together; more is faster on a large GPU.")
+    ] = 8192,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure these alone and write no table, for processes side by side: dense,"
+            " names of systems, or NAME-seedN, with commas."
+        ),
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = "bfloat16",
     as_json: Json = False,
@@ -53,7 +63,7 @@ def compare(
     """Compare methods at the same share removed; write result.json, table.md and compare.png."""
     from pdtrim.evaluate.compare.measure import CompareConfig
     from pdtrim.evaluate.compare.run import compare as run
-    from pdtrim.evaluate.compare.run import listed
+    from pdtrim.evaluate.compare.run import measure_part, parts_of
     from pdtrim.evaluate.compare.systems import chosen_methods
     from pdtrim.models.loading import load_model
     from pdtrim.report.compare import markdown, plot_compare, table
@@ -76,11 +86,16 @@ def compare(
         lengths=Lengths(prompt=prompt_tokens, continuation=continuation_tokens),
         rows=tuple(_named(text) for text in row),
         latency=latency,
+        batch_tokens=batch_tokens,
     )
-    listed(config)  # a typing mistake should not wait for the model
+    part = [name.strip() for name in only.split(",")] if only else []
+    parts_of(config, part)  # a typing mistake should not wait for the model
     progress, say = progress_of(as_json), say_of(as_json)
     with progress("loading the model", 1):
         dense = load_model(model, dtype=dtype, device=device)
+    if part:
+        measure_part(dense, config, output, part, progress=progress, say=say)
+        return
     result = run(dense, config, output, progress=progress, say=say)
     result.save(output / "result.json")
     (output / "table.md").write_text(markdown(result), encoding="utf-8")

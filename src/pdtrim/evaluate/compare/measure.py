@@ -28,7 +28,7 @@ from pdtrim.evaluate.compare.systems import System
 from pdtrim.evaluate.handover import loopback_bytes
 from pdtrim.evaluate.quality import Variant
 from pdtrim.evaluate.tasks import TASKS
-from pdtrim.evaluate.tasks.run import TasksConfig
+from pdtrim.evaluate.tasks.run import BATCH_TOKENS, TasksConfig
 from pdtrim.evaluate.tasks.scores import TaskScores
 from pdtrim.export import check_base
 from pdtrim.methods import METHODS
@@ -64,7 +64,8 @@ class CompareConfig:
         sequences: of it that steer a search; half as many choose finalists, and twice as many are
             what repairs are fitted to.
         rows: plan files that are measured too, with the names of their rows.
-        latency: whether the stages are timed.
+        latency: whether the stages are timed, with each system's first seed.
+        batch_tokens: tokens of a task that run together.
     """
 
     remove: float
@@ -79,6 +80,7 @@ class CompareConfig:
     lengths: Lengths = Lengths(prompt=256, continuation=256)  # noqa: RUF009 - frozen
     rows: tuple[tuple[str, Path], ...] = ()
     latency: bool = True
+    batch_tokens: int = BATCH_TOKENS
 
     def __post_init__(self) -> None:
         for task in self.tasks:
@@ -94,7 +96,9 @@ class CompareConfig:
     @property
     def tasks_config(self) -> TasksConfig:
         """How the tasks are run."""
-        return TasksConfig(data=self.data, limit=self.limit, shots=self.shots)
+        return TasksConfig(
+            data=self.data, limit=self.limit, shots=self.shots, batch_tokens=self.batch_tokens
+        )
 
     def text(self, seed: int) -> CalibrationConfig:
         """The calibration text of a seed."""
@@ -136,7 +140,7 @@ class Bench:
 
     def dense(self) -> Measured:
         """The dense model's measurements."""
-        return self._measured(DENSE, dense_plan(self.model), None, Run(seed=0))
+        return self._measured(DENSE, dense_plan(self.model), None, Run(seed=0), timed=False)
 
     def system(self, system: System, seed: int) -> Measured:
         """A system's measurements with one seed; a method that refuses is a failed run.
@@ -166,7 +170,14 @@ class Bench:
             search_block_tokens=origin.search_block_tokens,
             wall_s=origin.wall_s,
         )
-        return self._measured(name, plan, path.parent, run)
+        first = min(system.given) if system.given else self.config.seeds[0]
+        timed = self.config.latency and seed == first
+        return self._measured(name, plan, path.parent, run, timed=timed)
+
+    def prepare_texts(self) -> None:
+        """Make the calibration text of every seed, if it is not there."""
+        for seed in self.config.seeds:
+            self._text(seed)
 
     def _text(self, seed: int) -> Calibration:
         if seed not in self.texts:
@@ -208,7 +219,9 @@ class Bench:
         journal.unlink(missing_ok=True)
         return plan
 
-    def _measured(self, name: str, plan: PrunePlan, beside: Path | None, run: Run) -> Measured:
+    def _measured(
+        self, name: str, plan: PrunePlan, beside: Path | None, run: Run, *, timed: bool
+    ) -> Measured:
         """All of a plan's cells; ``beside`` is its file's folder."""
         cells = self.folder / "cells" / name
         pair = pair_of(plan, self.model, beside)
@@ -238,8 +251,13 @@ class Bench:
         text = asdict(self.config.text(self.config.seeds[0]))
         pair_facts = once(cells / "_pair.json", PairFacts, {**own, "text": text}, facts)
         taken = None
-        if self.config.latency and name != DENSE:
-            setting = {**own, "prompt": TIMED_PROMPT, "new_tokens": TIMED_TOKENS}
+        if timed:
+            setting = {
+                **own,
+                "device": self.model.device.type,
+                "prompt": TIMED_PROMPT,
+                "new_tokens": TIMED_TOKENS,
+            }
             taken = once(cells / "_latency.json", StageTimes, setting, times)
         self.say(f"{name}: " + ", ".join(f"{t} {main_score(s):.3f}" for t, s in scores.items()))
         run = run.model_copy(
@@ -263,6 +281,7 @@ class Bench:
             "data": data,
             "limit": config.limit,
             "shots": config.shots,
+            "batch_tokens": config.batch_tokens,
         }
         return once(
             cells / f"{task}.json",

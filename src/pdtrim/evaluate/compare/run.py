@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -49,12 +49,8 @@ def compare(
     bench = Bench(model, config, folder, runner=run, progress=progress, say=say)
     measured: dict[str, list[Measured]] = {DENSE: [bench.dense()]}
     measured |= {system.name: [] for system in systems}
-    for seed in config.seeds:
-        for system in systems:
-            if not system.given:
-                measured[system.name].append(bench.system(system, seed))
-    for system in systems:
-        measured[system.name] += [bench.system(system, seed) for seed in system.given]
+    for system, seed in _parts(config, systems):
+        measured[system.name].append(bench.system(system, seed))
     tasks = task_infos(measured)
     rows, best = summarise(systems, measured)
     return Comparison(
@@ -70,6 +66,69 @@ def compare(
         versions=versions(),
         host=host(),
     )
+
+
+def measure_part(
+    model: Model,
+    config: CompareConfig,
+    folder: Path,
+    only: Sequence[str],
+    *,
+    run: Runner = run_task,
+    progress: Progress = silent,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Measure some of the systems and leave their plans and cells in ``folder``.
+
+    Processes may do parts of one comparison side by side in one folder, on one machine or many;
+    :func:`compare` then finds everything there.
+
+    Args:
+        only: ``NAME`` of a system for all its seeds or ``NAME-seedN`` for one; ``dense`` for the
+            dense model and the calibration texts, which should be there before processes start
+            side by side.
+
+    Raises:
+        PdtrimError: a name that the comparison has not; further as :func:`compare`.
+    """
+    parts = parts_of(config, only)
+    bench = Bench(model, config, folder, runner=run, progress=progress, say=say)
+    if DENSE in only:
+        bench.dense()
+        bench.prepare_texts()
+    for system, seed in parts:
+        bench.system(system, seed)
+
+
+def parts_of(config: CompareConfig, only: Sequence[str]) -> list[tuple[System, int]]:
+    """The systems and seeds of these names, in the comparison's order; ``dense`` is none.
+
+    Raises:
+        PdtrimError: a name that the comparison has not; further as :func:`listed`.
+    """
+    parts = _parts(config, listed(config))
+    known = {DENSE, *(name for system, seed in parts for name in _names(system, seed))}
+    for name in only:
+        if name not in known:
+            systems = ", ".join(dict.fromkeys(system.name for system, _ in parts))
+            raise PdtrimError(
+                f"--only '{name}': give dense, or a system such as {systems}, with -seedN"
+                " behind it for one of the seeds"
+            )
+    return [part for part in parts if any(name in only for name in _names(*part))]
+
+
+def _names(system: System, seed: int) -> tuple[str, str]:
+    return system.name, f"{system.name}-seed{seed}"
+
+
+def _parts(config: CompareConfig, systems: Sequence[System]) -> list[tuple[System, int]]:
+    """All systems with one seed, then with the next, and given plans at the end."""
+    planned = [system for system in systems if not system.given]
+    return [
+        *((system, seed) for seed in config.seeds for system in planned),
+        *((system, seed) for system in systems for seed in system.given),
+    ]
 
 
 def listed(config: CompareConfig) -> list[System]:

@@ -17,6 +17,8 @@ from pdtrim.evaluate.tasks.scores import TaskScores
 from pdtrim.evaluate.tasks.wikitext import perplexity, read_text
 from pdtrim.progress import Progress, silent
 
+BATCH_TOKENS = 8192
+
 
 @dataclass(frozen=True, kw_only=True)
 class TasksConfig:
@@ -33,7 +35,7 @@ class TasksConfig:
     data: str
     limit: int | None = None
     shots: int | None = None
-    batch_tokens: int = 8192
+    batch_tokens: int = BATCH_TOKENS
     window_tokens: int = 2048
 
     def __post_init__(self) -> None:
