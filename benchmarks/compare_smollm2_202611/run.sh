@@ -5,7 +5,7 @@
 # JOBS processes share one GPU. The same command goes on where it stopped.
 set -euo pipefail
 DATA=$1 OUT=$2
-: "${MODEL:=smollm2}" "${DEVICE:=cuda}" "${SHARES:=0.2 0.33}" "${SEEDS:=0,1}" "${JOBS:=16}"
+: "${MODEL:=smollm2}" "${DEVICE:=cuda}" "${SHARES:=0.2 0.33}" "${SEEDS:=0,1}" "${JOBS:=12}"
 : "${LIMIT:=500}" "${SEQUENCES:=32}" "${LENGTH:=256}" "${BATCH_TOKENS:=32768}"
 : "${TRAINED:=pdtrim-prefill pdtrim-tilted paper}" "${WRITTEN:=4096}" "${STEPS:=600}" "${MINUTES:=3}"
 : "${TASKS:=mmlu,cmmlu,piqa,winogrande,hellaswag,boolq,arc_easy,arc_challenge,openbookqa,mathqa,rte,wnli,cb,sst2,lambada_openai,wikitext}"
