@@ -45,7 +45,7 @@ def test_every_question_has_its_rows_with_every_seed(measured):
         *("one_shot", "greedy", "evolution", "anneal", "hybrid")
     }
     assert {n for g, n in names if g == "repair"} == {
-        *("scalar", "diagonal", "linear", "kv", "linear+kv", "best")
+        *("scalar", "diagonal", "linear", "outputs", "kv", "linear+kv", "outputs+kv", "best")
     }
     assert {n for g, n in names if g == "mode"} == {"subset", "projected"}
     assert {n for g, n in names if g == "grain"} == {"block", "part"}

@@ -9,7 +9,8 @@ from helpers import tiny_model
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.quality import Variant, measure_quality
 from pdtrim.methods import METHODS, Target
-from pdtrim.methods.baselines import LLMPruner, ShortGPT
+from pdtrim.methods.baselines import FLAP, LLMPruner, ShortGPT
+from pdtrim.methods.flap_pdtrim import FLAPPDTrim
 from pdtrim.methods.llm_pruner_pdtrim import LLMPrunerPDTrim
 from pdtrim.methods.pdtrim import PDTrim
 from pdtrim.methods.shortgpt_pdtrim import ShortGPTPDTrim
@@ -91,10 +92,58 @@ def test_a_repaired_hybrid_is_written_read_and_better(model, text, tmp_path):
     assert found["repaired"].kl < found["bare"].kl
 
 
+def measured(model, text, plans):
+    """Held-out KL of plans in folders."""
+    found = measure_quality(
+        model,
+        {name: Variant.of(p, pair_of(p, model, folder)) for name, (p, folder) in plans.items()},
+        text.rerank,
+    )
+    return {name: quality.kl for name, quality in found.items()}
+
+
+def test_flap_with_nothing_more_to_lose_is_flap_and_its_repair_is_better(model, text, tmp_path):
+    shares = Target(metric="parameters", prefill_share=0.3, decode_share=0.3, mode="unified")
+    plans = {
+        "flap": FLAP().plan(model, text, shares, output=tmp_path / "flap" / "plan.json"),
+        "bare": FLAPPDTrim().plan(model, text, shares, output=tmp_path / "bare" / "plan.json"),
+        "repaired": FLAPPDTrim().plan(
+            model, text, replace(shares, repair="best"), output=tmp_path / "repaired" / "plan.json"
+        ),
+    }
+    assert plans["bare"].digest == plans["flap"].digest
+    assert plans["repaired"].widths == plans["flap"].widths
+    assert plans["repaired"].provenance.repair != "none"
+    kl = measured(model, text, {name: (plan, tmp_path / name) for name, plan in plans.items()})
+    assert kl["repaired"] < 0.9 * kl["flap"]
+
+
+def test_flap_narrows_what_both_lose_and_prefill_skips_the_rest(model, text, tmp_path):
+    shares = Target(metric="parameters", prefill_share=0.4, decode_share=0.2, repair="best")
+    path = tmp_path / "plan.json"
+    plan = FLAPPDTrim().plan(model, text, shares, output=path)
+    removed = removed_parameters(model, plan)
+    assert 0.4 <= removed["prefill"] < 0.4 + 1 / LAYERS
+    assert removed["decode"] == pytest.approx(0.2, abs=0.01)
+    assert plan.gates.blocks("decode") == LAYERS > plan.gates.blocks("prefill")
+    skipped = [i for i, gate in enumerate(plan.gates.prefill_attention) if gate == "kv"]
+    assert skipped and not any(
+        width and width.biased for width in map(plan.widths.prefill.__getitem__, skipped)
+    )
+    bare = FLAPPDTrim().plan(
+        model, text, replace(shares, repair="none"), output=tmp_path / "b.json"
+    )
+    kl = measured(
+        model, text, {"repaired": (PrunePlan.load(path), tmp_path), "bare": (bare, tmp_path)}
+    )
+    assert kl["repaired"] < kl["bare"]
+
+
 @pytest.mark.parametrize(
     ("name", "target", "what"),
     [
         ("llm-pruner+pdtrim", Target(decode_remove=2), "use --metric parameters"),
+        ("flap+pdtrim", replace(SHARES, grain="part"), "use --grain block"),
         ("shortgpt+pdtrim", Target(decode_remove=2, search="greedy"), "--search anneal"),
     ],
 )

@@ -10,10 +10,11 @@ from helpers import first_last, random_batch, tiny_model
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.errors import PdtrimError
 from pdtrim.kv.policy import HandoverPolicy
-from pdtrim.plan import Gates, LayerKV
-from pdtrim.repair import diagonal, kv, linear, scalar
-from pdtrim.repair.apply import KINDS, RIDGE, best_repair, repair
-from pdtrim.repair.cuts import find_cuts, merged_layers
+from pdtrim.models.narrow import narrow_blocks
+from pdtrim.plan import Gates, LayerKV, Width
+from pdtrim.repair import diagonal, kv, linear, outputs, scalar
+from pdtrim.repair.apply import KINDS, RIDGE, SHARED, best_repair, first_change, repair
+from pdtrim.repair.cuts import find_cuts, merged_layers, readers
 from pdtrim.search.objective import dense_trace
 from pdtrim.stage.forward import Pair, forward, streams
 from pdtrim.stage.replaced import swap_pair
@@ -86,6 +87,27 @@ def test_kv_finds_the_projections_and_its_ridge_pulls_to_the_old_ones():
     assert torch.equal(kv.fit([(zero, zero)], old, ridge=0.1)["v"], old["v"])
 
 
+def test_outputs_finds_the_projection_its_bias_and_pulls_to_the_old_one():
+    x, old, new = random(200, 8) + 1, random(5, 8, seed=1), random(5, 8, seed=2)
+    halves = [(x[:90], x[:90] @ new.T + 3), (x[90:], x[90:] @ new.T + 3)]
+    found, bias = outputs.fit(halves, old, torch.zeros(5), ridge=1e-12)
+    torch.testing.assert_close(found, new, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(bias, torch.full((5,), 3.0), atol=1e-3, rtol=1e-3)
+    same, bias = outputs.fit(halves, old, torch.zeros(5), ridge=math.inf)
+    assert torch.equal(same, old)  # the bias is not pulled: it makes up for the mean
+    wanted = (x @ new.T + 3 - x @ old.T).mean(0)
+    torch.testing.assert_close(bias, wanted, atol=1e-4, rtol=1e-4)
+    # the minimum of |x W'^T - d|^2 + ridge c |W' - W|^2, by stacking the ridge below the data
+    d, root = random(200, 5, seed=3), math.sqrt(0.5 * float(x.square().sum(0).mean()))
+    stacked = torch.linalg.lstsq(
+        torch.cat((x, root * torch.eye(8))).double(), torch.cat((d, root * old.T)).double()
+    )
+    found, none = outputs.fit([(x, d)], old, ridge=0.5)
+    assert none is None
+    torch.testing.assert_close(found, stacked.solution.T.float(), atol=1e-4, rtol=1e-4)
+    assert torch.equal(outputs.fit([(x * 0, d)], old, ridge=0.1)[0], old)
+
+
 # the cuts
 
 
@@ -108,6 +130,14 @@ def test_cuts_are_runs_of_whole_blocks_with_their_readers():
     assert find_cuts(Gates.removing(4, prefill={3}), "prefill") == ()  # 3 reads what it always did
     parts = Gates.dense(4).model_copy(update={"decode_mlp": (True, False, True, True)})
     assert find_cuts(parts, "decode") == ()
+
+
+def test_readers_are_skipped_keys_and_values_and_the_next_that_writes():
+    gates = Gates.removing(9, prefill={2, 3, 4, 7, 8}, decode={3, 6, 7}).without_dead_work()
+    assert readers(gates, "prefill", 1) == (2, 4, 5)  # 3 makes no K and V: decode skips it
+    assert readers(gates, "prefill", 5) == (6,) and readers(gates, "prefill", 6) == (8,)
+    assert readers(gates, "prefill", 8) == ()
+    assert readers(gates, "decode", 2) == (4,) and readers(gates, "decode", 8) == (9,)
 
 
 # constructed models, in which a repair is exact
@@ -194,6 +224,47 @@ def test_scalar_keeps_the_mean_norm_behind_every_cut():
             assert set(blocks[stage][stop]) == {"mlp.down_proj.weight", "self_attn.o_proj.weight"}
 
 
+def doubled():
+    """A model in which half of the neurons and of the KV groups of layers 1 and 2 are copies."""
+    model = tiny_model("llama", layers=4, num_key_value_heads=4, num_attention_heads=4)
+    with torch.no_grad():
+        for layer in (1, 2):
+            attention, mlp = model.block(layer).module.self_attn, model.block(layer).module.mlp
+            for part in (
+                attention.q_proj,
+                attention.k_proj,
+                attention.v_proj,
+                mlp.gate_proj,
+                mlp.up_proj,
+            ):
+                half = part.weight.shape[0] // 2
+                part.weight[half:] = part.weight[:half]
+    kept = Width.of(groups=(0, 1), neurons=range(INNER // 2), num_neurons=INNER)
+    return model, narrow_blocks(model, {1: kept, 2: kept})
+
+
+@pytest.mark.parametrize("kind", ["outputs", "shared"])
+def test_what_stays_takes_over_what_went_where_it_can(kind):
+    model, narrow = doubled()
+    fit = random_batch(model, rows=16, prompt=12, new=10, seed=1)
+    gates, start = Gates.dense(4), Pair.dense(narrow)
+    assert first_change(model, start, gates, "decode") == 1
+    assert first_change(model, Pair.dense(model), gates, "decode") is None
+    blocks = repair(model, gates, FULL, fit, kind, pair=start, outputs_ridge=1e-7)
+    # nothing is to be done before the first change, and prefill ends with the K and V of layer 3
+    assert (set(blocks["prefill"]), set(blocks["decode"])) == ({1, 2}, {1, 2, 3})
+    if kind == "shared":
+        for layer in (1, 2):
+            for name, part in blocks["prefill"][layer].items():
+                assert torch.equal(part, blocks["decode"][layer][name])
+    batch = random_batch(model, rows=3, seed=5)
+    with torch.no_grad():
+        wanted = forward(Pair.dense(model), batch, gates)
+        bare, repaired = (forward(swap_pair(start, b), batch, gates) for b in ({}, blocks))
+    assert (bare - wanted).abs().max() > 0.05
+    torch.testing.assert_close(repaired, wanted, atol=5e-3, rtol=1e-2)
+
+
 # text that no fit has seen
 
 
@@ -274,13 +345,47 @@ def test_the_best_repair_is_chosen_on_held_out_text(setting):
     assert best.tried["prefill"]["none"] == pytest.approx(held_out_kl(setting, {}), rel=1e-5)
     assert best.kl == pytest.approx(held_out_kl(setting, best.blocks), rel=1e-5)
     for stage, tried in best.tried.items():
-        assert list(tried) == list(KINDS[stage])
-        assert tried[best.kinds[stage]] == min(tried.values())
+        both = SHARED if stage == "decode" else ()
+        assert list(tried) == [*KINDS[stage], *both]
+        if not set(best.kinds.values()) <= set(SHARED):
+            assert tried[best.kinds[stage]] == min(tried.values())
     # decode's repair is tried on prefill's
     assert best.tried["decode"]["none"] == min(best.tried["prefill"].values())
     assert best.kl == min(best.tried["decode"].values()) and best.text != "none"
     alone = repair(model, gates, policy, fit, "linear", stages=("decode",))
     assert alone["prefill"] == {} and alone["decode"]
+
+
+def test_outputs_repairs_a_lone_attention_and_more_than_the_block_before_a_cut(setting):
+    model, gates, policy, fit, _ = setting
+    lone = Gates.dense(6).model_copy(
+        update={"decode_attention": (True, True, False, True, True, True)}
+    )
+    for off, stages in ((lone, ("decode",)), (gates, ("prefill", "decode"))):
+        own = (model, off, HandoverPolicy.full(6), *setting[3:])
+        blocks = repair(model, off, own[2], fit, "outputs", stages=stages)
+        old = repair(model, off, own[2], fit, "linear", stages=stages)
+        assert held_out_kl(own, blocks) < 0.98 * held_out_kl(own, old)
+    assert set(repair(model, lone, policy, fit, "outputs")["decode"]) == {2, 3, 4, 5}
+    assert set(repair(model, gates, policy, fit, "outputs")["decode"]) == {2, 4, 5}
+
+
+def test_one_set_of_weights_is_fitted_to_the_tokens_of_both_stages(setting):
+    model, _, _, fit, _ = setting
+    gates = Gates.removing(6, prefill={3}, decode={3})
+    own = (model, gates, HandoverPolicy.full(6), *setting[3:])
+    blocks = repair(model, gates, own[2], fit, "shared")
+    assert set(blocks["prefill"]) == {2, 4} and set(blocks["decode"]) == {2, 4, 5}
+    for layer in (2, 4):
+        for name, part in blocks["prefill"][layer].items():
+            assert torch.equal(part, blocks["decode"][layer][name])
+    # with less text than channels, twice the tokens are worth more than a fit of one's own
+    few = fit[:3]
+    kl = {
+        kind: held_out_kl(own, repair(model, gates, own[2], few, kind))
+        for kind in ("outputs", "shared")
+    }
+    assert kl["shared"] < kl["outputs"]
 
 
 def test_none_wins_where_repairs_hurt(setting):

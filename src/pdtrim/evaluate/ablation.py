@@ -39,7 +39,7 @@ from pdtrim.models.model import Model
 from pdtrim.plan import Gates, PrunePlan, Stage
 from pdtrim.progress import Progress, silent
 from pdtrim.records import Frozen
-from pdtrim.repair.apply import KINDS, Blocks, best_repair, repair
+from pdtrim.repair.apply import KINDS, SHARED, Blocks, best_repair, repair
 from pdtrim.stage.cost import Lengths, block_tokens
 from pdtrim.stage.forward import Batch, Pair
 from pdtrim.stage.replaced import swap_pair
@@ -240,7 +240,7 @@ class Bench:
         if kind == "best":
             best = best_repair(self.model, gates, self.policy, self.text.fit, self.text.rerank)
             return Made(gates=gates, blocks=best.blocks)
-        (chosen,) = (k for k in KINDS["prefill"] if k == kind)
+        (chosen,) = (k for k in (*KINDS["prefill"], *SHARED) if k == kind)
         return Made(
             gates=gates, blocks=repair(self.model, gates, self.policy, self.text.fit, chosen)
         )

@@ -14,6 +14,7 @@ from pdtrim.methods.baselines import (
     ShortGPT,
     WandaSP,
 )
+from pdtrim.methods.flap_pdtrim import FLAPPDTrim
 from pdtrim.methods.llm_pruner_pdtrim import LLMPrunerPDTrim
 from pdtrim.methods.paper import Paper
 from pdtrim.methods.pdtrim import PDTrim
@@ -35,6 +36,7 @@ METHODS: dict[str, type[Method]] = {
     "wanda-sp": WandaSP,
     "shortgpt+pdtrim": ShortGPTPDTrim,
     "llm-pruner+pdtrim": LLMPrunerPDTrim,
+    "flap+pdtrim": FLAPPDTrim,
 }
 
 __all__ = ["METHODS", "Method", "PDTrim", "Paper", "Target"]

@@ -22,9 +22,10 @@ from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods.base import Found, Method, Target
 from pdtrim.methods.goals import goal_of
 from pdtrim.models.model import Model
-from pdtrim.plan import Widths
+from pdtrim.plan import STAGES, Gates, Widths
 from pdtrim.progress import Progress
-from pdtrim.repair.apply import Repaired, best_repair
+from pdtrim.repair.apply import Blocks, Repaired, best_repair
+from pdtrim.repair.cuts import writes
 from pdtrim.search.anneal import Annealing, anneal
 from pdtrim.search.evolution import Evolution, evolution
 from pdtrim.search.goal import SEARCH_ORDER, Goal
@@ -44,13 +45,31 @@ class Ground:
 
     Attributes:
         goal: what is still to be removed.
+        blocks: biases of narrower blocks, which ``pair`` has in place.
         block_tokens: what narrowing has cost.
     """
 
     pair: Pair
     goal: Goal
     widths: Widths | None = None
+    blocks: Blocks = field(default_factory=dict)
     block_tokens: int = 0
+
+    def under(self, gates: Gates) -> tuple[Widths | None, Blocks]:
+        """The widths and the biases that a pair under these gates needs: none where it skips."""
+        if self.widths is None:
+            return None, self.blocks
+        blocks: Blocks = {}
+        widths = {}
+        for stage in STAGES:
+            runs = writes(gates, stage)
+            biases = self.blocks.get(stage, {})
+            blocks[stage] = {layer: biases[layer] for layer in biases if runs[layer]}
+            widths[stage] = tuple(
+                width and width.model_copy(update={"biased": layer in blocks[stage]})
+                for layer, width in enumerate(self.widths.of(stage))
+            )
+        return Widths(**widths), blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,14 +111,9 @@ class PDTrim(Method):
         policy = HandoverPolicy(rules=rules, block_size=target.block_size)
         ground = self.ground(model, calibration, target, policy, progress=progress, journal=journal)
         dense = Removal(num_layers=model.num_layers, mode=target.mode, grain=target.grain)
-        found = Found(
-            gates=dense.gates.without_dead_work(),
-            kv=rules,
-            block_tokens=ground.block_tokens,
-            widths=ground.widths,
-        )
-        if ground.goal.met(dense):
-            return found
+        untouched = ground.widths is None and ground.goal.met(dense)
+        if untouched:
+            return Found(gates=dense.gates.without_dead_work(), kv=rules, block_tokens=0)
         objective = Objective(
             model,
             calibration.search,
@@ -113,15 +127,20 @@ class PDTrim(Method):
         if not ground.goal.met(best.state):
             raise PlanError(f"no state was found that saves this much in {target.metric}")
         ranked, spent = self._rerank(calibration, objective, ground.goal, best.state, progress)
-        found = replace(
-            found,
-            gates=ranked[0].gates.without_dead_work(),
+        state, repaired = ranked[0], None
+        if target.repair != "none":
+            state, repaired = self._repair(ranked, calibration, objective, progress)
+        gates = state.gates.without_dead_work()
+        widths, blocks = ground.under(gates)
+        return Found(
+            gates=gates,
+            kv=rules,
             block_tokens=objective.spent + spent,
-            kl=objective.memo[ranked[0]],
+            kl=objective.memo[state],
+            repair=repaired.text if repaired else "none",
+            widths=widths,
+            blocks=_joined(blocks, repaired.blocks) if repaired else blocks,
         )
-        if target.repair == "none":
-            return found
-        return self._repair(found, ranked, calibration, objective, progress)
 
     def ground(
         self,
@@ -155,6 +174,8 @@ class PDTrim(Method):
         with progress(f"searching: {target.search}", self._steps(goal, dense, target)) as advance:
             try:
                 start = objective.measure(dense)
+                if goal.met(dense):
+                    return start  # narrowing was enough
                 if target.search == "one_shot":
                     return one_shot(objective, start, goal, advance=advance)
                 if target.search == "evolution":
@@ -223,12 +244,11 @@ class PDTrim(Method):
 
     def _repair(
         self,
-        found: Found,
         ranked: list[Removal],
         calibration: Calibration,
         objective: Objective,
         progress: Progress,
-    ) -> Found:
+    ) -> tuple[Removal, Repaired]:
         """The finalist that is best when repaired, chosen on the re-rank text.
 
         Fitted to the text that is there for it, or else to the search's. The search's meter does
@@ -251,11 +271,13 @@ class PDTrim(Method):
                 )
                 made.append((state, repaired))
                 advance(1)
-        state, repaired = min(made, key=lambda pair: pair[1].kl)
-        return replace(
-            found,
-            gates=state.gates.without_dead_work(),
-            kl=objective.memo[state],
-            repair=repaired.text,
-            blocks=repaired.blocks,
-        )
+        return min(made, key=lambda pair: pair[1].kl)
+
+
+def _joined(below: Blocks, above: Blocks) -> Blocks:
+    """Parameters of both, those of ``above`` where both have them."""
+    joined: Blocks = {}
+    for stage in STAGES:
+        old, new = below.get(stage, {}), above.get(stage, {})
+        joined[stage] = {i: {**old.get(i, {}), **new.get(i, {})} for i in sorted({*old, *new})}
+    return joined

@@ -1,23 +1,25 @@
-"""Repair the cuts of both stages, from the first layer to the last, and choose among repairs.
+"""Repair what both stages lost, from the first layer to the last, and choose among repairs.
 
 Each stage is repaired toward the dense model's streams on the tokens it sees: prefill on the
 prompt, decode on the continuation. The inputs of a fit are the streams of the pruned pair under its
-KV policy, with the earlier cuts repaired, so a fit also corrects what they left.
+KV policy, with the earlier repairs in place, so a fit also corrects what they left.
 
-Cuts are runs of whole blocks; see ``cuts.py``. A removed attention or MLP alone is not repaired,
-and ``diagonal`` and ``linear`` need a kept MLP right before the cut. Where several layers read the
-stream of one cut, the target is the mean of the dense streams there: in squares it is their best.
-``kv`` fits the projections of blocks that prefill skips but computes keys and values for, alone or
-behind ``linear``.
+``scalar``, ``diagonal`` and ``linear`` repair cuts, which are runs of whole blocks (``cuts.py``);
+the latter two need a kept MLP right before the cut. ``outputs`` fits all that a stage keeps from
+its first change on, be that a block, an attention, an MLP or a part of them. Where several layers
+read the stream of one cut, the target is the mean of the dense streams there: in squares it is
+their best. ``kv`` fits the projections of blocks that prefill skips but computes keys and values
+for, alone or behind ``linear`` or ``outputs``.
 Tokens count by their squares, not alike: the few with huge channels (attention sinks) must come
 through unharmed, and a fit to relative errors spoils them.
 
-Shapes: B batch, N prompt tokens, C continuation tokens, E hidden width.
+Shapes: E hidden width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,23 +31,38 @@ from pdtrim.errors import PdtrimError
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.models.replace import Weights
-from pdtrim.plan import STAGES, Gates, LayerKV, Stage
-from pdtrim.repair import diagonal, kv, linear, scalar
-from pdtrim.repair.cuts import Cut, find_cuts
-from pdtrim.stage.forward import Batch, Pair, Trace, streams
+from pdtrim.plan import STAGES, Gates, Stage
+from pdtrim.repair import diagonal, kv, linear, outputs, scalar
+from pdtrim.repair.cuts import Cut, find_cuts, readers, writes
+from pdtrim.repair.walk import ROWS, Blocks, Walk
+from pdtrim.stage.forward import Batch, Pair, streams
 from pdtrim.stage.replaced import swap_pair
 
-Kind = Literal["none", "scalar", "diagonal", "linear", "kv", "linear+kv"]
+Kind = Literal[
+    "none",
+    "scalar",
+    "diagonal",
+    "linear",
+    "outputs",
+    "kv",
+    "linear+kv",
+    "outputs+kv",
+    "shared",
+    "shared+kv",
+]
 KINDS: dict[Stage, tuple[Kind, ...]] = {
-    "prefill": ("none", "scalar", "diagonal", "linear", "kv", "linear+kv"),
-    "decode": ("none", "scalar", "diagonal", "linear"),
+    "prefill": ("none", "scalar", "diagonal", "linear", "outputs", "kv", "linear+kv", "outputs+kv"),
+    "decode": ("none", "scalar", "diagonal", "linear", "outputs"),
 }
-Blocks = dict[Stage, dict[int, Weights]]
+"""What repairs one stage."""
+SHARED: tuple[Kind, ...] = ("shared", "shared+kv")
+"""What repairs both at once."""
 RIDGE = 1.0
 """Chosen on SmolLM2-135M: on 3000 tokens, ``linear`` with 0.03 already does harm on other text."""
+OUTPUTS_RIDGE = 0.3
+"""Of ``outputs`` and ``shared``."""
 KV_RIDGE = 0.1
 """Of ``kv``; on 6000 tokens 0.03 to 0.3 differ by 5 % of what is gained."""
-ROWS = 8  # sequences run together
 
 
 @torch.no_grad()  # not inference mode: the weights it makes are used outside of it
@@ -59,6 +76,7 @@ def repair(
     stages: Sequence[Stage] = STAGES,
     pair: Pair | None = None,
     ridge: float = RIDGE,
+    outputs_ridge: float = OUTPUTS_RIDGE,
     kv_ridge: float = KV_RIDGE,
 ) -> Blocks:
     """Weights that repair a pruned pair, by stage and dense layer index; what is not there stays.
@@ -66,33 +84,54 @@ def repair(
     Args:
         model: the dense model, whose streams are the targets.
         batch: text to fit on.
-        stages: whose cuts are repaired.
+        stages: what is repaired; the shared kinds need both.
         pair: what the stages run, whole models; None is the dense model in both roles.
         ridge: of ``diagonal`` and ``linear``, relative to the data; infinite repairs nothing.
+        outputs_ridge: of ``outputs`` and ``shared``, likewise, but biases are fitted without.
         kv_ridge: of ``kv``, likewise.
 
     Raises:
         PdtrimError: an unknown kind, or a ridge that is not above 0.
     """
-    if kind not in KINDS["prefill"]:
-        raise PdtrimError(f"unknown repair '{kind}': use one of {', '.join(KINDS['prefill'])}")
-    if not (ridge > 0 and kv_ridge > 0):
-        raise PdtrimError(f"ridges {ridge} and {kv_ridge} must be above 0")
+    known = (*KINDS["prefill"], *SHARED)
+    if kind not in known:
+        raise PdtrimError(f"unknown repair '{kind}': use one of {', '.join(known)}")
+    if not (ridge > 0 and outputs_ridge > 0 and kv_ridge > 0):
+        raise PdtrimError(f"ridges {ridge}, {outputs_ridge} and {kv_ridge} must be above 0")
     if kind == "none":
         return {"prefill": {}, "decode": {}}
     gates = gates.without_dead_work()
+    pair = pair or Pair.dense(model)
     cuts = [cut for stage in stages for cut in find_cuts(gates, stage)]
-    walk = _Walk(model, pair or Pair.dense(model), gates, policy, batch, cuts)
-    if kind == "scalar":
+    walk = Walk(model, pair, gates, policy, batch)
+    what, _, then = kind.rpartition("+") if "+" in kind else (kind, "", "")
+    if what == "scalar":
         _repair_scalar(walk, cuts)
-    elif kind != "kv":
-        _repair_mlp(walk, cuts, diagonal.fit if kind == "diagonal" else linear.fit, ridge)
-    if kind in ("kv", "linear+kv") and "prefill" in stages:
-        made = walk.made
-        walk = _Walk(model, walk.pair, gates, policy, batch, cuts)
-        walk.made = made
-        _repair_kv(walk, model, kv_ridge)
+    elif what in ("diagonal", "linear"):
+        _repair_mlp(walk, cuts, diagonal.fit if what == "diagonal" else linear.fit, ridge)
+    elif what in ("outputs", "shared"):
+        changed = {stage: first_change(model, pair, gates, stage) for stage in stages}
+        first = {stage: i for stage, i in changed.items() if i is not None}
+        _repair_outputs(walk, first, outputs_ridge, shared=what == "shared")
+    if "kv" in (what, then) and "prefill" in stages:
+        walk.begin()
+        _repair_kv(walk, kv_ridge)
     return walk.made
+
+
+def first_change(model: Model, pair: Pair, gates: Gates, stage: Stage) -> int | None:
+    """The first layer in which a stage runs less than the dense model; None if it runs it all."""
+    dense = Gates.dense(model.num_layers).without_dead_work().of(stage)
+    own = pair.prefill if stage == "prefill" else pair.decode
+    for layer, parts in enumerate(zip(*gates.without_dead_work().of(stage), *dense, strict=True)):
+        if parts[:2] != parts[2:] or _shapes(own, layer) != _shapes(model, layer):
+            return layer
+    return None
+
+
+def _shapes(model: Model, layer: int) -> dict[str, torch.Size]:
+    module = model.block(layer).module
+    return {name: part.shape for name, part in module.named_parameters()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +140,8 @@ class Repaired:
 
     Attributes:
         kl: of the repaired pair, nats a continuation token, over the dense model's top tokens.
-        tried: that of each kind, by stage; decode's are tried on prefill's best.
+        tried: that of each kind, by stage; decode's are tried on prefill's best. Those of both
+            stages at once stand with decode's.
     """
 
     kinds: dict[Stage, Kind]
@@ -128,9 +168,12 @@ def best_repair(
     pair: Pair | None = None,
     ridge: float = RIDGE,
 ) -> Repaired:
-    """Choose each stage's repair, prefill's first; no repair is a choice too, and wins a tie.
+    """Choose each stage's repair, prefill's first, and then whether one of both stages is better.
+
+    No repair is a choice too, and wins a tie.
 
     Args:
+        kinds: to choose from; the shared ones are tried where both stages have ``outputs``.
         pair: what the stages run; None is the dense model in both roles.
     """
     held_out = held_out.to(model.device)
@@ -144,27 +187,36 @@ def best_repair(
         ]
         return float(torch.cat(kl_B).mean())
 
-    pair = pair or Pair.dense(model)
+    start = pair = pair or Pair.dense(model)
+    changed = [s for s in STAGES if first_change(model, pair, gates, s) is not None]
     kl = measure(pair)
     best: dict[Stage, Kind] = {}
     blocks: Blocks = {"prefill": {}, "decode": {}}
     tried: dict[Stage, dict[Kind, float]] = {}
     for stage in STAGES:
         best[stage], tried[stage] = "none", {"none": kl}
-        start = pair
-        for kind in kinds[stage] if find_cuts(gates, stage) else ():
-            if kind == "none":
+        before = pair
+        for kind in kinds[stage] if stage in changed else ():
+            if kind == "none" or not ("outputs" in kind or find_cuts(gates, stage)):
                 continue
-            made = repair(model, gates, policy, fit, kind, stages=(stage,), pair=start, ridge=ridge)
-            repaired = swap_pair(start, made)
+            made = repair(
+                model, gates, policy, fit, kind, stages=(stage,), pair=before, ridge=ridge
+            )
+            repaired = swap_pair(before, made)
             tried[stage][kind] = measure(repaired)
             if tried[stage][kind] < kl:
                 kl, pair = tried[stage][kind], repaired
                 best[stage], blocks[stage] = kind, made[stage]
+    if len(changed) == len(STAGES) and all("outputs" in kinds[stage] for stage in STAGES):
+        for kind in SHARED:
+            made = repair(model, gates, policy, fit, kind, pair=start)
+            tried["decode"][kind] = measure(swap_pair(start, made))
+            if tried["decode"][kind] < kl:
+                kl, best, blocks = tried["decode"][kind], dict.fromkeys(STAGES, kind), made
     return Repaired(kinds=best, blocks=blocks, kl=kl, tried=tried)
 
 
-def _repair_scalar(walk: _Walk, cuts: Sequence[Cut]) -> None:
+def _repair_scalar(walk: Walk, cuts: Sequence[Cut]) -> None:
     """Divide the writes behind each cut by its gain, up to the next cut of the stage."""
     last_write = {"prefill": walk.gates.last_read - 1, "decode": walk.gates.num_layers - 1}
     for cut in sorted(cuts, key=lambda cut: cut.stop):
@@ -177,7 +229,7 @@ def _repair_scalar(walk: _Walk, cuts: Sequence[Cut]) -> None:
             walk.swap(cut.stage, layer, scalar.fold(walk.weights(cut.stage, layer), gain))
 
 
-def _repair_mlp(walk: _Walk, cuts: Sequence[Cut], fit: Callable[..., Tensor], ridge: float) -> None:
+def _repair_mlp(walk: Walk, cuts: Sequence[Cut], fit: Callable[..., Tensor], ridge: float) -> None:
     """Fit a matrix behind the MLP before each cut, and fold it in."""
     foldable = [c for c in cuts if c.first > 0 and walk.gates.of(c.stage)[1][c.keeper]]
     for keeper in sorted({cut.keeper for cut in foldable}):
@@ -188,118 +240,52 @@ def _repair_mlp(walk: _Walk, cuts: Sequence[Cut], fit: Callable[..., Tensor], ri
                 walk.swap(cut.stage, keeper, linear.fold(walk.weights(cut.stage, keeper), w_EE))
 
 
-def _repair_kv(walk: _Walk, model: Model, ridge: float) -> None:
+def _repair_outputs(
+    walk: Walk, changed: Mapping[Stage, int], ridge: float, *, shared: bool
+) -> None:
+    """Fit the output projections that a stage runs from its first change on, if they are read.
+
+    Where that is a missing block, the one before makes up for it.
+
+    Args:
+        changed: the first layer that each stage does not run whole.
+        shared: where both stages are to be fitted in a projection and have the same weights there,
+            they get the same new ones, fitted to the tokens of both.
+    """
+    gates, end = walk.gates, walk.gates.num_layers
+    starts = {s: i if writes(gates, s)[i] else max(i - 1, 0) for s, i in changed.items()}
+    for layer in range(min(starts.values(), default=end), end):
+        walk.go_to(layer)
+        begun = [stage for stage, start in starts.items() if layer >= start]
+        for name, of_part in (("self_attn.o_proj", 0), ("mlp.down_proj", 1)):
+            read = walk.o_and_targets if of_part == 0 else walk.down_and_targets
+            runs = [
+                stage
+                for stage in begun
+                if walk.gates.of(stage)[of_part][layer] in ("full", True)
+                and readers(walk.gates, stage, layer)
+            ]
+            own = {stage: walk.weights(stage, layer) for stage in runs}
+            together = shared and len(runs) > 1 and _same(name, *own.values())
+            for stages in (runs,) if together else [[stage] for stage in runs]:
+                pairs = itertools.chain.from_iterable(read(stage) for stage in stages)
+                made = outputs.refit(pairs, own[stages[0]], name, ridge=ridge)
+                for stage in stages:
+                    walk.swap(stage, layer, made)
+
+
+def _same(projection: str, a: Weights, b: Weights) -> bool:
+    """Whether two stages' blocks have the same weights in a projection."""
+    mine, other = ({n: w for n, w in x.items() if n.startswith(projection)} for x in (a, b))
+    return mine.keys() == other.keys() and all(torch.equal(mine[n], other[n]) for n in mine)
+
+
+def _repair_kv(walk: Walk, ridge: float) -> None:
     """Fit the projections of each block that prefill skips; no stream changes by it."""
     for layer, gate in enumerate(walk.gates.prefill_attention):
         if gate == "kv":
             walk.go_to(layer)
             own = walk.weights("prefill", layer)
             projections = {name: own[name] for name in kv.PROJECTIONS}
-            pairs = walk.normed_and_targets(model, layer)
+            pairs = walk.normed_and_targets()
             walk.swap("prefill", layer, kv.fit(pairs, projections, ridge=ridge))
-
-
-class _Walk:
-    """The pruned pair on its way through the layers, repaired as it goes.
-
-    Attributes:
-        made: weights that were swapped in so far.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        pair: Pair,
-        gates: Gates,
-        policy: HandoverPolicy,
-        batch: Batch,
-        cuts: Sequence[Cut],
-    ) -> None:
-        self.pair, self.gates, self.policy = pair, gates.without_dead_work(), policy
-        batch = batch.to(model.device)
-        self.parts = [batch[i : i + ROWS] for i in range(0, len(batch), ROWS)]
-        self.made: Blocks = {"prefill": {}, "decode": {}}
-        self.at = 0
-        self.traces: list[Trace | None] = [None] * len(self.parts)
-        targets = {layer for cut in cuts for layer in (*cut.readers, cut.stop)}
-        targets |= {i for i, gate in enumerate(self.gates.prefill_attention) if gate == "kv"}
-        self.dense: list[dict[int, tuple[Tensor, Tensor]]] = []
-        for part in self.parts:
-            trace = streams(Pair.dense(model), part, Gates.dense(model.num_layers))
-            self.dense.append({layer: trace[layer] for layer in targets})
-
-    def go_to(self, layer: int) -> None:
-        """Run on to the streams that enter a layer."""
-        self.traces = [
-            self._run(part, trace, layer, self.gates)
-            for part, trace in zip(self.parts, self.traces, strict=True)
-        ]
-        self.at = layer
-
-    def streams_and_targets(
-        self, stage: Stage, readers: tuple[int, ...]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The stream of a stage here and the dense one at the readers, ``[R, E]``, part by part."""
-        for trace, dense in zip(self.traces, self.dense, strict=True):
-            assert trace is not None
-            yield _rows(trace[self.at], stage), _target(dense, stage, readers)
-
-    def outputs_and_targets(self, cut: Cut) -> Iterator[tuple[Tensor, Tensor]]:
-        """What the MLP of this layer writes, and what it should write, ``[R, E]``, part by part."""
-        model = self.pair.prefill if cut.stage == "prefill" else self.pair.decode
-        off = tuple(on and layer != self.at for layer, on in enumerate(self.gates.of(cut.stage)[1]))
-        gates = self.gates.model_copy(update={f"{cut.stage}_mlp": off})
-        for part, trace, dense in zip(self.parts, self.traces, self.dense, strict=True):
-            y_RE = _rows(self._run(part, trace, self.at + 1, gates)[-1], cut.stage)
-            m_RE = model.block(self.at).mlp(y_RE[None])[0]
-            yield m_RE, _target(dense, cut.stage, cut.readers) - y_RE.float()
-
-    def normed_and_targets(self, model: Model, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """A prefill block's normed input here and in the dense model, ``[R, E]``, part by part."""
-        for trace, dense in zip(self.traces, self.dense, strict=True):
-            assert trace is not None
-            here, there = _rows(trace[layer], "prefill"), _rows(dense[layer], "prefill")
-            norm = model.block(layer).attention_norm
-            yield norm(here), norm(there)
-
-    def weights(self, stage: Stage, layer: int) -> Weights:
-        """Parameters of a block as the pair has them now."""
-        model = self.pair.prefill if stage == "prefill" else self.pair.decode
-        return {name: part.detach() for name, part in model.block(layer).module.named_parameters()}
-
-    def swap(self, stage: Stage, layer: int, weights: Weights) -> None:
-        """Put other weights in place."""
-        self.made[stage].setdefault(layer, {}).update(weights)
-        self.pair = swap_pair(self.pair, {stage: {layer: weights}})
-
-    def _run(self, part: Batch, trace: Trace | None, stop: int, gates: Gates) -> Trace:
-        """The trace up to the streams that enter layer ``stop``."""
-        if trace is not None and stop == self.at:
-            return trace
-        policy = HandoverPolicy(
-            rules=(*self.policy.rules[:stop], LayerKV()), block_size=self.policy.block_size
-        )
-        ends = _ending(gates, stop)
-        return streams(self.pair, part, ends, policy, resume=trace, start=self.at)[: stop + 1]
-
-
-def _ending(gates: Gates, stop: int) -> Gates:
-    """Gates of the layers before ``stop``, and a reader there: without one prefill would stop."""
-    return Gates(
-        prefill_attention=(*gates.prefill_attention[:stop], "kv"),
-        prefill_mlp=(*gates.prefill_mlp[:stop], False),
-        decode_attention=(*gates.decode_attention[:stop], True),
-        decode_mlp=(*gates.decode_mlp[:stop], False),
-    )
-
-
-def _rows(entry: tuple[Tensor, Tensor], stage: Stage) -> Tensor:
-    """A stage's stream of a trace entry, all sequences below one another, ``[R, E]``."""
-    return entry[0 if stage == "prefill" else 1].flatten(0, 1)
-
-
-def _target(
-    dense: Mapping[int, tuple[Tensor, Tensor]], stage: Stage, readers: tuple[int, ...]
-) -> Tensor:
-    """Mean of the dense streams that enter the readers, ``[R, E]``, fp32."""
-    return torch.stack([_rows(dense[layer], stage).float() for layer in readers]).mean(0)

@@ -35,16 +35,14 @@ def find_cuts(gates: Gates, stage: Stage) -> tuple[Cut, ...]:
     A prefill block that is skipped but computes K and V is removed as far as its stream goes. Runs
     that no reader follows are left out: prefill ends with the last layer whose KV decode reads.
     """
-    attention, mlp = gates.of(stage)
-    kept = [a in ("full", True) or m for a, m in zip(attention, mlp, strict=True)]
     cuts, first = [], 0
-    for layer, on in enumerate((*kept, True)):
+    for layer, on in enumerate((*writes(gates, stage), True)):
         if not on:
             continue
         if layer > first:
-            readers = _readers(gates, stage, first, layer)
-            if readers:
-                cuts.append(Cut(stage=stage, first=first, stop=layer, readers=readers))
+            behind = readers(gates.without_dead_work(), stage, first - 1)
+            if behind not in ((), (first,)):  # the first itself reads what it always did
+                cuts.append(Cut(stage=stage, first=first, stop=layer, readers=behind))
         first = layer + 1
     return tuple(cuts)
 
@@ -60,9 +58,24 @@ def merged_layers(gates: Gates) -> dict[tuple[Stage, int], tuple[int, ...]]:
     }
 
 
-def _readers(gates: Gates, stage: Stage, first: int, stop: int) -> tuple[int, ...]:
-    if stage == "decode":
-        return (stop,)
-    inside = tuple(i for i in range(first, stop) if gates.decode_attention[i])
-    readers = (*inside, stop) if stop <= gates.last_read else inside
-    return () if readers == (first,) else readers  # there, nothing is missing yet
+def writes(gates: Gates, stage: Stage) -> tuple[bool, ...]:
+    """Whether each layer adds anything to a stage's stream."""
+    return tuple(a in ("full", True) or m for a, m in zip(*gates.of(stage), strict=True))
+
+
+def readers(gates: Gates, stage: Stage, layer: int) -> tuple[int, ...]:
+    """Who reads the stream that a layer leaves: removed blocks that make K and V, a kept one.
+
+    The number of layers stands for the head. Empty in prefill behind the last layer that is read.
+
+    Args:
+        gates: without dead work.
+        layer: -1 for the stream that enters the model.
+    """
+    found: list[int] = []
+    for i in range(layer + 1, gates.num_layers):
+        if writes(gates, stage)[i]:
+            return (*found, i)
+        if gates.of(stage)[0][i] == "kv":
+            found.append(i)
+    return (*found, gates.num_layers) if stage == "decode" else tuple(found)

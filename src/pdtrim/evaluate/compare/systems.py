@@ -48,6 +48,7 @@ SPLITS: dict[str, tuple[Split, ...]] = {
     "paper": (Split(name="", mode="subset", prefill=2 / 3, decode=4 / 3),),
     "shortgpt+pdtrim": (Split(name="-tilted", mode="projected", prefill=1.5, decode=0.5),),
     "llm-pruner+pdtrim": (Split(name="-tilted", mode="projected", prefill=1.5, decode=0.5),),
+    "flap+pdtrim": (Split(name="-tilted", mode="projected", prefill=1.5, decode=0.5),),
 }
 """The disaggregated systems of a method."""
 
