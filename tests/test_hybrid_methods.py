@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from baselines_naive import text_of
 from helpers import tiny_model
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.quality import Variant, measure_quality
+from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods import METHODS, Target
 from pdtrim.methods.baselines import FLAP, LLMPruner, ShortGPT
 from pdtrim.methods.flap_pdtrim import FLAPPDTrim
@@ -15,6 +17,7 @@ from pdtrim.methods.llm_pruner_pdtrim import LLMPrunerPDTrim
 from pdtrim.methods.pdtrim import PDTrim
 from pdtrim.methods.shortgpt_pdtrim import ShortGPTPDTrim
 from pdtrim.plan import PrunePlan
+from pdtrim.progress import silent
 from pdtrim.search.anneal import Annealing
 from pdtrim.stage.cost import removed_parameters
 from pdtrim.stage.replaced import pair_of
@@ -116,6 +119,26 @@ def test_flap_with_nothing_more_to_lose_is_flap_and_its_repair_is_better(model, 
     assert plans["repaired"].provenance.repair != "none"
     kl = measured(model, text, {name: (plan, tmp_path / name) for name, plan in plans.items()})
     assert kl["repaired"] < 0.9 * kl["flap"]
+
+
+def test_the_search_behind_flap_sees_its_biases(model, text):
+    ground = FLAPPDTrim().ground(
+        model,
+        text,
+        SHARES,
+        HandoverPolicy.full(LAYERS),
+        progress=silent,
+        journal=None,
+    )
+    biases = [
+        (layer, name, weights[name])
+        for layer, weights in ground.blocks["decode"].items()
+        for name in weights
+        if name.endswith("proj.bias")
+    ]
+    assert biases
+    for layer, name, bias in biases:
+        assert torch.equal(ground.pair.decode.block(layer).module.get_parameter(name), bias)
 
 
 def test_flap_narrows_what_both_lose_and_prefill_skips_the_rest(model, text, tmp_path):
