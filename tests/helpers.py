@@ -165,3 +165,8 @@ def perturbed(model, layer, seed=0):
         name: p.detach() + 0.05 * torch.randn(p.shape, generator=generator)
         for name, p in model.block(layer).module.named_parameters()
     }
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Numbers of a normal distribution."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
