@@ -112,4 +112,4 @@ def pruned(prefill, decode, mode="unified"):
 
 def plan_of(method, model, calibration, prefill, decode, mode="unified", **more):
     target = Target(prefill_remove=prefill, decode_remove=decode, mode=mode, **more)
-    return method.plan(model, calibration, target)
+    return method.plan(model, calibration, target).plan

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, E hidden width, H query heads, G KV heads, D head wid
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,10 +19,13 @@ from transformers import (
     Qwen3Config,
 )
 
+from pdtrim.bundle import TrimPlan
 from pdtrim.kv.selectors import FirstLast
 from pdtrim.models.model import Model
+from pdtrim.models.replace import Blocks
+from pdtrim.models.replacements import FilesInFolder, FilesInMemory, save_blocks
 from pdtrim.plan import Gates, LayerKV, Provenance, PrunePlan
-from pdtrim.stage.forward import Batch
+from pdtrim.stage.forward import Batch, Pair
 
 SIZES = {
     "vocab_size": 97,
@@ -110,6 +114,27 @@ def make_plan(
             search_block_tokens=0,
         ),
     )
+
+
+def trim_of(plan: PrunePlan, folder: Path | None = None) -> TrimPlan:
+    """A plan with its weights, which are in a folder if it has any."""
+    return TrimPlan(plan=plan, files=FilesInFolder(folder=folder) if folder else FilesInMemory())
+
+
+def pair_of(plan: PrunePlan, model: Model, folder: Path | None) -> Pair:
+    return trim_of(plan, folder).pair(model)
+
+
+def with_files(
+    plan: PrunePlan,
+    blocks: Blocks,
+    folder: Path,
+    *,
+    merged: dict[tuple[str, int], tuple[int, ...]] | None = None,
+) -> PrunePlan:
+    """The plan with weights of its own, written below a folder."""
+    trim = TrimPlan.of(plan, blocks, merged=merged)
+    return save_blocks(trim.plan, trim.files, folder, "plan.blocks")
 
 
 @torch.no_grad()

@@ -4,9 +4,8 @@ import copy
 
 import torch
 
-from helpers import make_plan, tiny_model
+from helpers import make_plan, tiny_model, with_files
 from pdtrim.models.model import Model
-from pdtrim.models.replacements import save_blocks
 from pdtrim.plan import Gates, PrunePlan, Width, Widths
 
 L, G, R, F = 4, 4, 2, 48  # layers, KV heads, query heads a KV head, neurons
@@ -46,13 +45,8 @@ def biases(model, seed=3):
 def narrow_plan(model, folder=None, *, gates=None, kv=None, given=None, blocks=None):
     plan = make_plan(model, gates or Gates.dense(L), kv)
     blocks = blocks if blocks is not None else biases(model) if folder is not None else {}
-    made = plan.model_copy(
-        update={
-            "widths": given or widths(),
-            "replacements": save_blocks(blocks, {}, folder, "plan.blocks") if blocks else (),
-        }
-    )
-    return PrunePlan.from_json(made.to_json())
+    made = plan.model_copy(update={"widths": given or widths()})
+    return with_files(made, blocks, folder) if blocks else PrunePlan.from_json(made.to_json())
 
 
 def silenced(model, by_layer, blocks=None):

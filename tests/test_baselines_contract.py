@@ -69,11 +69,11 @@ def test_the_same_text_gives_the_same_plan(model, calibration, method):
 def test_a_search_goes_on_from_its_journal(model, calibration, method, tmp_path):
     target = Target(prefill_remove=1, decode_remove=2, mode="subset")
     journal = tmp_path / "journal"
-    whole = method.plan(model, calibration, target, journal=journal)
+    whole = method.plan(model, calibration, target, journal=journal).plan
     lines = journal.read_bytes().splitlines(keepends=True)  # a header, the KV policy, losses
     assert (len(lines) > 2) == (method.name not in ("shortgpt", "uidl", "shortened-taylor"))
     journal.write_bytes(b"".join(lines[: len(lines) // 2 + 1]))
-    again = method.plan(model, calibration, target, journal=journal)
+    again = method.plan(model, calibration, target, journal=journal).plan
     assert again.digest == whole.digest
     assert again.provenance.search_block_tokens == whole.provenance.search_block_tokens
     assert journal.read_bytes() == b"".join(lines)
@@ -137,7 +137,7 @@ def test_targets_that_the_literature_does_not_know(model, calibration, method, t
         )
     repaired = Target(prefill_remove=1, decode_remove=1, mode="unified", repair="best")
     with pytest.raises(PlanError, match=f"'{method.name}' repairs nothing"):
-        method.plan(model, calibration, repaired, output=tmp_path / "plan.json")
+        method.plan(model, calibration, repaired)
     if method.name not in ("blockpruner", "evopress"):
         with pytest.raises(PlanError, match=f"'{method.name}' removes whole blocks"):
             plan_of(method, model, calibration, 1, 1, grain="part")

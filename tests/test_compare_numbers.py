@@ -7,6 +7,7 @@ import pytest
 
 from helpers import make_plan, perturbed, random_batch, tiny_model
 from pdtrim.bench.stages import stage_times
+from pdtrim.bundle import TrimPlan
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.compare.measure import Measured
 from pdtrim.evaluate.compare.records import PairFacts, Run
@@ -17,10 +18,8 @@ from pdtrim.evaluate.quality import Variant
 from pdtrim.evaluate.statistics import average_interval, paired_average
 from pdtrim.evaluate.tasks.scores import TaskScores
 from pdtrim.kv.codecs import Entropy
-from pdtrim.models.replacements import save_blocks
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.stage.forward import Pair
-from pdtrim.stage.replaced import pair_of
 
 
 def scores_of(task="piqa", values=(0.0, 1.0), *, main="acc", ppl=20.0, items="h"):
@@ -176,20 +175,20 @@ def test_systems_with_other_items_do_not_meet():
 # bytes and times
 
 
-def test_bytes_are_those_of_what_prefill_runs(tmp_path):
+def test_bytes_are_those_of_what_prefill_runs():
     model = tiny_model()
     batch = random_batch(model, prompt=40)
-    replaced = save_blocks({"prefill": {2: perturbed(model, 2)}}, {}, tmp_path, "plan.blocks")
+    other = {"prefill": {2: perturbed(model, 2)}}
 
-    def sent(kv, **update):
+    def sent(kv, blocks=None):
         plan = make_plan(model, Gates.removing(4, prefill={1}, decode={1}), (kv,) * 4)
-        plan = plan.model_copy(update=update)
-        return loopback_bytes(plan, pair_of(plan, model, tmp_path).prefill, batch).frame
+        prefill = TrimPlan.of(plan, blocks or {}).pair(model).prefill
+        return loopback_bytes(plan, prefill, batch).frame
 
     whole, coded = LayerKV(), LayerKV(codec=Entropy())
     raw = 3 * 2 * 39 * 2 * 8 * 4  # layers, K and V, tokens, heads, width, bytes
-    assert raw < sent(whole, replacements=replaced) == sent(whole) < raw + 500
-    assert sent(coded, replacements=replaced) != sent(coded)
+    assert raw < sent(whole, other) == sent(whole) < raw + 500
+    assert sent(coded, other) != sent(coded)
 
 
 def test_a_pair_that_runs_less_is_timed_beside_the_dense_one(monkeypatch):

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from helpers import FAMILIES, make_plan, random_batch, random_gates, reference_logits, tiny_model
+from pdtrim.bundle import export
 from pdtrim.errors import ModelError, PlanError
-from pdtrim.export import export, load_pair
+from pdtrim.exported import load_pair
 from pdtrim.models.checkpoint import load_stage
 from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates

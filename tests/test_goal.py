@@ -201,7 +201,9 @@ def test_each_method_meets_shares_of_the_parameters(model, name):
             if (mode == "unified") != (prefill == decode):
                 continue
             shares = {"prefill_share": prefill, "decode_share": decode}
-            plan = method.plan(model, text, Target(metric="parameters", mode=mode, **shares))
+            plan = method.plan(
+                model, text, Target(repair="none", metric="parameters", mode=mode, **shares)
+            ).plan
             removed = removed_parameters(model, plan)
             assert decode <= removed["decode"] < decode + 1 / 6
             if (mode, name) != ("unified", "blockpruner"):  # of parts, prefill may hold fewer
@@ -214,10 +216,18 @@ def test_each_method_meets_shares_of_the_parameters(model, name):
 def test_prefills_run_passes_by_a_last_block_that_saves_nothing(model):
     flat = flatten(flatten(tiny_model("llama", layers=6), 5), 2, scale=0.1)  # 5 turns least, then 2
     shares = {"metric": "parameters", "prefill_share": 0.1}
-    plan = UIDL().plan(flat, calibration_of(flat), Target(mode="projected", **shares))
+    plan = (
+        UIDL()
+        .plan(flat, calibration_of(flat), Target(repair="none", mode="projected", **shares))
+        .plan
+    )
     assert removed_parameters(flat, plan)["prefill"] >= 0.1
     assert plan.gates == Gates.removing(6, prefill={2}).without_dead_work()
-    counted = UIDL().plan(flat, calibration_of(flat), Target(mode="projected", prefill_remove=1))
+    counted = (
+        UIDL()
+        .plan(flat, calibration_of(flat), Target(repair="none", mode="projected", prefill_remove=1))
+        .plan
+    )
     assert counted.gates == Gates.dense(6).without_dead_work()
 
 
@@ -225,7 +235,7 @@ def test_a_run_grows_until_it_saves_enough(model):
     goal = Goal(prefill_U=(0.0,) * 6, decode_U=(2.0, 1.0, 1.0, 2.0, 1.0, 1.0), decode_needed=4.0)
     assert goal.least("decode") == 2  # but no two neighbours save 4
     chosen = UIDL().choose(
-        model, random_batch(model), Target(), goal, progress=silent, journal=None
+        model, random_batch(model), Target(repair="none"), goal, progress=silent, journal=None
     )
     first = min(chosen.state.decode)
     assert goal.met(chosen.state) and chosen.state.decode == {first, first + 1, first + 2}
@@ -233,10 +243,12 @@ def test_a_run_grows_until_it_saves_enough(model):
 
 def test_shares_that_a_method_cannot_reach_are_refused(model):
     text, shares = calibration_of(model), {"metric": "parameters", "mode": "unified"}
-    most = Target(prefill_share=0.8, decode_share=0.8, **shares)
+    most = Target(repair="none", prefill_share=0.8, decode_share=0.8, **shares)
     with pytest.raises(PlanError, match=r"'sleb' protects the first 1 .* so 4 can go, not 5"):
         ALL["sleb"].plan(model, text, most)
-    more = Target(metric="parameters", mode="subset", prefill_share=0.5, decode_share=0.1)
+    more = Target(
+        repair="none", metric="parameters", mode="subset", prefill_share=0.5, decode_share=0.1
+    )
     refusals = {
         "shortgpt": "prefill removes .*, which decode keeps",
         "blockpruner": "no units in mode 'subset' .* ask for less of prefill",
@@ -249,7 +261,7 @@ def test_shares_that_a_method_cannot_reach_are_refused(model):
         assert "\n" not in str(error.value)
     short = random_batch(model, rows=2, prompt=1, new=6)
     bare = Calibration(search=short, rerank=short, fit=short, source="x", hash="0" * 64)
-    alone = Target(metric="parameters", mode="projected", prefill_share=0.1)
+    alone = Target(repair="none", metric="parameters", mode="projected", prefill_share=0.1)
     with pytest.raises(PlanError, match="prompts of 1 token"):
         ALL["shortgpt"].plan(model, bare, alone)
 
@@ -294,8 +306,8 @@ def test_latency_has_a_time_for_each_unit(model):
 @pytest.mark.parametrize("search", ["one_shot", "greedy", "anneal", "evolution", "hybrid"])
 @pytest.mark.parametrize("grain", ["block", "part"])
 def test_the_method_runs_each_search_and_grain(model, search, grain):
-    target = Target(prefill_remove=1, decode_remove=2, search=search, grain=grain)
-    plan = PDTrim(annealing=Annealing(steps=6)).plan(model, calibration_of(model), target)
+    target = Target(repair="none", prefill_remove=1, decode_remove=2, search=search, grain=grain)
+    plan = PDTrim(annealing=Annealing(steps=6)).plan(model, calibration_of(model), target).plan
     gates = plan.gates
     lost = [not on for on in (*gates.decode_attention, *gates.decode_mlp)]
     assert sum(lost) == 4 if grain == "block" else sum(lost) >= 3
@@ -306,9 +318,14 @@ def test_the_method_runs_each_search_and_grain(model, search, grain):
 @pytest.mark.parametrize("metric,prefill", [("flops", 0.2), ("kv_bytes", 0.0), ("latency", 0.2)])
 def test_the_method_plans_by_each_metric(model, metric, prefill):
     target = Target(
-        metric=metric, prefill_share=prefill, decode_share=0.3, search="greedy", grain="part"
+        repair="none",
+        metric=metric,
+        prefill_share=prefill,
+        decode_share=0.3,
+        search="greedy",
+        grain="part",
     )
-    gates = PDTrim().plan(model, calibration_of(model), target).gates
+    gates = PDTrim().plan(model, calibration_of(model), target).plan.gates
     if metric == "kv_bytes":
         assert sum(gates.decode_attention) == 4 and all(gates.decode_mlp)  # 2 of 6 save 0.33
     else:
@@ -318,15 +335,21 @@ def test_the_method_plans_by_each_metric(model, metric, prefill):
 @pytest.mark.parametrize(
     "target,words",
     [
-        (Target(prefill_share=0.2), "give no shares"),
-        (Target(metric="flops", prefill_remove=1), "goes by shares"),
-        (Target(metric="flops", decode_share=1.0), "below 1"),
-        (Target(metric="parameters", decode_remove=1), "goes by shares"),
+        (Target(repair="none", prefill_share=0.2), "give no shares"),
+        (Target(repair="none", metric="flops", prefill_remove=1), "goes by shares"),
+        (Target(repair="none", metric="flops", decode_share=1.0), "below 1"),
+        (Target(repair="none", metric="parameters", decode_remove=1), "goes by shares"),
         (
-            Target(metric="parameters", mode="unified", prefill_share=0.1, decode_share=0.2),
+            Target(
+                repair="none",
+                metric="parameters",
+                mode="unified",
+                prefill_share=0.1,
+                decode_share=0.2,
+            ),
             "ask the same of both",
         ),
-        (Target(metric="kv_bytes", prefill_share=0.2), "decode's share only"),
+        (Target(repair="none", metric="kv_bytes", prefill_share=0.2), "decode's share only"),
     ],
 )
 def test_goals_that_make_no_sense(model, target, words):
@@ -341,9 +364,13 @@ def test_what_cannot_be_met_is_said(model):
     objective = Objective(model, random_batch(model))
     assert not goal.met(greedy(objective, objective.measure(dense), goal).state)
     with pytest.raises(PlanError, match="prefill cannot save that much"):
-        PDTrim().plan(model, calibration_of(model), Target(metric="flops", prefill_share=0.99))
+        PDTrim().plan(
+            model, calibration_of(model), Target(repair="none", metric="flops", prefill_share=0.99)
+        )
     with pytest.raises(PlanError, match="whole blocks only"):
         Paper().plan(
-            model, calibration_of(model), Target(mode="subset", decode_remove=1, grain="part")
+            model,
+            calibration_of(model),
+            Target(repair="none", mode="subset", decode_remove=1, grain="part"),
         )
     assert torch.is_inference_mode_enabled() is False

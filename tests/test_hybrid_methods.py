@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from baselines_naive import text_of
-from helpers import tiny_model
+from helpers import pair_of, tiny_model
+from pdtrim.bundle import TrimPlan
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.quality import Variant, measure_quality
 from pdtrim.kv.policy import HandoverPolicy
@@ -16,14 +17,12 @@ from pdtrim.methods.flap_pdtrim import FLAPPDTrim
 from pdtrim.methods.llm_pruner_pdtrim import LLMPrunerPDTrim
 from pdtrim.methods.pdtrim import PDTrim
 from pdtrim.methods.shortgpt_pdtrim import ShortGPTPDTrim
-from pdtrim.plan import PrunePlan
 from pdtrim.progress import silent
 from pdtrim.search.anneal import Annealing
 from pdtrim.stage.cost import removed_parameters
-from pdtrim.stage.replaced import pair_of
 
 LAYERS = 8
-SHARES = Target(metric="parameters", prefill_share=0.4, decode_share=0.3)
+SHARES = Target(repair="none", metric="parameters", prefill_share=0.4, decode_share=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +37,11 @@ def text(model):
 
 
 def test_without_steps_it_is_shortgpt_and_with_them_never_worse(model, text):
-    target = Target(prefill_remove=4, decode_remove=3)
+    target = Target(repair="none", prefill_remove=4, decode_remove=3)
     text = replace(text, rerank=text.rerank[:0])
-    alone = ShortGPT().plan(model, text, target)
-    still = ShortGPTPDTrim(annealing=Annealing(steps=0)).plan(model, text, target)
-    moved = ShortGPTPDTrim().plan(model, text, target)
+    alone = ShortGPT().plan(model, text, target).plan
+    still = ShortGPTPDTrim(annealing=Annealing(steps=0)).plan(model, text, target).plan
+    moved = ShortGPTPDTrim().plan(model, text, target).plan
     assert still.gates == alone.gates
     assert moved.provenance.search_kl < still.provenance.search_kl
     assert moved.gates.blocks("decode") == LAYERS - 3
@@ -50,45 +49,48 @@ def test_without_steps_it_is_shortgpt_and_with_them_never_worse(model, text):
 
 
 def test_the_ranking_is_paid_for(model, text):
-    target = Target(decode_remove=2)
-    ranking = ShortGPT().plan(model, text, target).provenance.search_block_tokens
-    still = ShortGPTPDTrim(annealing=Annealing(steps=0)).plan(model, text, target)
+    target = Target(repair="none", decode_remove=2)
+    ranking = ShortGPT().plan(model, text, target).plan.provenance.search_block_tokens
+    still = ShortGPTPDTrim(annealing=Annealing(steps=0)).plan(model, text, target).plan
     own = still.provenance.search_block_tokens - ranking
     assert ranking > 0 and own > 0
     with pytest.raises(PlanError, match=r"does not pay ShortGPT's ranking"):
-        tight = Target(decode_remove=2, budget=ranking + own // 4)
+        tight = Target(repair="none", decode_remove=2, budget=ranking + own // 4)
         ShortGPTPDTrim().plan(model, text, tight)
 
 
 def test_narrow_blocks_and_removed_blocks_make_up_the_share(model, text):
-    plan = LLMPrunerPDTrim().plan(model, text, SHARES)
+    plan = LLMPrunerPDTrim().plan(model, text, SHARES).plan
     assert plan.widths is not None and plan.widths.prefill == plan.widths.decode
     removed = removed_parameters(model, plan)
     assert 0.4 <= removed["prefill"] < 0.4 + 1 / LAYERS
     assert 0.3 <= removed["decode"] < 0.3 + 1 / LAYERS
-    half = Target(metric="parameters", prefill_share=0.15, decode_share=0.15, mode="unified")
-    assert plan.widths == LLMPruner().plan(model, text, half).widths
+    half = Target(
+        repair="none", metric="parameters", prefill_share=0.15, decode_share=0.15, mode="unified"
+    )
+    assert plan.widths == LLMPruner().plan(model, text, half).plan.widths
     assert plan.gates.blocks("decode") < LAYERS
 
 
 def test_without_narrowing_it_is_pdtrim(model, text):
-    ours = PDTrim().plan(model, text, SHARES)
-    plan = LLMPrunerPDTrim(narrow=0).plan(model, text, SHARES)
+    ours = PDTrim().plan(model, text, SHARES).plan
+    plan = LLMPrunerPDTrim(narrow=0).plan(model, text, SHARES).plan
     assert plan.widths is None and plan.gates == ours.gates
 
 
 def test_a_repaired_hybrid_is_written_read_and_better(model, text, tmp_path):
     target = Target(metric="parameters", prefill_share=0.3, decode_share=0.3, repair="best")
     path = tmp_path / "plan.json"
-    LLMPrunerPDTrim().plan(model, text, target, output=path)
-    plan = PrunePlan.load(path)
+    LLMPrunerPDTrim().plan(model, text, target).save(path)
+    trim = TrimPlan.open(path)
+    plan = trim.plan
     assert plan.replacements and plan.provenance.repair != "none"
     bare = plan.model_copy(update={"replacements": ()})
     found = measure_quality(
         model,
         {
             "bare": Variant.of(bare, pair_of(bare, model, None)),
-            "repaired": Variant.of(plan, pair_of(plan, model, tmp_path)),
+            "repaired": Variant.of(plan, trim.pair(model)),
         },
         text.rerank,
     )
@@ -96,28 +98,28 @@ def test_a_repaired_hybrid_is_written_read_and_better(model, text, tmp_path):
 
 
 def measured(model, text, plans):
-    """Held-out KL of plans in folders."""
+    """Held-out KL of plans with their weights."""
     found = measure_quality(
         model,
-        {name: Variant.of(p, pair_of(p, model, folder)) for name, (p, folder) in plans.items()},
+        {name: Variant.of(trim.plan, trim.pair(model)) for name, trim in plans.items()},
         text.rerank,
     )
     return {name: quality.kl for name, quality in found.items()}
 
 
-def test_flap_with_nothing_more_to_lose_is_flap_and_its_repair_is_better(model, text, tmp_path):
-    shares = Target(metric="parameters", prefill_share=0.3, decode_share=0.3, mode="unified")
+def test_flap_with_nothing_more_to_lose_is_flap_and_its_repair_is_better(model, text):
+    shares = Target(
+        repair="none", metric="parameters", prefill_share=0.3, decode_share=0.3, mode="unified"
+    )
     plans = {
-        "flap": FLAP().plan(model, text, shares, output=tmp_path / "flap" / "plan.json"),
-        "bare": FLAPPDTrim().plan(model, text, shares, output=tmp_path / "bare" / "plan.json"),
-        "repaired": FLAPPDTrim().plan(
-            model, text, replace(shares, repair="best"), output=tmp_path / "repaired" / "plan.json"
-        ),
+        "flap": FLAP().plan(model, text, shares),
+        "bare": FLAPPDTrim().plan(model, text, shares),
+        "repaired": FLAPPDTrim().plan(model, text, replace(shares, repair="best")),
     }
-    assert plans["bare"].digest == plans["flap"].digest
-    assert plans["repaired"].widths == plans["flap"].widths
-    assert plans["repaired"].provenance.repair != "none"
-    kl = measured(model, text, {name: (plan, tmp_path / name) for name, plan in plans.items()})
+    assert plans["bare"].plan.digest == plans["flap"].plan.digest
+    assert plans["repaired"].plan.widths == plans["flap"].plan.widths
+    assert plans["repaired"].plan.provenance.repair != "none"
+    kl = measured(model, text, plans)
     assert kl["repaired"] < 0.9 * kl["flap"]
 
 
@@ -141,10 +143,10 @@ def test_the_search_behind_flap_sees_its_biases(model, text):
         assert torch.equal(ground.pair.decode.block(layer).module.get_parameter(name), bias)
 
 
-def test_flap_narrows_what_both_lose_and_prefill_skips_the_rest(model, text, tmp_path):
+def test_flap_narrows_what_both_lose_and_prefill_skips_the_rest(model, text):
     shares = Target(metric="parameters", prefill_share=0.4, decode_share=0.2, repair="best")
-    path = tmp_path / "plan.json"
-    plan = FLAPPDTrim().plan(model, text, shares, output=path)
+    repaired = FLAPPDTrim().plan(model, text, shares)
+    plan = repaired.plan
     removed = removed_parameters(model, plan)
     assert 0.4 <= removed["prefill"] < 0.4 + 1 / LAYERS
     assert removed["decode"] == pytest.approx(0.2, abs=0.01)
@@ -153,21 +155,21 @@ def test_flap_narrows_what_both_lose_and_prefill_skips_the_rest(model, text, tmp
     assert skipped and not any(
         width and width.biased for width in map(plan.widths.prefill.__getitem__, skipped)
     )
-    bare = FLAPPDTrim().plan(
-        model, text, replace(shares, repair="none"), output=tmp_path / "b.json"
-    )
-    kl = measured(
-        model, text, {"repaired": (PrunePlan.load(path), tmp_path), "bare": (bare, tmp_path)}
-    )
+    bare = FLAPPDTrim().plan(model, text, replace(shares, repair="none"))
+    kl = measured(model, text, {"repaired": repaired, "bare": bare})
     assert kl["repaired"] < kl["bare"]
 
 
 @pytest.mark.parametrize(
     ("name", "target", "what"),
     [
-        ("llm-pruner+pdtrim", Target(decode_remove=2), "use --metric parameters"),
+        ("llm-pruner+pdtrim", Target(repair="none", decode_remove=2), "use --metric parameters"),
         ("flap+pdtrim", replace(SHARES, grain="part"), "use --grain block"),
-        ("shortgpt+pdtrim", Target(decode_remove=2, search="greedy"), "--search anneal"),
+        (
+            "shortgpt+pdtrim",
+            Target(repair="none", decode_remove=2, search="greedy"),
+            "--search anneal",
+        ),
     ],
 )
 def test_refusals_say_what_to_do(model, text, name, target, what):

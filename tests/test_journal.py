@@ -60,8 +60,8 @@ class Meter:
 
 def plan_of(model, search, journal=None):
     method = PDTrim(annealing=Annealing(steps=8), finalists=2)
-    target = Target(prefill_remove=1, decode_remove=2, search=search)
-    made = method.plan(model, calibration_of(model), target, journal=journal)
+    target = Target(repair="none", prefill_remove=1, decode_remove=2, search=search)
+    made = method.plan(model, calibration_of(model), target, journal=journal).plan
     return made.digest, made.provenance.search_block_tokens, made.provenance.search_kl
 
 
@@ -146,7 +146,10 @@ def test_other_searches_and_other_files_are_refused(model, tmp_path):
         plan_of(tiny_model("llama", layers=6, seed=1), "greedy", path)
     with pytest.raises(PlanError, match="belongs to another search"):
         Paper().plan(
-            model, calibration_of(model), Target(mode="subset", decode_remove=1), journal=path
+            model,
+            calibration_of(model),
+            Target(repair="none", mode="subset", decode_remove=1),
+            journal=path,
         )
     assert path.read_bytes() == before
     text = tmp_path / "text"
@@ -160,10 +163,12 @@ def test_other_searches_and_other_files_are_refused(model, tmp_path):
 
 
 def test_measured_times_are_replayed(model, tmp_path, monkeypatch):
-    target = Target(metric="latency", decode_share=0.3, search="greedy")
-    run = lambda: PDTrim().plan(  # noqa: E731
-        model, calibration_of(model), target, journal=tmp_path / "journal"
-    )
+    target = Target(repair="none", metric="latency", decode_share=0.3, search="greedy")
+
+    def run():
+        text = calibration_of(model)
+        return PDTrim().plan(model, text, target, journal=tmp_path / "journal").plan
+
     first = run()
 
     def fail(*args, **kwargs):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers import random_batch, reference_logits
+from helpers import pair_of, random_batch, reference_logits
 from narrow_models import (
     GATES,
     L,
@@ -21,7 +21,6 @@ from pdtrim.models.narrow import narrow_blocks
 from pdtrim.plan import STAGES, LayerKV, Widths
 from pdtrim.stage.forward import Pair, forward
 from pdtrim.stage.generate import prefill
-from pdtrim.stage.replaced import pair_of
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from helpers import first_last, make_plan, random_batch, tiny_config
+from helpers import first_last, make_plan, pair_of, random_batch, tiny_config, trim_of
 from narrow_models import (
     BIASES,
     GATES,
@@ -21,12 +21,12 @@ from narrow_models import (
     width,
     widths,
 )
+from pdtrim.bundle import export
 from pdtrim.calibration.batches import Calibration
 from pdtrim.engines.vllm.pages import check_servable
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.quality import Quality
 from pdtrim.evaluate.result import make_row
-from pdtrim.export import export
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.kv.selectors import Duo, SnapKV
 from pdtrim.methods import Target
@@ -34,7 +34,6 @@ from pdtrim.methods.base import Found, Method
 from pdtrim.plan import STAGES, Gates, LayerKV, PrunePlan, Width, Widths
 from pdtrim.report.inspect import picture
 from pdtrim.stage.cost import Lengths, removed_parameters, stage_flops
-from pdtrim.stage.replaced import pair_of
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +155,7 @@ def test_removed_parameters_are_those_that_the_files_lack(family, name, tmp_path
             for stage in STAGES
         }
 
-    ours = held(export(plan, model, tmp_path / "ours", blocks=tmp_path))
+    ours = held(trim_of(plan, tmp_path).export(model, tmp_path / "ours"))
     whole = held(export(dense, model, tmp_path / "dense"))
     removed = removed_parameters(model, plan)
     assert removed == pytest.approx({s: 1 - ours[s] / whole[s] for s in STAGES}, abs=1e-12)
@@ -228,15 +227,14 @@ def test_a_method_may_find_widths_and_their_biases(model, tmp_path):
     text = Calibration(search=batch, rerank=batch, fit=batch, source="x", hash="0" * 64)
     rules = (LayerKV(),) * L
     bare = Found(gates=GATES[0], kv=rules, block_tokens=0, widths=widths())
-    plan = Given(bare).plan(model, text, Target())
+    plan = Given(bare).plan(model, text, Target()).plan
     assert plan.widths == widths() and plan.replacements == ()
     found = Found(gates=GATES[0], kv=rules, block_tokens=0, widths=widths(), blocks=biases(model))
-    with pytest.raises(PlanError, match="'given' makes weights that go with the plan"):
-        Given(found).plan(model, text, Target())
-    made = Given(found).plan(model, text, Target(), output=tmp_path / "plan.json")
-    assert PrunePlan.load(tmp_path / "plan.json") == made and made.widths == widths()
-    pair = pair_of(made, model, tmp_path)
-    ours = pair.decode.block(1).module.mlp.down_proj.bias
+    made = Given(found).plan(model, text, Target())
+    saved = made.save(tmp_path / "plan.json")
+    assert PrunePlan.load(tmp_path / "plan.json") == saved.plan and made.plan.widths == widths()
+    assert saved.plan.digest == made.plan.digest
+    ours = made.pair(model).decode.block(1).module.mlp.down_proj.bias
     assert torch.equal(ours, biases(model)["decode"][1][BIASES[1]])
     duo = Found(gates=GATES[0], kv=(LayerKV(selector=Duo()),) * L, block_tokens=0, widths=widths())
     with pytest.raises(PlanError, match="method 'given': layer 0: 'duo' numbers all") as error:

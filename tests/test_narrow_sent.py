@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import first_last, make_plan, random_batch
+from helpers import first_last, make_plan, pair_of, random_batch, trim_of
 from narrow_models import BIASES, GATES, G, L, biases, grouped, narrow_plan, width, widths
+from pdtrim.bundle import export
 from pdtrim.errors import ModelError, PlanError
-from pdtrim.export import export, load_pair
+from pdtrim.exported import load_pair
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.frame import Layout, SentLayer, encode_frame
 from pdtrim.kv.policy import HandoverPolicy, gather
@@ -20,7 +21,6 @@ from pdtrim.models.checkpoint import load_stage
 from pdtrim.plan import STAGES, Gates, LayerKV, Widths
 from pdtrim.runtime.session import Session
 from pdtrim.stage.forward import Batch, forward
-from pdtrim.stage.replaced import pair_of
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_an_exported_stage_is_bit_for_bit_the_one_in_memory(family, gates, tmp_p
     kv = (LayerKV(selector=SnapKV(window=3)), *(LayerKV(),) * 3)
     plan, batch = narrow_plan(model, tmp_path, gates=gates, kv=kv), random_batch(model)
     pair = pair_of(plan, model, tmp_path)
-    back, read = load_pair(export(plan, model, tmp_path / "pair", blocks=tmp_path))
+    back, read = load_pair(trim_of(plan, tmp_path).export(model, tmp_path / "pair"))
     assert read == plan and read.digest == plan.digest
     with torch.no_grad():
         ours, theirs = (forward(p, batch, gates, HandoverPolicy.of(plan)) for p in (pair, back))
@@ -76,7 +76,7 @@ def test_weights_of_another_width_are_refused(model, tmp_path):
     bias = {"decode": {2: {BIASES[0]: torch.zeros(64)}}}  # a layer that is not biased
     with pytest.raises(PlanError, match=r"see 'self_attn.o_proj.bias'"):
         pair_of(narrow_plan(model, bad, blocks=bias), model, bad)
-    folder = export(plan, model, tmp_path / "pair", blocks=tmp_path)
+    folder = trim_of(plan, tmp_path).export(model, tmp_path / "pair")
     other = Widths(prefill=widths().prefill, decode=(width((0,), 7, True), *widths().decode[1:]))
     path = folder / "decode" / "config.json"
     data = json.loads(path.read_text())
@@ -99,7 +99,7 @@ def test_two_processes_generate_what_the_simulator_does(tmp_path):
         first_last(2, 3),
     )
     plan = narrow_plan(model, tmp_path, gates=GATES[1], kv=kv)
-    folder = export(plan, model, tmp_path / "pair", blocks=tmp_path)
+    folder = trim_of(plan, tmp_path).export(model, tmp_path / "pair")
     pair, policy = load_pair(folder)[0], HandoverPolicy.of(plan)
     prompts = random_batch(model, rows=2, prompt=14, new=4)
     with torch.no_grad():

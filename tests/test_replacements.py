@@ -9,20 +9,20 @@ import torch
 from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
-from helpers import make_plan, random_batch, tiny_model
+from helpers import make_plan, pair_of, random_batch, tiny_model, trim_of, with_files
+from pdtrim.bundle import export
 from pdtrim.calibration.batches import text_batch
 from pdtrim.cli import app
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.handover import measured_plan_bytes
 from pdtrim.evaluate.quality import Variant, measure_quality
 from pdtrim.evaluate.run import EvalConfig, evaluate
-from pdtrim.export import export, load_pair
+from pdtrim.exported import load_pair
 from pdtrim.models.loading import load_model
-from pdtrim.models.replacements import load_blocks, save_blocks
+from pdtrim.models.replacements import FilesInFolder, save_blocks
 from pdtrim.plan import Gates, PrunePlan
 from pdtrim.runtime.session import Session
 from pdtrim.stage.forward import Pair, forward
-from pdtrim.stage.replaced import pair_of
 
 GATES = Gates.removing(4, prefill={1, 2}, decode={2})
 FILE = "plan.blocks/decode-01.safetensors"
@@ -45,9 +45,7 @@ def new_weights(model, seed, *names):
 def with_blocks(model, folder, blocks):
     plan = make_plan(model, GATES)
     merged = {("decode", 1): (1, 2)}
-    return plan.model_copy(
-        update={"replacements": save_blocks(blocks, merged, folder, "plan.blocks")}
-    )
+    return with_files(plan, blocks, folder, merged=merged)
 
 
 def decode_plan(model, folder, seed=1):
@@ -63,14 +61,14 @@ def test_a_block_comes_back_as_it_was_written(model, tmp_path):
         (1, (1, 2), FILE),
         (3, (3,), "plan.blocks/decode-03.safetensors"),
     ]
-    back = load_blocks(plan, model, tmp_path)
+    back = trim_of(plan, tmp_path).blocks(model)
     assert back["prefill"] == {} and set(back["decode"]) == {1, 3}
     for name, part in weights.items():
         assert torch.equal(back["decode"][1][name], part)
         assert back["decode"][1][name].dtype == part.dtype
     for name in ("../up", "..", ".", "", "/tmp"):
         with pytest.raises(PlanError, match="not a folder name"):
-            save_blocks({}, {}, tmp_path, name)
+            save_blocks(plan, FilesInFolder(folder=tmp_path), tmp_path, name)
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
@@ -105,7 +103,7 @@ def test_an_exported_pair_computes_what_the_simulator_does(family, tmp_path):
     )
     with torch.no_grad():
         wanted = forward(pair_of(plan, model, tmp_path), batch, plan.gates)
-    export(plan, model, tmp_path / "pair", blocks=tmp_path)
+    trim_of(plan, tmp_path).export(model, tmp_path / "pair")
     export(make_plan(model, GATES), model, tmp_path / "plain")
     (tmp_path / "plan.blocks").rename(tmp_path / "gone")
     pair, embedded = load_pair(tmp_path / "pair")
@@ -127,7 +125,7 @@ def test_a_session_needs_no_files_but_the_pair(model, tmp_path):
     plan, batch = decode_plan(model, tmp_path), random_batch(model)
     with torch.no_grad():
         wanted = forward(pair_of(plan, model, tmp_path), batch, plan.gates)
-    export(plan, model, tmp_path / "pair", blocks=tmp_path)
+    trim_of(plan, tmp_path).export(model, tmp_path / "pair")
     (tmp_path / "plan.blocks").rename(tmp_path / "gone")
     with Session(tmp_path / "pair") as session:
         torch.testing.assert_close(session.score(batch), wanted, atol=1e-4, rtol=0)
@@ -180,14 +178,14 @@ def test_a_spoilt_file_is_refused_in_one_line(model, tmp_path, spoil, words):
     spoil(folder / FILE)
     for use in (
         lambda: pair_of(plan, model, folder),
-        lambda: export(plan, model, tmp_path / "pair", blocks=folder),
-        lambda: measured_plan_bytes(plan, model, random_batch(model), blocks=folder),
+        lambda: trim_of(plan, folder).export(model, tmp_path / "pair"),
+        lambda: measured_plan_bytes(trim_of(plan, folder), model, random_batch(model)),
     ):
         with pytest.raises(PlanError, match=words) as caught:
             use()
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "pair").exists()
-    with pytest.raises(PlanError, match=r"decode-01\.safetensors.*which folder"):
+    with pytest.raises(PlanError, match=r"decode-01\.safetensors.*open the plan file"):
         export(plan, model, tmp_path / "pair")
 
 
@@ -210,7 +208,7 @@ def test_a_file_that_is_no_block_is_refused(model, tmp_path, data, words):
     (tmp_path / FILE).write_bytes(data)
     entry = plan.replacements[0].model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
     with pytest.raises(PlanError, match=words):
-        load_blocks(plan.model_copy(update={"replacements": (entry,)}), model, tmp_path)
+        trim_of(plan.model_copy(update={"replacements": (entry,)}), tmp_path).blocks(model)
 
 
 @pytest.mark.parametrize(
@@ -232,8 +230,8 @@ def test_a_plan_names_a_running_layer_once(model, tmp_path, changes, words):
 def test_eval_finds_the_blocks_beside_the_plan(tmp_path, tiny_folder, tiny_text, monkeypatch):
     places = []
 
-    def count(*_, blocks=None):  # the real one starts two processes
-        places.append(blocks)
+    def count(trim, *_):  # the real one starts two processes
+        places.append(getattr(trim.files, "folder", None))
         return 100.0
 
     monkeypatch.setattr("pdtrim.evaluate.run.measured_plan_bytes", count)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from pdtrim.evaluate.compare.records import Comparison
 from pdtrim.evaluate.result import Result
-from pdtrim.export import load_pair
+from pdtrim.exported import load_pair
 from pdtrim.methods import METHODS
 from pdtrim.plan import PrunePlan
 

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import first_last, make_plan, random_batch, random_gates, tiny_model
+from pdtrim.bundle import export
 from pdtrim.errors import PdtrimError, PlanError, RuntimeFailure
-from pdtrim.export import export, load_pair
+from pdtrim.exported import load_pair
 from pdtrim.kv.frame import Layout
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.plan import Gates, LayerKV

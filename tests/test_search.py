@@ -94,7 +94,7 @@ def test_the_budget_is_never_passed(model):
         PDTrim().plan(
             model,
             calibration_of(model),
-            Target(prefill_remove=3, decode_remove=2, budget=1000, search="greedy"),
+            Target(repair="none", prefill_remove=3, decode_remove=2, budget=1000, search="greedy"),
         )
     annealed = anneal(objective, start, goal, Annealing(steps=5), rng=random.Random(0))
     assert annealed.state == start.state
@@ -180,9 +180,9 @@ def test_parts_of_the_text_add_up_to_the_whole(model):
 @pytest.mark.parametrize("mode,prefill,decode", [("projected", 2, 1), ("subset", 1, 3)])
 def test_the_default_method_finds_the_optimum_of_a_small_model(model, mode, prefill, decode):
     calibration = calibration_of(model)
-    target = Target(prefill_remove=prefill, decode_remove=decode, mode=mode)
+    target = Target(repair="none", prefill_remove=prefill, decode_remove=decode, mode=mode)
     method = PDTrim(shortlist=None, annealing=Annealing(steps=250, hot=0.3), finalists=1)
-    plan = method.plan(model, calibration, target)
+    plan = method.plan(model, calibration, target).plan
     losses = {}
     for p in itertools.combinations(range(6), prefill):
         for d in itertools.combinations(range(6), decode):
@@ -199,9 +199,9 @@ def test_the_default_method_finds_the_optimum_of_a_small_model(model, mode, pref
 
 def test_reranking_uses_text_the_search_has_not_seen(model):
     calibration = calibration_of(model)
-    target = Target(prefill_remove=0, decode_remove=2)
+    target = Target(repair="none", prefill_remove=0, decode_remove=2)
     method = PDTrim(shortlist=None, annealing=Annealing(steps=60), finalists=15)
-    plan = method.plan(model, calibration, target)
+    plan = method.plan(model, calibration, target).plan
     scores = {}
     for d in itertools.combinations(range(6), 2):
         gates = Gates.removing(6, decode=d)
@@ -240,8 +240,8 @@ def test_metropolis_accepts_by_temperature():
 
 def test_a_plan_repeats_with_its_seed(model):
     calibration = calibration_of(model)
-    target = Target(prefill_remove=2, decode_remove=1, seed=3)
-    digests = {PDTrim().plan(model, calibration, target).digest for _ in range(2)}
+    target = Target(repair="none", prefill_remove=2, decode_remove=1, seed=3)
+    digests = {PDTrim().plan(model, calibration, target).plan.digest for _ in range(2)}
     assert len(digests) == 1
 
 
@@ -261,10 +261,16 @@ def test_similarity_is_the_cosine_of_an_input_and_an_output():
 def test_paper_keeps_prefills_set_inside_decodes_and_optimises_the_cosine(model):
     calibration = calibration_of(model)
     target = Target(
-        prefill_remove=1, decode_remove=2, mode="subset", kv="first_last:first=1,last=2,layers=2"
+        repair="none",
+        prefill_remove=1,
+        decode_remove=2,
+        mode="subset",
+        kv="first_last:first=1,last=2,layers=2",
     )
-    plan = Paper(spread=3.0, annealing=Annealing(steps=80, hot=0.3)).plan(
-        model, calibration, target
+    plan = (
+        Paper(spread=3.0, annealing=Annealing(steps=80, hot=0.3))
+        .plan(model, calibration, target)
+        .plan
     )
     gates = plan.gates
     gone = {
@@ -285,9 +291,12 @@ def test_paper_keeps_prefills_set_inside_decodes_and_optimises_the_cosine(model)
 @pytest.mark.parametrize(
     "target,words",
     [
-        (Target(prefill_remove=6, decode_remove=0), "cannot remove 6 of 6"),
-        (Target(prefill_remove=-1, decode_remove=0), "cannot remove -1"),
-        (Target(prefill_remove=2, decode_remove=1, mode="subset"), "cannot lose 2 when"),
+        (Target(repair="none", prefill_remove=6, decode_remove=0), "cannot remove 6 of 6"),
+        (Target(repair="none", prefill_remove=-1, decode_remove=0), "cannot remove -1"),
+        (
+            Target(repair="none", prefill_remove=2, decode_remove=1, mode="subset"),
+            "cannot lose 2 when",
+        ),
     ],
 )
 def test_targets_that_no_plan_meets(model, target, words):
@@ -297,4 +306,6 @@ def test_targets_that_no_plan_meets(model, target, words):
 
 def test_paper_refuses_the_mode_it_does_not_know(model):
     with pytest.raises(PlanError, match="--mode subset"):
-        Paper().plan(model, calibration_of(model), Target(prefill_remove=1, decode_remove=1))
+        Paper().plan(
+            model, calibration_of(model), Target(repair="none", prefill_remove=1, decode_remove=1)
+        )

@@ -12,11 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from helpers import first_last, make_plan, tiny_model
+from pdtrim.bundle import export
 from pdtrim.cli import app, main
 from pdtrim.engines.vllm import launch
 from pdtrim.engines.vllm.launch import ServeConfig, check_runnable, processes
 from pdtrim.errors import ModelError, PdtrimError, PlanError
-from pdtrim.export import export
 from pdtrim.kv.selectors import SnapKV
 from pdtrim.plan import Gates, LayerKV
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from helpers import first_last, make_plan
+from pdtrim.bundle import export
 from pdtrim.demo import ROWS, run_demo
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.kv_probe import check_codecs
 from pdtrim.evaluate.result import Result
-from pdtrim.export import export, load_pair
+from pdtrim.exported import load_pair
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods import PDTrim, Target

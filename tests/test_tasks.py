@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import first_last, make_plan, random_gates, tiny_model
+from helpers import first_last, make_plan, pair_of, random_gates, tiny_model
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.quality import Variant
 from pdtrim.evaluate.tasks import likelihood, ragged
@@ -21,7 +21,6 @@ from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates, LayerKV, Width, Widths
 from pdtrim.stage.forward import Batch, Pair, forward
 from pdtrim.stage.generate import prefill
-from pdtrim.stage.replaced import pair_of
 
 CLOSED = Gates(
     prefill_attention=("full", "kv", "full", "off"),

@@ -6,20 +6,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from helpers import make_plan, random_batch, tiny_model
+from helpers import make_plan, pair_of, random_batch, tiny_model, trim_of, with_files
 from pdtrim.cli import app
 from pdtrim.distill.job import DistillConfig
 from pdtrim.distill.merge import MergeConfig
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.quality import Variant, measure_quality
-from pdtrim.export import export, load_pair
+from pdtrim.exported import load_pair
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods.sets import SetRule
-from pdtrim.methods.training import Training, pairs_of, save_trained, train_plan, with_slot
-from pdtrim.models.replacements import save_blocks
+from pdtrim.methods.training import Training, pairs_of, train_plan, trained_plan, with_slot
 from pdtrim.plan import Gates, LayerKV, PrunePlan, Width, Widths
 from pdtrim.repair.apply import repair
-from pdtrim.stage.replaced import pair_of
 
 DISTIL = DistillConfig(
     which="pairs", steps=12, rows=4, learning_rate=3e-3, compute="float32", evaluate_every=4
@@ -57,17 +55,17 @@ def test_the_rule_names_the_pairs(setting):
 def test_a_merged_and_trained_plan_is_better_and_survives_export(setting, tmp_path):
     model, plan, text, held_out = setting
     config = Training(rule=ANY_PAIR, merging=MERGE, distillation=DISTIL)
-    trained = train_plan(plan, model, text, held_out, config)
+    trained = train_plan(trim_of(plan), model, text, held_out, config)
     (merged,) = trained.merged
     assert set(trained.blocks["decode"]) == {merged.layer} and trained.blocks["prefill"] == {}
     assert trained.gates.decode_mlp[merged.layer] and trained.gates.blocks("decode") == 4
-    made = save_trained(plan, trained, tmp_path / "trained.json")
+    made = trained_plan(plan, trained).save(tmp_path / "trained.json").plan
     assert made.replacements[0].merged == merged.merged
     assert made.provenance.distillation.startswith("pairs, 1 merged, 12 steps")
     assert kl(model, made, tmp_path, held_out) < 0.95 * kl(model, plan, None, held_out)
     loaded = PrunePlan.load(tmp_path / "trained.json")
     assert loaded.digest == made.digest != plan.digest
-    pair, _ = load_pair(export(loaded, model, tmp_path / "pair", blocks=tmp_path))
+    pair, _ = load_pair(trim_of(loaded, tmp_path).export(model, tmp_path / "pair"))
     variant = Variant(pair=pair, gates=loaded.gates, policy=HandoverPolicy.of(loaded))
     exported = measure_quality(model, {"x": variant}, held_out)["x"].kl
     assert exported == pytest.approx(kl(model, made, tmp_path, held_out), abs=1e-5)
@@ -78,11 +76,9 @@ def test_training_starts_from_the_plans_repairs_and_keeps_prefills(setting, tmp_
     gates = Gates.removing(5, prefill={1, 3}, decode={2})
     blocks = repair(model, gates, HandoverPolicy.full(5), text, "linear")
     assert blocks["prefill"] and blocks["decode"]
-    repaired = plan.model_copy(
-        update={"gates": gates, "replacements": save_blocks(blocks, {}, tmp_path, "a.blocks")}
-    )
+    repaired = with_files(plan.model_copy(update={"gates": gates}), blocks, tmp_path)
     config = Training(distillation=DISTIL.__class__(**{**vars(DISTIL), "which": "all"}))
-    trained = train_plan(repaired, model, text, held_out, config, folder=tmp_path)
+    trained = train_plan(trim_of(repaired, tmp_path), model, text, held_out, config)
     before = trained.distilled.held_out_before
     assert before == pytest.approx(kl(model, repaired, tmp_path, held_out), abs=1e-4)
     assert trained.distilled.held_out_after < before
@@ -125,4 +121,4 @@ def test_narrower_blocks_are_refused(setting):
     row = (width, *[None] * (model.num_layers - 1))
     narrow = plan.model_copy(update={"widths": Widths(prefill=row, decode=row)})
     with pytest.raises(PlanError, match="distil a plan without narrower blocks"):
-        train_plan(narrow, model, text, rest, Training())
+        train_plan(trim_of(narrow), model, text, rest, Training())

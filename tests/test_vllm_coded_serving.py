@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 from pdtrim.engines.vllm.coded import TICKET
 from pdtrim.engines.vllm.pages import page_bytes, pages_sent
 from pdtrim.engines.vllm.staging import Form
-from pdtrim.export import load_pair
+from pdtrim.exported import load_pair
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.plan import LayerKV

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("vllm")
 
 from helpers import first_last, make_plan, tiny_model
+from pdtrim.bundle import export
 from pdtrim.engines.vllm import blocks, compat
 from pdtrim.engines.vllm.attention import compact
 from pdtrim.engines.vllm.cache import TrimmedManager, TrimmedSpec, register
@@ -16,7 +17,6 @@ from pdtrim.engines.vllm.metrics import HANDOVER, Stats
 from pdtrim.engines.vllm.scheduler import handover_problem
 from pdtrim.engines.vllm.stage import check_config, prefill_to_decode
 from pdtrim.errors import PlanError
-from pdtrim.export import export
 from pdtrim.models.checkpoint import read_stage_config
 from pdtrim.plan import Gates, LayerKV
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from baselines_naive import C, N, ids_of, text_of
-from helpers import FAMILIES, reference_logits, tiny_model
+from helpers import FAMILIES, pair_of, reference_logits, tiny_model
+from pdtrim.bundle import TrimPlan
 from pdtrim.errors import PlanError
 from pdtrim.methods import METHODS, Target
 from pdtrim.methods.baselines import FLAP, LLMPruner
@@ -18,7 +19,6 @@ from pdtrim.plan import PrunePlan
 from pdtrim.search.kv_budget import KV_SEQUENCES, resolve_policy
 from pdtrim.stage.cost import removed_parameters
 from pdtrim.stage.forward import forward
-from pdtrim.stage.replaced import pair_of
 from width_naive import (
     ALL,
     PREFILL_LAST,
@@ -313,11 +313,18 @@ def test_targets_that_a_width_method_does_not_know(model, calibration, method, t
         plan_of(method, model, calibration, tmp_path, 0.97)
 
 
-def test_flaps_biases_need_a_place(model, calibration):
+def test_flaps_biases_stay_in_memory_until_saved(model, calibration, tmp_path):
     target = Target(metric="parameters", mode="unified", prefill_share=0.2, decode_share=0.2)
-    with pytest.raises(PlanError, match=r"'flap' makes weights .* say where"):
-        FLAP().plan(model, calibration, target)
-    assert FLAP(bias=False).plan(model, calibration, target).widths
+    made = FLAP().plan(model, calibration, target)
+    assert made.plan.replacements and not any(tmp_path.iterdir())
+    made.save(tmp_path / "plan.json")
+    again = TrimPlan.open(tmp_path / "plan.json")
+    assert again.plan.digest == made.plan.digest
+    mine, theirs = made.blocks(model), again.blocks(model)
+    for layer, biases in mine["decode"].items():
+        for name, bias in biases.items():
+            assert torch.equal(bias, theirs["decode"][layer][name])
+    assert FLAP(bias=False).plan(model, calibration, target).plan.widths
 
 
 def test_a_model_that_is_all_protected(model, calibration, tmp_path):

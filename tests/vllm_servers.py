@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from helpers import first_last, make_plan, tiny_model
+from pdtrim.bundle import export
 from pdtrim.engines.vllm.launch import Process, ServeConfig, free_port, processes
-from pdtrim.export import export
 from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates
 

@@ -35,7 +35,7 @@ def plan_of(method, model, calibration, folder, share=0.2, prefill=None, **more)
             **more,
         }
     )
-    return method.plan(model, calibration, target, output=folder / "plan.json")
+    return method.plan(model, calibration, target).save(folder / "plan.json").plan
 
 
 def lost(model, plan, stage, layer):

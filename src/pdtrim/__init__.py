@@ -6,9 +6,9 @@ The usual way through::
 
     model = pdtrim.load_model("smollm2")
     text = pdtrim.load_calibration(model, pdtrim.CalibrationConfig(source="self"))
-    target = pdtrim.Target(prefill_remove=8, decode_remove=0, kv="full")
+    target = pdtrim.Target(prefill_remove=8)
     plan = pdtrim.PDTrim().plan(model, text, target)
-    pdtrim.export(plan, model, "out/pair")
+    plan.export(model, "out/pair")
     with pdtrim.Session("out/pair") as session:
         print(session.generate(["Hello"])[0].text)
 """
@@ -19,10 +19,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pdtrim.bundle import TrimPlan, export
     from pdtrim.calibration.batches import Calibration, CalibrationConfig, load_calibration
     from pdtrim.errors import PdtrimError
     from pdtrim.evaluate.quality import Quality, Variant, measure_quality
-    from pdtrim.export import export, load_pair
+    from pdtrim.exported import load_pair
     from pdtrim.methods import Paper, PDTrim, Target
     from pdtrim.models.loading import load_model
     from pdtrim.models.model import Model
@@ -48,6 +49,7 @@ __all__ = [
     "Sampling",
     "Session",
     "Target",
+    "TrimPlan",
     "Variant",
     "export",
     "forward",
@@ -74,12 +76,13 @@ _HOMES = {
     "Sampling": "pdtrim.stage.sampling",
     "Session": "pdtrim.runtime.session",
     "Target": "pdtrim.methods",
+    "TrimPlan": "pdtrim.bundle",
     "Variant": "pdtrim.evaluate.quality",
-    "export": "pdtrim.export",
+    "export": "pdtrim.bundle",
     "forward": "pdtrim.stage.forward",
     "load_calibration": "pdtrim.calibration.batches",
     "load_model": "pdtrim.models.loading",
-    "load_pair": "pdtrim.export",
+    "load_pair": "pdtrim.exported",
     "measure_quality": "pdtrim.evaluate.quality",
 }
 

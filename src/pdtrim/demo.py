@@ -15,22 +15,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pdtrim.bundle import TrimPlan
 from pdtrim.calibration.batches import CalibrationConfig, load_calibration, text_batch
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.quality import Variant, measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
-from pdtrim.export import export
 from pdtrim.methods import Method, Paper, PDTrim, Target
 from pdtrim.methods.dense import dense_plan
 from pdtrim.models.loading import load_model
 from pdtrim.models.model import Model
-from pdtrim.plan import PrunePlan
 from pdtrim.progress import Progress, silent
 from pdtrim.runtime.session import Session
 from pdtrim.search.anneal import Annealing
 from pdtrim.stage.cost import Lengths
 from pdtrim.stage.forward import Batch
-from pdtrim.stage.replaced import pair_of
 
 MODEL = "smollm2"
 QUESTION = "Explain what artificial intelligence is."
@@ -93,13 +91,11 @@ def run_demo(
     model = load_model(MODEL)
     held_out = _held_out(model, folder)
     say("2/4 planning: the dense model writes calibration text, the methods search")
-    plans = {"dense": dense_plan(model), **_plans(model, rows, seed, folder, progress)}
-    plans["dense"].save(_plan_file(folder, "dense"))
+    plans = {"dense": TrimPlan(plan=dense_plan(model)), **_plans(model, rows, seed, progress)}
+    for name, trim in plans.items():
+        trim.save(_plan_file(folder, name))
     say("3/4 measuring quality on held-out text")
-    variants = {
-        name: Variant.of(plan, pair_of(plan, model, _plan_file(folder, name).parent))
-        for name, plan in plans.items()
-    }
+    variants = {name: Variant.of(trim.plan, trim.pair(model)) for name, trim in plans.items()}
     qualities = measure_quality(model, variants, held_out, progress=progress)
     say("4/4 running each pair as two processes")
     answers, sizes = _run_pairs(model, plans, held_out, folder, progress)
@@ -110,21 +106,21 @@ def run_demo(
             text=TEXT,
             sequences=len(held_out),
             lengths=LENGTHS,
-            plans=tuple(plans[row.name] for row in rows),
+            plans=tuple(plans[row.name].plan for row in rows),
         ),
         rows=tuple(
             make_row(
                 name,
                 model,
                 qualities[name],
-                plan if name in settings else None,
+                trim.plan if name in settings else None,
                 lengths=LENGTHS,
                 kv_bytes=sizes[name],
                 dense_kv_bytes=sizes["dense"],
                 settings=settings.get(name, ""),
                 answer=answers[name],
             )
-            for name, plan in plans.items()
+            for name, trim in plans.items()
         ),
     )
     result.save(folder / "result.json")
@@ -132,31 +128,24 @@ def run_demo(
 
 
 def _plans(
-    model: Model, rows: tuple[DemoRow, ...], seed: int, folder: Path, progress: Progress
-) -> dict[str, PrunePlan]:
+    model: Model, rows: tuple[DemoRow, ...], seed: int, progress: Progress
+) -> dict[str, TrimPlan]:
     config = CalibrationConfig(search=8, rerank=4, seed=seed)
     text = load_calibration(model, config, progress=progress)
     return {
-        row.name: row.method.plan(
-            model,
-            text,
-            replace(row.target, seed=seed),
-            progress=progress,
-            output=_plan_file(folder, row.name),
-        )
+        row.name: row.method.plan(model, text, replace(row.target, seed=seed), progress=progress)
         for row in rows
     }
 
 
 def _run_pairs(
-    model: Model, plans: dict[str, PrunePlan], batch: Batch, folder: Path, progress: Progress
+    model: Model, plans: dict[str, TrimPlan], batch: Batch, folder: Path, progress: Progress
 ) -> tuple[dict[str, str], dict[str, float]]:
     """Each pair's answer to the question, and its mean bytes for the held-out prompts."""
     answers, sizes = {}, {}
     with progress("running the pairs", len(plans)) as advance:
-        for name, plan in plans.items():
-            beside = _plan_file(folder, name).parent
-            pair = export(plan, model, beside / "pair", blocks=beside)
+        for name, trim in plans.items():
+            pair = trim.export(model, _plan_file(folder, name).with_name("pair"))
             with Session(pair) as session:
                 answers[name] = session.generate([QUESTION], max_new_tokens=80)[0].text
                 session.generate(batch.prompt_BP.tolist(), max_new_tokens=1)

@@ -41,8 +41,8 @@ class CalibrationConfig:
     prompt_tokens: int = 256
     continuation_tokens: int = 128
     search: int = 12
-    rerank: int = 8
-    fit: int = 0
+    rerank: int = 6
+    fit: int = 24
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -73,8 +73,12 @@ def plan(
     ] = "block",
     search: Annotated[Search, typer.Option(help="How method pdtrim searches.")] = "hybrid",
     repair: Annotated[
-        Repair, typer.Option(help="best: correct kept blocks for what was cut, in closed form.")
-    ] = "best",
+        Repair | None,
+        typer.Option(
+            help="best: correct kept blocks for what was cut, in closed form; or none. The"
+            " method's own if not given: best for pdtrim and its hybrids."
+        ),
+    ] = None,
     kv: Annotated[
         str,
         typer.Option(help="SELECTOR[:option=value,...][+CODEC], such as snapkv:share=0.5+int4."),
@@ -139,7 +143,7 @@ def plan(
         continuation_tokens=continuation_tokens,
         search=sequences,
         rerank=(sequences + 1) // 2,
-        fit=fit_sequences if method == "pdtrim" and repair == "best" else 0,
+        fit=fit_sequences if (repair or METHODS[method].default_repair) == "best" else 0,
         seed=seed,
     )
     progress = progress_of(as_json)
@@ -160,7 +164,7 @@ def plan(
         metric=metric,
         grain=grain,
         search=search,
-        repair=repair if method == "pdtrim" else "none",
+        repair=repair,
         mode=mode,  # type: ignore[arg-type]
         kv=kv,
         seed=seed,
@@ -170,13 +174,16 @@ def plan(
     target.check(dense)
     with work:
         packed = work.text(dense, text, progress)
-        made = METHODS[method]().plan(
-            dense, packed, target, progress=progress, journal=work.journal, output=output
+        made = (
+            METHODS[method]()
+            .plan(dense, packed, target, progress=progress, journal=work.journal)
+            .save(output)
         )
     if as_json:
-        print_json({"plan": str(output), "digest": made.digest, **made.provenance.model_dump()})
+        about = made.plan.provenance.model_dump()
+        print_json({"plan": str(output), "digest": made.plan.digest, **about})
     else:
-        out.print(picture(made, prompt_tokens=prompt_tokens))
+        out.print(picture(made.plan, prompt_tokens=prompt_tokens))
         out.print(f"wrote {output}")
 
 
@@ -221,19 +228,19 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Train decode's kept blocks for what was removed; an interrupted training goes on."""
+    from pdtrim.bundle import TrimPlan
     from pdtrim.calibration.batches import CalibrationConfig
     from pdtrim.calibration.mixture import load_mixture
     from pdtrim.distill.job import DistillConfig
-    from pdtrim.export import base_model
+    from pdtrim.exported import base_model
     from pdtrim.methods.sets import SetRule
-    from pdtrim.methods.training import Training, save_trained, train_plan
-    from pdtrim.plan import PrunePlan
+    from pdtrim.methods.training import Training, train_plan, trained_plan
 
     if output.resolve() == plan_file.resolve():
         raise PdtrimError("-o names the plan itself: give the trained one a name of its own")
     progress, say = progress_of(as_json), say_of(as_json)
-    loaded = PrunePlan.load(plan_file)
-    dense = base_model(loaded, source=model, dtype=dtype, device=device)
+    loaded = TrimPlan.open(plan_file)
+    dense = base_model(loaded.plan, source=model, dtype=dtype, device=device)
     data, rest = load_mixture(
         dense,
         text,
@@ -267,19 +274,18 @@ def distill(
         data,
         rest,
         Training(rule=rule, distillation=config),
-        folder=plan_file.parent,
         checkpoint=checkpoint,
         progress=progress,
         say=say,
     )
-    made = save_trained(loaded, trained, output)
+    made = trained_plan(loaded.plan, trained).save(output)
     checkpoint.unlink(missing_ok=True)
     before, after = trained.distilled.held_out_before, trained.distilled.held_out_after
     if as_json:
         print_json(
             {
                 "plan": str(output),
-                "digest": made.digest,
+                "digest": made.plan.digest,
                 "held_out_kl": {"before": before, "after": after},
                 "merged": [merged.merged for merged in trained.merged],
             }
@@ -295,11 +301,10 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show which block runs where and what travels."""
-    from pdtrim.plan import PrunePlan
+    from pdtrim.bundle import TrimPlan
     from pdtrim.report.inspect import picture
-    from pdtrim.runtime.session import plan_of
 
-    loaded = plan_of(plan_file) if plan_file.is_dir() else PrunePlan.load(plan_file)
+    loaded = TrimPlan.open(plan_file).plan
     if as_json:
         print_json({"digest": loaded.digest, **loaded.to_json()})
     else:
@@ -321,25 +326,24 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the prefill and the decode checkpoint."""
+    from pdtrim.bundle import TrimPlan
     from pdtrim.evaluate.kv_probe import check_codecs
-    from pdtrim.export import base_model
-    from pdtrim.export import export as write
-    from pdtrim.plan import PrunePlan
+    from pdtrim.exported import base_model
 
-    loaded = PrunePlan.load(plan_file)
+    loaded = TrimPlan.open(plan_file)
     with progress_of(as_json)("exporting", 3) as advance:
-        dense = base_model(loaded, source=model, dtype=dtype)
+        dense = base_model(loaded.plan, source=model, dtype=dtype)
         advance(1)
         if probe and dense.tokenizer is not None:
-            check_codecs(dense, loaded)
+            check_codecs(dense, loaded.plan)
         advance(1)
-        write(loaded, dense, output, blocks=plan_file.parent)
+        loaded.export(dense, output)
     sizes = {
         stage: sum(f.stat().st_size for f in (output / stage).glob("*.safetensors"))
         for stage in ("prefill", "decode")
     }
     if as_json:
-        print_json({"folder": str(output), "digest": loaded.digest, "weight_bytes": sizes})
+        print_json({"folder": str(output), "digest": loaded.plan.digest, "weight_bytes": sizes})
     else:
         for stage, size in sizes.items():
             out.print(f"{output / stage}: {size / 2**20:.1f} MiB of weights")

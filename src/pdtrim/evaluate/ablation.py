@@ -13,13 +13,14 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from pdtrim.bundle import TrimPlan
 from pdtrim.calibration.batches import (
     Calibration,
     CalibrationConfig,
@@ -36,10 +37,11 @@ from pdtrim.methods.pdtrim import PDTrim
 from pdtrim.methods.sets import Reading, SetRule
 from pdtrim.methods.training import Training, pairs_of, train_plan
 from pdtrim.models.model import Model
-from pdtrim.plan import Gates, PrunePlan, Stage
+from pdtrim.models.replace import Blocks
+from pdtrim.plan import Gates, Stage
 from pdtrim.progress import Progress, silent
 from pdtrim.records import Frozen
-from pdtrim.repair.apply import KINDS, SHARED, Blocks, best_repair, repair
+from pdtrim.repair.apply import KINDS, SHARED, best_repair, repair
 from pdtrim.stage.cost import Lengths, block_tokens
 from pdtrim.stage.forward import Batch, Pair
 from pdtrim.stage.replaced import swap_pair
@@ -221,22 +223,24 @@ class Bench:
         )
         return round(self.config.budget * passes)
 
-    def plan(self, name: str, method: Method, target: Target) -> PrunePlan:
+    def plan(self, name: str, method: Method, target: Target) -> TrimPlan:
         """A plan, from the folder if it is there."""
         path = self.folder / "plans" / f"{_slug(f'{self.seed} {name}')}.json"
         if path.is_file():
-            return PrunePlan.load(path)
-        return method.plan(self.model, self.text, target, progress=self.progress, output=path)
+            return TrimPlan.open(path)
+        target = replace(target, repair="none")  # repairs are rows of their own
+        made = method.plan(self.model, self.text, target, progress=self.progress)
+        return made.save(path)
 
     def searched(self, name: str, method: Method, target: Target) -> Made:
         """The row of a plan as it was searched."""
-        plan = self.plan(name, method, target)
+        plan = self.plan(name, method, target).plan
         spent = plan.provenance.search_block_tokens
         return Made(gates=plan.gates, blocks={}, block_tokens=spent)
 
     def repaired(self, name: str, method: Method, target: Target, kind: str) -> Made:
         """A plan with its cuts repaired; ``best`` is each stage's best on the re-rank text."""
-        gates = self.plan(name, method, target).gates
+        gates = self.plan(name, method, target).plan.gates
         if kind == "best":
             best = best_repair(self.model, gates, self.policy, self.text.fit, self.text.rerank)
             return Made(gates=gates, blocks=best.blocks)
@@ -247,13 +251,13 @@ class Bench:
 
     def trained(self, name: str, method: Method, target: Target, reading: Reading) -> Made:
         """A plan whose distillation set is merged and lightly distilled."""
-        plan = self.plan(name, method, target)
-        rule = SetRule(reading=reading)
+        trim = self.plan(name, method, target)
+        plan, rule = trim.plan, SetRule(reading=reading)
         if not pairs_of(plan, self.model, self.text.fit, rule):
             return Made(gates=plan.gates, blocks={})  # the rule puts nothing in its set
         distillation = DistillConfig(which="pairs", steps=self.config.train_steps, seed=self.seed)
         done = train_plan(
-            plan,
+            trim,
             self.model,
             self.text.fit,
             self.text.rerank,

@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdtrim.export import export
+from pdtrim.bundle import TrimPlan
 from pdtrim.kv.frame import Layout
 from pdtrim.models.model import Model
 from pdtrim.plan import PrunePlan
@@ -36,7 +36,7 @@ def loopback_bytes(plan: PrunePlan, prefill: Model, batch: Batch) -> Loopback:
     """Counted within this process: the stages' own sender and receiver over a loopback socket.
 
     Args:
-        prefill: what prefill runs, ``pair_of(...).prefill``; that is the dense model for a plan
+        prefill: what prefill runs, as in ``TrimPlan.pair``; that is the dense model for a plan
             without replaced or narrower blocks.
     """
     receiver = Receiver(plan, prefill.dtype)
@@ -58,13 +58,9 @@ def loopback_bytes(plan: PrunePlan, prefill: Model, batch: Batch) -> Loopback:
     return Loopback(frame=frames / len(batch), cache=caches / len(batch))
 
 
-def measured_plan_bytes(
-    plan: PrunePlan, model: Model, batch: Batch, *, blocks: Path | None = None
-) -> float:
-    """The same for a plan that has not been exported: a pair is made, run and removed.
-
-    Args:
-        blocks: the plan file's folder, for a plan with replaced blocks.
-    """
+def measured_plan_bytes(trim: TrimPlan, model: Model, batch: Batch) -> float:
+    """The same for a plan; one that has not been exported is, for as long as it is measured."""
+    if trim.exported is not None:
+        return measured_bytes(trim.exported, batch)
     with tempfile.TemporaryDirectory(prefix="pdtrim-") as folder:
-        return measured_bytes(export(plan, model, Path(folder) / "pair", blocks=blocks), batch)
+        return measured_bytes(trim.export(model, Path(folder) / "pair"), batch)

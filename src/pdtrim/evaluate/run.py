@@ -5,21 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdtrim.bundle import TrimPlan
 from pdtrim.calibration.batches import text_batch
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.handover import measured_bytes, measured_plan_bytes
+from pdtrim.evaluate.handover import measured_plan_bytes
 from pdtrim.evaluate.kv_suite import KvSuiteConfig, run_suite
 from pdtrim.evaluate.quality import Variant, measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
-from pdtrim.export import base_model, load_pair
+from pdtrim.exported import base_model
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods.dense import dense_plan
-from pdtrim.plan import Gates, PrunePlan
+from pdtrim.plan import Gates
 from pdtrim.progress import Progress, silent
-from pdtrim.runtime.session import plan_of
 from pdtrim.stage.cost import Lengths
 from pdtrim.stage.forward import Pair
-from pdtrim.stage.replaced import pair_of
 
 WIRE_PROMPTS = 4  # prompts whose handover is counted; their lengths are equal
 
@@ -51,8 +50,8 @@ def evaluate(target: str | Path, config: EvalConfig, *, progress: Progress = sil
     Raises:
         PdtrimError: unreadable plan, pair, model or text.
     """
-    target = Path(target)
-    plan = plan_of(target) if target.is_dir() else PrunePlan.load(target)
+    trim = TrimPlan.open(target)
+    plan, name = trim.plan, trim.name
     model = base_model(plan, source=config.model, dtype=config.dtype, device=config.device)
     batch = text_batch(
         model,
@@ -61,11 +60,7 @@ def evaluate(target: str | Path, config: EvalConfig, *, progress: Progress = sil
         continuation_tokens=config.continuation_tokens,
         limit=config.limit,
     )
-    if target.is_dir():
-        pair = load_pair(target, device=config.device)[0]
-    else:
-        pair = pair_of(plan, model, target.parent)
-    name = plan.provenance.method
+    pair = trim.pair(model)
     qualities = measure_quality(
         model,
         {"dense": Variant.dense(model), name: Variant.of(plan, pair)},
@@ -80,12 +75,9 @@ def evaluate(target: str | Path, config: EvalConfig, *, progress: Progress = sil
         metrics[name] = run_suite(pair, plan.gates, {name: policy}, suite, progress)[name]
     prompts = batch[:WIRE_PROMPTS]
     with progress("counting bytes on the wire", 2) as advance:
-        dense_bytes = measured_plan_bytes(dense_plan(model), model, prompts)
+        dense_bytes = measured_plan_bytes(TrimPlan(plan=dense_plan(model)), model, prompts)
         advance(1)
-        if target.is_dir():
-            sent = measured_bytes(target, prompts)
-        else:
-            sent = measured_plan_bytes(plan, model, prompts, blocks=target.parent)
+        sent = measured_plan_bytes(trim, model, prompts)
         advance(1)
     lengths = Lengths(prompt=config.prompt_tokens, continuation=config.continuation_tokens)
     rows = tuple(

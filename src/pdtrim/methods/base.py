@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from pdtrim.bundle import TrimPlan
 from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
 from pdtrim.models.model import Model
-from pdtrim.models.replacements import save_blocks
+from pdtrim.models.replace import Blocks
 from pdtrim.plan import (
     STAGES,
     Gates,
@@ -20,12 +21,10 @@ from pdtrim.plan import (
     Mode,
     Provenance,
     PrunePlan,
-    Replacement,
     Stage,
     Widths,
 )
 from pdtrim.progress import Progress, silent
-from pdtrim.repair.apply import Blocks
 from pdtrim.repair.cuts import merged_layers
 from pdtrim.search.journal import Journal
 from pdtrim.search.state import Grain
@@ -33,6 +32,7 @@ from pdtrim.versions import versions
 
 Search = Literal["one_shot", "greedy", "anneal", "evolution", "hybrid"]
 Metric = Literal["blocks", "parameters", "flops", "kv_bytes", "latency"]
+Repair = Literal["none", "best"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ class Target:
         grain: whether attention and MLP of a block go together or apart.
         metric: what is counted (``search/goal.py``); all but ``blocks`` go by the shares.
         repair: ``best`` corrects kept blocks for what was cut, in closed form and where held-out
-            text says that it helps; their weights then go with the plan.
+            text says that it helps; their weights then go with the plan. None is the method's
+            own: ``best`` where the method can.
         prefill_share, decode_share: shares of its blocks' parameters, its operations or its time
             that each stage must save; with ``kv_bytes``, decode's is the share of the handover's
             bytes, and prefill has none.
@@ -64,7 +65,7 @@ class Target:
     search: Search = "hybrid"
     grain: Grain = "block"
     metric: Metric = "blocks"
-    repair: Literal["none", "best"] = "none"
+    repair: Repair | None = None
     prefill_share: float = 0.0
     decode_share: float = 0.0
 
@@ -127,6 +128,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     default_mode: ClassVar[Mode] = "projected"
+    default_repair: ClassVar[Repair] = "none"
 
     @abstractmethod
     def search(
@@ -148,34 +150,27 @@ class Method(ABC):
         *,
         progress: Progress = silent,
         journal: Path | None = None,
-        output: Path | None = None,
-    ) -> PrunePlan:
+    ) -> TrimPlan:
         """Search, and record how.
 
         Args:
-            output: where the plan is to be written, with repaired blocks in a folder beside it;
-                None writes nothing, and then no block can have other weights.
             journal: a file in which the search's measurements are kept, and from which a search
                 that was interrupted goes on.
 
+        Returns:
+            The plan with its weights, in memory until it is saved.
+
         Raises:
-            PlanError: the target cannot be met, the journal belongs to another search, or there
-                are weights to be written and no place.
+            PlanError: the target cannot be met, or the journal belongs to another search.
         """
+        if target.repair is None:
+            target = replace(target, repair=self.default_repair)
         target.check(model)
-        if target.repair != "none":
-            _need_place(output, "a repair")
         started = time.perf_counter()
         record = None
         if journal is not None:
             record = Journal(journal, self._search_hash(model, calibration, target))
         found = self.search(model, calibration, target, progress=progress, journal=record)
-        replaced: tuple[Replacement, ...] = ()
-        if any(found.blocks.values()):
-            place = _need_place(output, f"method '{self.name}'")
-            name = f"{place.stem}.blocks"
-            stands_for = merged_layers(found.gates)
-            replaced = save_blocks(found.blocks, stands_for, place.parent, name)
         provenance = Provenance(
             method=self.name,
             mode=target.mode,
@@ -188,21 +183,16 @@ class Method(ABC):
             wall_s=round(time.perf_counter() - started, 3),
             versions=versions(),
         )
-        plan = PrunePlan.from_json(
-            {
-                "model": model.ref,
-                "gates": found.gates,
-                "kv": found.kv,
-                "replacements": replaced,
-                "block_size": target.block_size,
-                "widths": found.widths,
-                "provenance": provenance,
-            },
-            source=f"method '{self.name}'",
-        )
-        if output is not None:
-            plan.save(output)
-        return plan
+        data = {
+            "model": model.ref,
+            "gates": found.gates,
+            "kv": found.kv,
+            "block_size": target.block_size,
+            "widths": found.widths,
+            "provenance": provenance,
+        }
+        plan = PrunePlan.from_json(data, source=f"method '{self.name}'")
+        return TrimPlan.of(plan, found.blocks, merged=merged_layers(found.gates))
 
     def _search_hash(self, model: Model, calibration: Calibration, target: Target) -> str:
         """SHA-256 (hex) of everything that the search's measurements depend on."""
@@ -219,10 +209,3 @@ class Method(ABC):
             versions(),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _need_place(output: Path | None, what: str) -> Path:
-    """Where the plan goes, which weights go with."""
-    if output is None:
-        raise PlanError(f"{what} makes weights that go with the plan: say where it is written")
-    return output

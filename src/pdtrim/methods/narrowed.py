@@ -70,6 +70,7 @@ class NarrowedPDTrim(PDTrim):
                 decode_share=share,
                 mode="unified",
                 budget=target.budget,
+                repair="none",
             ),
             progress=progress,
             journal=journal,

@@ -22,9 +22,10 @@ from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods.base import Found, Method, Target
 from pdtrim.methods.goals import goal_of
 from pdtrim.models.model import Model
+from pdtrim.models.replace import Blocks
 from pdtrim.plan import STAGES, Gates, Widths
 from pdtrim.progress import Progress
-from pdtrim.repair.apply import Blocks, Repaired, best_repair
+from pdtrim.repair.apply import Repaired, best_repair
 from pdtrim.repair.cuts import writes
 from pdtrim.search.anneal import Annealing, anneal
 from pdtrim.search.evolution import Evolution, evolution
@@ -82,6 +83,7 @@ class PDTrim(Method):
     """
 
     name = "pdtrim"
+    default_repair = "best"
     shortlist: int | None = 10
     annealing: Annealing = field(default_factory=Annealing)
     evolution: Evolution = field(default_factory=Evolution)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from pdtrim.bundle import TrimPlan
 from pdtrim.distill.job import DistillConfig
 from pdtrim.distill.merge import MergeConfig, Merged, merge
 from pdtrim.distill.train import Distilled, distill
@@ -20,14 +21,12 @@ from pdtrim.errors import PlanError
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods.sets import SetRule, merges, similarity
 from pdtrim.models.model import Model
-from pdtrim.models.replacements import load_blocks, save_blocks
+from pdtrim.models.replace import Blocks
 from pdtrim.plan import Gates, PrunePlan
 from pdtrim.progress import Progress, silent
-from pdtrim.repair.apply import Blocks
 from pdtrim.repair.cuts import merged_layers
 from pdtrim.search.objective import dense_trace
 from pdtrim.stage.forward import Batch
-from pdtrim.stage.replaced import pair_of
 
 RULE_ROWS = 8  # sequences on which the rule measures similarity
 MERGE_ROWS = 64  # sequences that a merged block is fitted to
@@ -48,7 +47,7 @@ class Trained:
 
     Attributes:
         merged: pairs that became one block.
-        blocks: of both stages, prefill's as the plan had them; for ``save_blocks``.
+        blocks: of both stages, prefill's as the plan had them.
         text: what was done, in words.
     """
 
@@ -60,13 +59,12 @@ class Trained:
 
 
 def train_plan(
-    plan: PrunePlan,
+    trim: TrimPlan,
     model: Model,
     text: Batch,
     held_out: Batch,
     config: Training,
     *,
-    folder: Path | None = None,
     checkpoint: Path | None = None,
     progress: Progress = silent,
     say: Callable[[str], None] = lambda text: None,
@@ -75,16 +73,15 @@ def train_plan(
 
     Args:
         held_out: text that chooses the best weights; not in ``text``.
-        folder: the plan file's, if it has replaced blocks already.
         checkpoint: a file from which an interrupted training goes on.
 
     Raises:
         PlanError: nothing to train, narrower blocks, or the checkpoint is not of this run.
     """
+    plan = trim.plan
     if plan.widths is not None:
         raise PlanError("training knows whole blocks only: distil a plan without narrower blocks")
-    pair = pair_of(plan, model, folder)
-    before: Blocks = load_blocks(plan, model, folder) if folder else {}
+    before, pair = trim.blocks(model), trim.pair(model)
     gates, merged = plan.gates, []
     for first, second in pairs_of(plan, model, text, config.rule):
         made = merge(model, text[:MERGE_ROWS], first, config.merging, progress=progress)
@@ -121,25 +118,13 @@ def train_plan(
     )
 
 
-def save_trained(plan: PrunePlan, trained: Trained, path: Path) -> PrunePlan:
-    """Write the plan with its trained blocks: ``path`` and a folder beside it."""
+def trained_plan(plan: PrunePlan, trained: Trained) -> TrimPlan:
+    """The plan with its trained blocks, in memory until it is saved."""
     stands_for = {**merged_layers(trained.gates)}
     stands_for |= {("decode", made.layer): made.merged for made in trained.merged}
-    made = plan.model_copy(
-        update={
-            "gates": trained.gates,
-            "provenance": plan.provenance.model_copy(update={"distillation": trained.text}),
-            "replacements": save_blocks(
-                trained.blocks,
-                stands_for,
-                path.parent,
-                f"{path.stem}.blocks",
-            ),
-        }
-    )
-    made = PrunePlan.from_json(made.to_json())
-    made.save(path)
-    return made
+    origin = plan.provenance.model_copy(update={"distillation": trained.text})
+    made = plan.model_copy(update={"gates": trained.gates, "provenance": origin})
+    return TrimPlan.of(made, trained.blocks, merged=stands_for)
 
 
 def with_slot(gates: Gates, layer: int, other: int) -> Gates:

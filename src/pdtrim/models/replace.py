@@ -9,9 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from pdtrim.models.model import Model
+from pdtrim.plan import Stage
 
 Weights = dict[str, Tensor]
 """Parameters of one block, by their names below it, such as ``mlp.down_proj.weight``."""
+
+Blocks = dict[Stage, dict[int, Weights]]
+"""Such parameters by stage and dense layer index."""
 
 
 def swap_blocks(model: Model, blocks: Mapping[int, Weights]) -> Model:

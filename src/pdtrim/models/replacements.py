@@ -1,15 +1,18 @@
 """Write and read a plan's replaced blocks: one safetensors file a stage and layer.
 
-The files lie below the plan's folder, ``NAME/decode-07.safetensors``. The plan holds the path and
-the SHA-256 of each, so its digest covers the weights. A plan may come from anywhere: before a file
-is read its place and size are checked, and before it is parsed its hash. Nothing is unpickled.
+Until a plan is saved its files are in memory; then they lie below the plan's folder,
+``NAME/decode-07.safetensors``. The plan holds the path and the SHA-256 of each, so its digest
+covers the weights. A plan may come from anywhere: before a file is read its place and size are
+checked, and before it is parsed its hash. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -18,79 +21,140 @@ from torch import Tensor
 from pdtrim.errors import PlanError
 from pdtrim.models.model import Model
 from pdtrim.models.narrow import outline
-from pdtrim.models.replace import Weights
+from pdtrim.models.replace import Blocks, Weights
 from pdtrim.plan import PrunePlan, Replacement, Stage
 
 HEADER_BYTES = 2**16
 """Room for the names and shapes of one block's parameters in a safetensors header."""
+MAX_BLOCK_BYTES = 2**34
+"""The largest file that is copied where no model says how large a block can be."""
 
 
-def save_blocks(
-    blocks: Mapping[Stage, Mapping[int, Weights]],
-    merged: Mapping[tuple[Stage, int], tuple[int, ...]],
-    folder: Path,
-    name: str,
-) -> tuple[Replacement, ...]:
-    """Write replaced blocks below ``folder / name``; returns the plan's entries for them.
+class BlockFiles(Protocol):
+    """Where the bytes of replaced blocks are, by the name that the plan gives them."""
+
+    def read(self, name: str, largest: int) -> bytes:
+        """One file, at most ``largest`` bytes long.
+
+        Raises:
+            PlanError: it is not there, too large, or not below the plan's folder.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesInMemory:
+    """Files that have not been written yet."""
+
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+    def read(self, name: str, largest: int) -> bytes:
+        """See :class:`BlockFiles`."""
+        if name not in self.files:
+            raise PlanError(
+                f"the weights '{name}' of this plan are in a file: open the plan file itself"
+            )
+        del largest  # it is in memory already
+        return self.files[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesInFolder:
+    """Files below a plan file's folder."""
+
+    folder: Path
+
+    def read(self, name: str, largest: int) -> bytes:
+        """See :class:`BlockFiles`."""
+        try:
+            return _bytes(self.folder, name, largest)
+        except (OSError, ValueError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise PlanError(f"cannot read '{name}' in {self.folder}: {error}") from error
+
+
+def encode_blocks(
+    blocks: Blocks, merged: Mapping[tuple[Stage, int], tuple[int, ...]]
+) -> tuple[tuple[Replacement, ...], dict[str, bytes]]:
+    """A plan's entries for replaced blocks, and their files by name.
 
     Args:
-        blocks: by stage and dense layer index, the parameters that differ from the dense model's.
+        blocks: the parameters that differ from the dense model's.
         merged: the layers that a block stands for; itself alone where it is not named.
-        folder: where the plan file goes.
-        name: of a folder in it, such as ``plan.blocks``.
 
     Raises:
-        PlanError: ``name`` is not the name of one folder.
+        PlanError: a parameter that is not finite.
     """
-    if Path(name).name != name or name in ("", ".."):
-        raise PlanError(f"'{name}' is not a folder name: give one without '/'")
-    made = []
+    entries, files = [], {}
     for stage, of_stage in blocks.items():
         for layer, weights in sorted(of_stage.items()):
             data = save({key: part.detach().cpu().contiguous() for key, part in weights.items()})
-            path = f"{name}/{stage}-{layer:02d}.safetensors"
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            (folder / path).write_bytes(data)
-            made.append(
+            name = f"{stage}-{layer:02d}.safetensors"
+            files[name] = data
+            entries.append(
                 Replacement(
                     stage=stage,
                     layer=layer,
                     merged=merged.get((stage, layer), (layer,)),
-                    weights=path,
+                    weights=name,
                     sha256=hashlib.sha256(data).hexdigest(),
                 )
             )
-    return tuple(made)
+    return tuple(entries), files
 
 
-def load_blocks(plan: PrunePlan, model: Model, folder: Path) -> dict[Stage, dict[int, Weights]]:
+def save_blocks(plan: PrunePlan, files: BlockFiles, folder: Path, name: str) -> PrunePlan:
+    """Write a plan's replaced blocks below ``folder / name``; returns the plan that names them.
+
+    Args:
+        files: where the blocks are now.
+        folder: where the plan file goes.
+        name: of a folder in it, such as ``plan.blocks``.
+
+    Raises:
+        PlanError: ``name`` is not the name of one folder, or a block that is missing or altered.
+    """
+    if Path(name).name != name or name in ("", ".."):
+        raise PlanError(f"'{name}' is not a folder name: give one without '/'")
+    entries = []
+    for item in plan.replacements:
+        data = _checked(item, files, MAX_BLOCK_BYTES)
+        place = f"{name}/{item.stage}-{item.layer:02d}.safetensors"
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / place).write_bytes(data)
+        entries.append(item.model_copy(update={"weights": place}))
+    return plan.model_copy(update={"replacements": tuple(entries)})
+
+
+def load_blocks(plan: PrunePlan, model: Model, files: BlockFiles) -> Blocks:
     """Read a plan's replaced blocks, by stage and dense layer index.
 
     Args:
         model: the plan's dense model; with the plan's widths it says what parameters a block
             can have.
-        folder: the plan file's.
 
     Raises:
         PlanError: a file that is missing, outside the folder, too large, altered, or no block.
     """
-    blocks: dict[Stage, dict[int, Weights]] = {"prefill": {}, "decode": {}}
+    blocks: Blocks = {"prefill": {}, "decode": {}}
     for item in plan.replacements:
         block = outline(model, item.layer, plan.width(item.stage, item.layer))
-        blocks[item.stage][item.layer] = _read(item, dict(block.named_parameters()), model, folder)
+        blocks[item.stage][item.layer] = _read(item, dict(block.named_parameters()), model, files)
     return blocks
 
 
-def _read(item: Replacement, expected: Mapping[str, Tensor], model: Model, folder: Path) -> Weights:
-    largest = HEADER_BYTES + sum(4 * part.numel() for part in expected.values())
-    try:
-        data = _bytes(folder, item.weights, largest)
-    except (OSError, ValueError) as error:
-        if isinstance(error, PlanError):
-            raise
-        raise PlanError(f"cannot read '{item.weights}' in {folder}: {error}") from error
+def _checked(item: Replacement, files: BlockFiles, largest: int) -> bytes:
+    data = files.read(item.weights, largest)
     if hashlib.sha256(data).hexdigest() != item.sha256:
         raise PlanError(f"'{item.weights}' is not the file of this plan: its SHA-256 differs")
+    return data
+
+
+def _read(
+    item: Replacement, expected: Mapping[str, Tensor], model: Model, files: BlockFiles
+) -> Weights:
+    largest = HEADER_BYTES + sum(4 * part.numel() for part in expected.values())
+    data = _checked(item, files, largest)
     try:
         weights: Weights = load(data)
     except (SafetensorError, ValueError, KeyError) as error:

@@ -30,11 +30,11 @@ from pdtrim.calibration.teacher import Teacher
 from pdtrim.errors import PdtrimError
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
-from pdtrim.models.replace import Weights
+from pdtrim.models.replace import Blocks, Weights
 from pdtrim.plan import STAGES, Gates, Stage
 from pdtrim.repair import diagonal, kv, linear, outputs, scalar
 from pdtrim.repair.cuts import Cut, find_cuts, readers, writes
-from pdtrim.repair.walk import ROWS, Blocks, Walk
+from pdtrim.repair.walk import ROWS, Walk
 from pdtrim.stage.forward import Batch, Pair, streams
 from pdtrim.stage.replaced import swap_pair
 

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
-from pdtrim.models.replace import Weights
+from pdtrim.models.replace import Blocks, Weights
 from pdtrim.plan import Gates, LayerKV, Stage
 from pdtrim.repair.cuts import Cut, readers
 from pdtrim.stage.forward import Batch, Pair, streams
 from pdtrim.stage.replaced import swap_pair
 
 ROWS = 8  # sequences run together
-Blocks = dict[Stage, dict[int, Weights]]
 Entry = tuple[Tensor, Tensor]
 """Streams that enter a layer: prefill's ``[B, N, E]`` and decode's ``[B, C, E]``."""
 

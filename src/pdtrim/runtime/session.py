@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from pdtrim.errors import PdtrimError, RuntimeFailure
-from pdtrim.export import check_pair
+from pdtrim.exported import check_pair
 from pdtrim.models.checkpoint import read_stage_config
-from pdtrim.plan import STAGES, PrunePlan, Stage
+from pdtrim.plan import STAGES, Stage
 from pdtrim.stage.forward import Batch
 from pdtrim.stage.sampling import Sampling
 
@@ -315,8 +315,3 @@ class Session:
         for token in tokens:
             if not 0 <= token < self.vocab_size:
                 raise PdtrimError(f"token id {token} is not in the vocabulary")
-
-
-def plan_of(folder: str | Path) -> PrunePlan:
-    """The plan inside an exported pair."""
-    return read_stage_config(Path(folder) / "decode", "decode")[1]

@@ -1,15 +1,12 @@
-"""The pair of a plan: the dense model's blocks narrowed and replaced as each stage runs them."""
+"""The dense model's blocks narrowed and replaced as each stage of a plan runs them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from pdtrim.errors import PlanError
 from pdtrim.models.model import Model
 from pdtrim.models.narrow import narrow_stage
 from pdtrim.models.replace import Weights, swap_blocks
-from pdtrim.models.replacements import load_blocks
 from pdtrim.plan import PrunePlan, Stage
 from pdtrim.stage.forward import Pair
 
@@ -31,30 +28,12 @@ def swap_pair(pair: Pair, blocks: Mapping[Stage, Mapping[int, Weights]]) -> Pair
     )
 
 
-def pair_of(plan: PrunePlan, model: Model, folder: Path | None) -> Pair:
-    """The dense model in both roles, with the plan's narrower and replaced blocks of each stage.
-
-    Without replaced blocks, stages of equal widths are one model.
-
-    Args:
-        folder: the plan file's, which holds the replaced blocks; None if there are none.
+def narrowed(plan: PrunePlan, model: Model) -> Pair:
+    """The dense model in both roles, as narrow as the plan has each; equal stages are one model.
 
     Raises:
-        PlanError: a replaced block's file is missing or is not the plan's, or a width names a
-            head or a neuron that the model does not have.
+        PlanError: a width names a head or a neuron that the model does not have.
     """
-    pair = _narrowed(plan, model)
-    if not plan.replacements:
-        return pair
-    if folder is None:
-        raise PlanError(
-            f"the plan's replaced blocks are in files, such as '{plan.replacements[0].weights}':"
-            " say in which folder"
-        )
-    return swap_pair(pair, load_blocks(plan, model, folder))
-
-
-def _narrowed(plan: PrunePlan, model: Model) -> Pair:
     prefill = narrow_stage(model, plan, "prefill")
     if plan.widths is None or plan.widths.prefill == plan.widths.decode:
         return Pair.dense(prefill)

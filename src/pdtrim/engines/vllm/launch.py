@@ -22,7 +22,7 @@ from pdtrim.engines.vllm.pages import check_servable, padding
 from pdtrim.engines.vllm.plugin import FAMILIES
 from pdtrim.engines.vllm.stage import ROLE_OF
 from pdtrim.errors import ModelError, PdtrimError, PlanError
-from pdtrim.export import check_pair
+from pdtrim.exported import check_pair
 from pdtrim.models.checkpoint import read_stage_config
 from pdtrim.plan import STAGES, PrunePlan, Stage
 

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from pdtrim.bench.stages import StageTimes, stage_times
+from pdtrim.bundle import TrimPlan
 from pdtrim.calibration.batches import (
     Calibration,
     CalibrationConfig,
@@ -30,14 +31,12 @@ from pdtrim.evaluate.quality import Variant
 from pdtrim.evaluate.tasks import TASKS
 from pdtrim.evaluate.tasks.run import BATCH_TOKENS, TasksConfig
 from pdtrim.evaluate.tasks.scores import TaskScores
-from pdtrim.export import check_base
+from pdtrim.exported import check_base
 from pdtrim.methods import METHODS
 from pdtrim.methods.dense import dense_plan
 from pdtrim.models.model import Model
-from pdtrim.plan import PrunePlan
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.cost import Lengths, removed_parameters
-from pdtrim.stage.replaced import pair_of
 
 WIRE_PROMPTS = 4  # calibration prompts whose handover is counted
 TIMED_PROMPT, TIMED_TOKENS = 512, 32
@@ -140,7 +139,8 @@ class Bench:
 
     def dense(self) -> Measured:
         """The dense model's measurements."""
-        return self._measured(DENSE, dense_plan(self.model), None, Run(seed=0), timed=False)
+        trim = TrimPlan(plan=dense_plan(self.model))
+        return self._measured(DENSE, trim, Run(seed=0), timed=False)
 
     def system(self, system: System, seed: int) -> Measured:
         """A system's measurements with one seed; a method that refuses is a failed run.
@@ -151,20 +151,19 @@ class Bench:
         """
         name = f"{system.name}-seed{seed}"
         if system.given:
-            path = system.given[seed]
-            plan = PrunePlan.load(path)
-            check_base(self.model, plan)
+            trim = TrimPlan.open(system.given[seed])
+            check_base(self.model, trim.plan)
         else:
             path = self.folder / "plans" / f"{name}.json"
             made = self._plan(system, seed, path)
             if isinstance(made, str):
                 self.say(f"{name}: {made}")
                 return Measured(run=Run(seed=seed, failed=made), scores={})
-            plan = made
-        origin = plan.provenance
+            trim = made
+        origin = trim.plan.provenance
         run = Run(
             seed=seed,
-            plan_digest=plan.digest,
+            plan_digest=trim.plan.digest,
             calibration=origin.calibration,
             calibration_hash=origin.calibration_hash,
             search_block_tokens=origin.search_block_tokens,
@@ -172,7 +171,7 @@ class Bench:
         )
         first = min(system.given) if system.given else self.config.seeds[0]
         timed = self.config.latency and seed == first
-        return self._measured(name, plan, path.parent, run, timed=timed)
+        return self._measured(name, trim, run, timed=timed)
 
     def prepare_texts(self) -> None:
         """Make the calibration text of every seed, if it is not there."""
@@ -190,7 +189,7 @@ class Bench:
             self.texts[seed] = text
         return self.texts[seed]
 
-    def _plan(self, system: System, seed: int, path: Path) -> PrunePlan | str:
+    def _plan(self, system: System, seed: int, path: Path) -> TrimPlan | str:
         """The plan, or in one line why the method makes none."""
         claim(
             path.with_name(f"{path.stem}.settings.json"),
@@ -202,29 +201,27 @@ class Bench:
             },
         )
         if path.is_file():
-            return PrunePlan.load(path)
+            return TrimPlan.open(path)
         text = self._text(seed)
         journal = path.with_name(f"{path.stem}.search.jsonl")
         try:
-            plan = METHODS[system.method]().plan(
+            made = METHODS[system.method]().plan(
                 self.model,
                 text,
                 system.target(seed),
                 progress=self.progress,
                 journal=journal,
-                output=path,
             )
+            trim = made.save(path)
         except (PdtrimError, torch.OutOfMemoryError) as error:
             return str(error).splitlines()[0]
         journal.unlink(missing_ok=True)
-        return plan
+        return trim
 
-    def _measured(
-        self, name: str, plan: PrunePlan, beside: Path | None, run: Run, *, timed: bool
-    ) -> Measured:
-        """All of a plan's cells; ``beside`` is its file's folder."""
+    def _measured(self, name: str, trim: TrimPlan, run: Run, *, timed: bool) -> Measured:
+        """All of a plan's cells."""
         cells = self.folder / "cells" / name
-        pair = pair_of(plan, self.model, beside)
+        plan, pair = trim.plan, trim.pair(self.model)
         variant = Variant.of(plan, pair)
         own: Settings = {**self._of_model(), "plan": plan.digest}
 

@@ -10,18 +10,16 @@ from typing import Any, Literal
 from pydantic import Field
 from rich.table import Table
 
+from pdtrim.bundle import TrimPlan
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.quality import Variant
 from pdtrim.evaluate.statistics import paired_difference
 from pdtrim.evaluate.tasks.definitions import check_name
 from pdtrim.evaluate.tasks.run import TasksConfig, need_lm_eval, run_task
 from pdtrim.evaluate.tasks.scores import TaskScores
-from pdtrim.export import base_model, load_pair
-from pdtrim.plan import PrunePlan
+from pdtrim.exported import base_model
 from pdtrim.progress import Progress, silent
 from pdtrim.records import Frozen
-from pdtrim.runtime.session import plan_of
-from pdtrim.stage.replaced import pair_of
 from pdtrim.versions import host, versions
 
 SEED = 0  # of the bootstrap
@@ -86,16 +84,13 @@ def evaluate_tasks(
         check_name(task)
     if set(tasks) != {"wikitext"}:
         need_lm_eval()
-    target = Path(target)
-    plan = plan_of(target) if target.is_dir() else PrunePlan.load(target)
+    trim = TrimPlan.open(target)
+    plan = trim.plan
     dense = base_model(plan, source=model, dtype=dtype, device=device)
-    if target.is_dir():
-        pair = load_pair(target, device=device)[0]
-    else:
-        pair = pair_of(plan, dense, target.parent)
+    pair = trim.pair(dense)
     variants = (
         ("dense", Variant.dense(dense)),
-        (plan.provenance.method, Variant.of(plan, pair)),
+        (trim.name, Variant.of(plan, pair)),
     )
     return TasksResult(
         model=dense.name,

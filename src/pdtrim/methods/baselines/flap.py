@@ -51,10 +51,9 @@ from pdtrim.methods.baselines.width import (
 )
 from pdtrim.models.model import Model
 from pdtrim.models.narrow import channels
-from pdtrim.models.replace import Weights
+from pdtrim.models.replace import Blocks, Weights
 from pdtrim.plan import STAGES
 from pdtrim.progress import Progress
-from pdtrim.repair.apply import Blocks
 from pdtrim.stage.forward import Batch
 
 Kind = Literal["group", "neuron"]

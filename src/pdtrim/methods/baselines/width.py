@@ -32,9 +32,9 @@ from pdtrim.methods.baselines.base import PaperCalibration
 from pdtrim.methods.baselines.residuals import dense_cost
 from pdtrim.models.checkpoint import held_parts
 from pdtrim.models.model import Model
+from pdtrim.models.replace import Blocks
 from pdtrim.plan import STAGES, Gates, LayerKV, Mode, Stage, Width, Widths
 from pdtrim.progress import Progress
-from pdtrim.repair.apply import Blocks
 from pdtrim.search.journal import Journal
 from pdtrim.search.kv_budget import KV_SEQUENCES, resolve_policy
 from pdtrim.search.objective import BudgetSpent

@@ -1,16 +1,15 @@
-"""A plan and its dense model to the two checkpoints, ``DIR/prefill`` and ``DIR/decode``."""
+"""The two checkpoints of a plan, ``DIR/prefill`` and ``DIR/decode``, and its dense model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from pdtrim.errors import PlanError
-from pdtrim.models.checkpoint import load_stage, save_stage
+from pdtrim.models.checkpoint import load_stage, read_stage_config, save_stage
 from pdtrim.models.loading import load_model
 from pdtrim.models.model import Model
 from pdtrim.plan import STAGES, PrunePlan
 from pdtrim.stage.forward import Pair
-from pdtrim.stage.replaced import pair_of
 
 
 def base_model(
@@ -41,24 +40,17 @@ def check_base(model: Model, plan: PrunePlan) -> None:
         )
 
 
-def export(
-    plan: PrunePlan, model: Model, folder: str | Path, *, blocks: str | Path | None = None
-) -> Path:
-    """Write both checkpoints below ``folder`` and return it.
+def write_pair(pair: Pair, plan: PrunePlan, folder: Path) -> Path:
+    """Write the checkpoints of both stages below ``folder`` and return it.
 
-    A folder that holds something else is left alone. Replaced blocks go into the checkpoint of
-    their stage, which then needs their files no more.
+    A folder that holds something else is left alone.
 
     Args:
-        blocks: the plan file's folder, where the files of its replaced blocks are.
+        pair: what the stages run, with all of the dense model's layers.
 
     Raises:
-        PlanError: another model's plan, a replaced block's file that is missing or altered, or a
-            folder that is in use.
+        PlanError: a folder that is in use.
     """
-    folder = Path(folder)
-    check_base(model, plan)
-    pair = pair_of(plan, model, None if blocks is None else Path(blocks))
     if folder.exists() and not folder.is_dir():
         raise PlanError(f"{folder} is a file: give a folder")
     if folder.is_dir():
@@ -84,6 +76,16 @@ def load_pair(folder: str | Path, *, device: str = "cpu") -> tuple[Pair, PrunePl
     decode, other = load_stage(folder / "decode", "decode", device=device)
     check_pair(plan.digest, other.digest)
     return Pair(prefill=prefill, decode=decode), plan
+
+
+def plan_of(folder: str | Path) -> PrunePlan:
+    """The plan inside an exported pair.
+
+    Raises:
+        ModelError: not such a folder.
+        PlanError: the plan inside is invalid.
+    """
+    return read_stage_config(Path(folder) / "decode", "decode")[1]
 
 
 def check_pair(prefill: str, decode: str) -> None:
