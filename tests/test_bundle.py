@@ -1,4 +1,4 @@
-"""A plan with its weights: the same from the command line and from Python, in memory and on disk."""
+"""A plan with its weights: from the command line and from Python, in memory and on disk."""
 
 import pytest
 import torch

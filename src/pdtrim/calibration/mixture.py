@@ -28,14 +28,14 @@ def load_mixture(
 
     Args:
         config: ``search`` sequences of each source are trained on, or all it has, which is said;
-            ``rerank`` of each are held out. Its ``source`` is not read.
+            ``rerank`` of each are held out. Its ``source`` and ``fit`` are not read.
 
     Raises:
         CalibrationError: unreadable source, or none to train on beside the held-out.
     """
     kept, held_out = [], []
     for source in sources:
-        ids_nW = _read(model, replace(config, source=source), progress)
+        ids_nW = _read(model, replace(config, source=source, fit=0), progress)
         held_out.append(ids_nW[: config.rerank])
         kept.append(ids_nW[config.rerank :])
         if len(kept[-1]) < config.search:

@@ -287,6 +287,7 @@ def sensitivity(
         continuation_tokens=continuation_tokens,
         search=sequences,
         rerank=0,
+        fit=0,
         seed=seed,
     )
     kl_WL = measure(

@@ -167,6 +167,7 @@ def _plans(model: Model, config: SweepConfig, progress: Progress) -> dict[str, P
             continuation_tokens=min(128, config.lengths.continuation),
             search=4,
             rerank=0,
+            fit=0,
             seed=config.seed,
         ),
         progress=progress,
