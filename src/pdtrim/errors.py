@@ -1,5 +1,10 @@
 """Errors that name a user's mistake. The command line prints them as one line and exits with 2."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PdtrimError(ValueError):
     """Something the user asked for cannot be done; the message says what to do instead."""
@@ -23,3 +28,39 @@ class WireError(PdtrimError):
 
 class RuntimeFailure(PdtrimError):
     """A stage process refused a request or ended; the message carries its last words."""
+
+
+class NotFinite(PdtrimError):
+    """A number that must be finite is NaN or infinite; the message says where it came up."""
+
+
+NAMED = (KeyError, TypeError, AttributeError, IndexError, RecursionError, MemoryError)
+"""Errors whose text says little without their name."""
+
+
+@contextmanager
+def border(kind: type[PdtrimError], where: str) -> Iterator[None]:
+    """Turn whatever a library raises over a user's input into one line with the place.
+
+    Args:
+        kind: what is raised instead.
+        where: the place, such as ``cannot load 'model.gguf'``.
+
+    Raises:
+        PdtrimError: of this kind; one that is raised inside passes as it is.
+    """
+    try:
+        yield
+    except PdtrimError:
+        raise
+    except Exception as error:
+        raise kind(f"{where}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; its name where it says nothing by itself."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    name = type(error).__name__
+    if not lines:
+        return name
+    return f"{name}: {lines[0]}" if isinstance(error, NAMED) else lines[0]

@@ -1,7 +1,8 @@
 """One transformer block, taken apart: norms, projections, rotary positions, MLP.
 
-Llama, Mistral and Qwen2 share one set of names, so this class serves them; a family that differs
-is a subclass in a file of its own (``qwen3.py``), listed in ``families.py``.
+Llama's names are those of Mistral and Qwen too, so this class serves them. A family that differs
+is a subclass in a file of its own (``qwen3.py``), listed in ``families.py``. What a config key
+means is a fact of the family: transformers reads the same key differently from model to model.
 
 Shapes: B batch, T tokens, E hidden width, H query heads, G KV heads, D head width.
 """
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from pdtrim.kv.selectors import SelectorBase
 
@@ -35,6 +37,18 @@ class Block:
     def __init__(self, module: Any, *, window: int | None = None) -> None:
         self.module = module
         self.window = window
+
+    @classmethod
+    def window_of(cls, config: PreTrainedConfig, slot: int) -> int | None:
+        """Tokens that a query may look back over, itself included, as transformers has it.
+
+        Llama's attention reads all of them, whatever its config says about windows.
+
+        Args:
+            slot: of the block in this checkpoint.
+        """
+        del config, slot
+        return None
 
     @property
     def attention(self) -> Any:

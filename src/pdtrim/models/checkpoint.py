@@ -16,22 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
-from pdtrim.errors import ModelError, PdtrimError, PlanError
-from pdtrim.models.families import family_of
-from pdtrim.models.loading import quiet
+from pdtrim.errors import ModelError, PlanError, border
+from pdtrim.models.families import family_named, family_of
+from pdtrim.models.loading import ATTENTION, check_finite, quiet
 from pdtrim.models.model import Model
 from pdtrim.models.narrow import narrow
+from pdtrim.models.rope import check_rope
+from pdtrim.models.tokenizers import load_tokenizer
 from pdtrim.plan import MAX_PLAN_BYTES, Gates, LayerKV, PrunePlan, Stage
+from pdtrim.reading.json_text import read_json
 
 WEIGHTS = "model.safetensors"
 PREFIX = "pdtrim_"
@@ -50,8 +52,7 @@ def save_stage(model: Model, plan: PrunePlan, stage: Stage, folder: Path) -> Non
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = _stage_config(model, plan, stage)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    if model.network.generation_config is not None:
-        model.network.generation_config.save_pretrained(folder)
+    generation_config(model.network).save_pretrained(folder)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
 
@@ -70,22 +71,19 @@ def load_stage(folder: str | Path, stage: Stage, *, device: str = "cpu") -> tupl
     dtype = getattr(torch, str(data.get("dtype")), None)
     if not isinstance(dtype, torch.dtype):
         raise ModelError(f"{folder / 'config.json'}: unknown dtype {data.get('dtype')!r}")
-    with quiet():
-        try:
-            config = AutoConfig.for_model(**data)
-            family_of(config)
-            with torch.device("meta"):
-                network = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            _narrow_slots(network, plan, stage)
-            tensors = load_file(folder / WEIGHTS)
-            _fill(network, tensors, _expected_missing(network, plan, stage), folder)
-            tokenizer = None
-            if any(folder.glob("tokenizer*")):
-                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except PdtrimError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ModelError(f"cannot load {folder}: {str(error).splitlines()[0]}") from error
+    with quiet(), border(ModelError, f"cannot load {folder}"):
+        family_named(data["model_type"])
+        config = AutoConfig.for_model(**data)
+        check_rope(config, str(folder))
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=ATTENTION
+            )
+        _narrow_slots(network, plan, stage)
+        tensors = load_file(folder / WEIGHTS)
+        _fill(network, tensors, _expected_missing(network, plan, stage), folder)
+        check_finite(network, str(folder))
+        tokenizer = load_tokenizer(folder)
     model = Model(
         network.to(device),
         tokenizer,
@@ -102,14 +100,9 @@ def read_stage_config(folder: Path, stage: Stage) -> tuple[dict[str, Any], Prune
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"no {stage} checkpoint at {folder}: make one with 'pdtrim export'")
-    if path.stat().st_size > 2 * MAX_PLAN_BYTES:
-        raise ModelError(f"{path} is too large for a config")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} is not JSON: {error}") from error
+    data = read_json(path, limit=2 * MAX_PLAN_BYTES, kind=ModelError)
     entry = data.pop("pdtrim", None) if isinstance(data, dict) else None
-    if not isinstance(entry, dict) or "model_type" not in data:
+    if not isinstance(entry, dict) or not isinstance(data.get("model_type"), str):
         raise ModelError(f"{folder} was not exported by pdtrim: its config has no 'pdtrim' entry")
     if entry.get("stage") != stage:
         raise ModelError(f"{folder} holds stage '{entry.get('stage')}', not '{stage}'")
@@ -117,6 +110,17 @@ def read_stage_config(folder: Path, stage: Stage) -> tuple[dict[str, Any], Prune
     if entry.get("plan_digest") != plan.digest:
         raise PlanError(f"{path}: the plan does not match its digest; export it again")
     return data, plan
+
+
+def generation_config(network: Any) -> GenerationConfig:
+    """What generation needs of a model's own settings: its special tokens.
+
+    Its sampling settings are left out: pdtrim's sampling is the user's, and some releases' settings
+    contradict each other, so that transformers refuses to write them.
+    """
+    own = network.generation_config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return GenerationConfig(**{name: getattr(own, name, None) for name in names})
 
 
 def held_parts(

@@ -6,12 +6,14 @@ from transformers import PreTrainedConfig
 
 from pdtrim.errors import ModelError
 from pdtrim.models.block import Block
+from pdtrim.models.mistral import MistralBlock
+from pdtrim.models.qwen2 import Qwen2Block
 from pdtrim.models.qwen3 import Qwen3Block
 
 FAMILIES: dict[str, type[Block]] = {
     "llama": Block,  # Llama 1 to 3.x, SmolLM2
-    "mistral": Block,  # the early releases have a sliding window
-    "qwen2": Block,  # Qwen2 and Qwen2.5: biases on q, k and v live in the projections
+    "mistral": MistralBlock,
+    "qwen2": Qwen2Block,  # and Qwen2.5
     "qwen3": Qwen3Block,
 }
 
@@ -22,22 +24,24 @@ def family_of(config: PreTrainedConfig) -> type[Block]:
     Raises:
         ModelError: the architecture is not supported; the message names it and those that are.
     """
-    family = FAMILIES.get(config.model_type)
+    return family_named(config.model_type, config.architectures)
+
+
+def family_named(model_type: str, architectures: object = None) -> type[Block]:
+    """The adapter for a model type.
+
+    Args:
+        architectures: what the config calls its class, for the error.
+
+    Raises:
+        ModelError: the architecture is not supported; the message names it and those that are.
+    """
+    family = FAMILIES.get(model_type)
     if family is None:
-        name = ", ".join(config.architectures or ()) or "unnamed architecture"
+        names = architectures if isinstance(architectures, list | tuple) else ()
+        name = ", ".join(str(name) for name in names) or "unnamed architecture"
         raise ModelError(
-            f"{name} (model type '{config.model_type}') is not supported; "
+            f"{name} (model type '{model_type}') is not supported; "
             f"supported model types: {', '.join(FAMILIES)}"
         )
     return family
-
-
-def window_of(config: PreTrainedConfig, layer: int) -> int | None:
-    """Tokens that a query of this layer may look back over, itself included; None: all."""
-    window = getattr(config, "sliding_window", None)
-    if window is None or getattr(config, "use_sliding_window", True) is False:
-        return None
-    types = getattr(config, "layer_types", None)
-    if types is not None and types[layer] != "sliding_attention":
-        return None
-    return int(window)

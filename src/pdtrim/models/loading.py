@@ -1,7 +1,8 @@
 """Read a dense model: a hub id, a local folder, a GGUF file, or the alias ``smollm2``.
 
 Only safetensors and GGUF are read. A pickle checkpoint can run code when it is opened, so it is
-refused; remote code is never run.
+refused; remote code is never run. What is not wholly there, or not understood, is refused too
+(``stored.py``, ``gguf.py``, ``rope.py``), and what was loaded must compute what the network does.
 """
 
 from __future__ import annotations
@@ -14,15 +15,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from pdtrim.errors import ModelError
-from pdtrim.models.families import family_of
+from pdtrim.errors import ModelError, NotFinite, border
+from pdtrim.models.families import family_named, family_of
+from pdtrim.models.gguf import FREQUENCIES, is_gguf, read_gguf
 from pdtrim.models.model import Model
+from pdtrim.models.rope import check_rope, gguf_rope
+from pdtrim.models.stored import (
+    Stored,
+    check_names,
+    not_a_pointer,
+    read_config,
+    read_headers,
+    refuse_differences,
+)
+from pdtrim.models.tokenizers import load_tokenizer
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+HUB_FILES = ("*.json", "model*.safetensors", "tokenizer*", "*.model", "merges.txt", "*.jinja")
+"""What is downloaded of a hub model: no pickles, no code."""
+MAX_LAYERS = 1000
+ATTENTION = "sdpa"
+"""Which of transformers' attentions runs, whatever a config asks for: some are downloaded code."""
 
 
 def load_model(
@@ -37,63 +54,66 @@ def load_model(
         revision: of a hub id.
 
     Raises:
-        ModelError: not found, unsupported architecture, or a pickle checkpoint.
+        ModelError: not found, unsupported, damaged, quantised in a way that is not read exactly, or
+            a model whose logits differ from pdtrim's.
+        NotFinite: weights or logits that are not finite.
     """
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype '{dtype}': use one of {', '.join(DTYPES)}")
-    place, extra = _locate(source)
-    if revision is not None:
-        extra["revision"] = revision
-    common = {**extra, "trust_remote_code": False}
-    with quiet():
-        try:
-            # the architecture is refused before any weight is read
-            config = AutoConfig.from_pretrained(place, **common)
-            family_of(config)
-            common["config"] = config  # a GGUF's metadata are slow to parse: once is enough
-            tokenizer = _tokenizer(place, common)
-            if "gguf_file" in extra:
-                common["quantization_config"] = GgufConfig(dequantize=True)
-            network: Any = AutoModelForCausalLM.from_pretrained(
-                place, dtype=DTYPES[dtype], use_safetensors=True, **common
+    with quiet(), border(ModelError, f"cannot load '{source}'"):
+        place = _locate(source, revision)
+        read = _read_folder if place.is_dir() else _read_gguf
+        network, tokenizer = read(place, DTYPES[dtype])
+        check_finite(network, source)
+        network.to(device)
+        model = Model(network, tokenizer, name=source, revision=revision)
+        # the guard needs the simulator, which is built on models: only this function looks up
+        from pdtrim.stage.guard import check_forward
+
+        check_forward(model)
+    return model
+
+
+def check_finite(network: Any, where: str) -> None:
+    """Refuse weights that are not numbers.
+
+    Raises:
+        NotFinite: naming the first such tensor.
+    """
+    for name, part in network.named_parameters():
+        if not bool(part.isfinite().all()):
+            raise NotFinite(
+                f"'{where}': the weights '{name}' hold NaN or infinity as {part.dtype}: the file is"
+                " damaged, or another --dtype is needed"
             )
-        except ModelError:
-            raise
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
-            raise ModelError(f"cannot load '{source}': {_first_line(error)}") from error
-    if hasattr(network.config, "quantization_config"):
-        del network.config.quantization_config  # the weights in memory are plain
-    network.to(device)
-    return Model(network, tokenizer, name=source, revision=revision)
 
 
-def _locate(source: str) -> tuple[str, dict[str, Any]]:
-    """Where transformers finds the source, and the arguments that say how."""
+def _locate(source: str, revision: str | None) -> Path:
+    """The folder or GGUF file of a source; a hub model is downloaded into the hub's cache."""
     if source == "smollm2":
-        path = _smollm2()
-        return str(path.parent), {"gguf_file": path.name}
+        return _smollm2()
     path = Path(source)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        not_a_pointer(path)
+        if is_gguf(path):
+            return path
+        if path.suffix == ".gguf":
+            raise ModelError(f"{path} is no GGUF file: it does not begin with 'GGUF'")
+        raise ModelError(
+            f"{path} is a file: give a model folder or a GGUF file; pickle files, which can run"
+            " code, must be converted to safetensors"
+        )
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"no GGUF file at {path}")
-        return str(path.parent), {"gguf_file": path.name}
+        raise ModelError(f"no GGUF file at {path}")
     if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}:
         raise ModelError(f"{path} is a pickle file, which can run code: convert it to safetensors")
-    if path.is_dir():
-        _check_folder(path)
-    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source:
         raise ModelError(f"no model folder at {source}")
-    return source, {}
+    from huggingface_hub import snapshot_download
 
-
-def _check_folder(path: Path) -> None:
-    if not (path / "config.json").is_file():
-        if (path / "prefill").is_dir():
-            raise ModelError(f"{path} is an exported pair: give it to 'generate' or 'eval'")
-        raise ModelError(f"{path} has no config.json: not a Hugging Face model folder")
-    if not any(path.glob("*.safetensors")):
-        what = "only pickle weights" if any(path.glob("*.bin")) else "no weights"
-        raise ModelError(f"{path} holds {what}: pdtrim reads safetensors and GGUF only")
+    return Path(snapshot_download(source, revision=revision, allow_patterns=list(HUB_FILES)))
 
 
 def _smollm2() -> Path:
@@ -105,17 +125,119 @@ def _smollm2() -> Path:
     return Path(spec.origin).parent / SMOLLM2_FILE
 
 
-def _tokenizer(place: str, common: dict[str, Any]) -> Any:
-    """The tokenizer, or None for a folder that has none: such a model is fed token ids."""
-    has_files = "gguf_file" in common or not Path(place).is_dir()
-    if has_files or any(Path(place).glob("tokenizer*")):
-        return AutoTokenizer.from_pretrained(place, **common)
-    return None
+def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    if not (folder / "config.json").is_file():
+        if (folder / "prefill").is_dir():
+            raise ModelError(f"{folder} is an exported pair: give it to 'generate' or 'eval'")
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(f"{folder} holds an adapter: merge it into its base model first")
+        raise ModelError(f"{folder} has no config.json: not a Hugging Face model folder")
+    data = read_config(folder)
+    family_named(data["model_type"], data.get("architectures"))
+    stored = read_headers(folder)
+    layers = data.get("num_hidden_layers", 0)
+    if not isinstance(layers, int) or not 0 <= layers <= MAX_LAYERS:
+        raise ModelError(f"{folder / 'config.json'} counts {str(layers)[:40]} layers: damaged")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    _check_config(config, str(folder))
+    tied = bool(config.tie_word_embeddings)
+    check_names(_expected(config), stored, str(folder), tied=tied)
+    tokenizer = load_tokenizer(folder)
+    network = _network(folder, config, dtype)
+    _check_head(folder, config, stored)
+    return network, tokenizer
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    header = read_gguf(path)
+    header.check()
+    options: dict[str, Any] = {"gguf_file": path.name}
+    config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False, **options)
+    family_of(config)
+    rope = dict(config.rope_parameters or {})
+    scaled = gguf_rope(header, float(rope.get("rope_theta", 10_000.0)), _head_dim(config))
+    if scaled is not None:
+        config.rope_parameters = scaled
+    _check_config(config, str(path))
+    header.check_tensors(_expected(config))
+    tokenizer = load_tokenizer(path.parent, **options)
+    options["quantization_config"] = GgufConfig(dequantize=True)
+    # the frequencies are in the config now
+    ignored = frozenset({FREQUENCIES})
+    return _network(path.parent, config, dtype, ignored=ignored, **options), tokenizer
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    width = getattr(config, "head_dim", None)
+    return int(width or config.hidden_size // config.num_attention_heads)
+
+
+def _check_config(config: PreTrainedConfig, where: str) -> None:
+    check_rope(config, where)
+    vocabulary = int(config.vocab_size)
+    pad = config.pad_token_id
+    if pad is not None and not -vocabulary <= int(pad) < vocabulary:
+        raise ModelError(
+            f"{where}: pad_token_id {pad} is beyond the vocabulary of {vocabulary}: correct it in"
+            " config.json"
+        )
+
+
+def _expected(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """The architecture's parameters and shapes, without memory for them."""
+    with torch.device("meta"):
+        network: Any = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+    return {name: tuple(part.shape) for name, part in network.named_parameters()}
+
+
+def _network(
+    folder: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    *,
+    ignored: frozenset[str] = frozenset(),
+    **options: Any,
+) -> Any:
+    """The network with its weights, if transformers found all of them and no others."""
+    load: Any = AutoModelForCausalLM.from_pretrained
+    network, report = load(
+        folder,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        attn_implementation=ATTENTION,
+        output_loading_info=True,
+        **options,
+    )
+    head = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    refuse_differences(
+        set(report["missing_keys"]) - head, set(report["unexpected_keys"]) - ignored, str(folder)
+    )
+    problems = [*report["mismatched_keys"], *report["error_msgs"]]
+    if problems:
+        raise ModelError(f"{folder}: its weights do not fit its config: {str(problems[0])[:200]}")
+    if hasattr(network.config, "quantization_config"):
+        del network.config.quantization_config  # the weights in memory are plain
+    return network
+
+
+def _check_head(folder: Path, config: PreTrainedConfig, stored: dict[str, Stored]) -> None:
+    """Refuse a stored head that differs from the embedding that the config ties it to."""
+    from safetensors import safe_open
+
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if not (config.tie_word_embeddings and head in stored and embedding in stored):
+        return
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= {n: file.get_tensor(n) for n in (head, embedding) if n in file.keys()}  # noqa: SIM118
+    if not torch.equal(found[head], found[embedding]):
+        raise ModelError(
+            f"{folder} ties its head to the embedding but stores another head: set"
+            " tie_word_embeddings to false in config.json if the stored head is the right one"
+        )
 
 
 @contextlib.contextmanager

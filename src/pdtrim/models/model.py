@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pdtrim.errors import ModelError
 from pdtrim.models.block import Block, Rope
-from pdtrim.models.families import family_of, window_of
+from pdtrim.models.families import family_of
 from pdtrim.plan import BaseModelRef
 
 ARCHITECTURE_KEYS = (
@@ -71,7 +71,7 @@ class Model:
         self.revision = revision
         self.blocks: list[Block | None] = [None] * (num_layers or len(modules))
         for slot, (layer, module) in enumerate(zip(layers, modules, strict=True)):
-            self.blocks[layer] = family(module, window=window_of(network.config, slot))
+            self.blocks[layer] = family(module, window=family.window_of(network.config, slot))
 
     @property
     def config(self) -> PreTrainedConfig:

@@ -1,15 +1,18 @@
-"""Qwen3: no biases, and an RMS norm over each query and key head before the rotation."""
+"""Qwen3: Qwen2's windows, no biases, and an RMS norm over each query and key head.
+
+The norm comes before the rotation.
+"""
 
 from torch import Tensor
 
-from pdtrim.models.block import Block
+from pdtrim.models.qwen2 import Qwen2Block
 
 
-class Qwen3Block(Block):
-    """Llama's block with per-head norms on queries and keys."""
+class Qwen3Block(Qwen2Block):
+    """Qwen2's block with per-head norms on queries and keys."""
 
-    KV_PARTS = (*Block.KV_PARTS, "self_attn.k_norm")
-    ATTENTION_PARTS = (*Block.ATTENTION_PARTS, "self_attn.q_norm", "self_attn.k_norm")
+    KV_PARTS = (*Qwen2Block.KV_PARTS, "self_attn.k_norm")
+    ATTENTION_PARTS = (*Qwen2Block.ATTENTION_PARTS, "self_attn.q_norm", "self_attn.k_norm")
 
     def _heads(self, projection: str, norm: str | None, h_BTE: Tensor) -> Tensor:
         x_BHTD = super()._heads(projection, None, h_BTE)

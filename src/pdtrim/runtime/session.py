@@ -19,11 +19,12 @@ from typing import IO, Any
 
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pdtrim.errors import PdtrimError, RuntimeFailure
 from pdtrim.exported import check_pair
 from pdtrim.models.checkpoint import read_stage_config
+from pdtrim.models.tokenizers import chat_text, load_tokenizer
 from pdtrim.plan import STAGES, Stage
 from pdtrim.stage.forward import Batch
 from pdtrim.stage.sampling import Sampling
@@ -171,11 +172,9 @@ class Session:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The pair's tokenizer."""
         if self._tokenizer is None:
-            if not any((self.folder / "decode").glob("tokenizer*")):
-                raise PdtrimError(f"{self.folder} has no tokenizer: give token ids")
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                self.folder / "decode", trust_remote_code=False
-            )
+            self._tokenizer = load_tokenizer(self.folder / "decode")
+        if self._tokenizer is None:
+            raise PdtrimError(f"{self.folder} has no tokenizer: give token ids")
         return self._tokenizer
 
     @property
@@ -196,10 +195,7 @@ class Session:
             chat = self.tokenizer.chat_template is not None
         if not chat:
             return list(self.tokenizer(prompt).input_ids)
-        messages = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        text = chat_text(self.tokenizer, prompt)
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def generate(
