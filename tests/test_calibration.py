@@ -79,10 +79,10 @@ def test_files_of_every_kind_are_read(tmp_path):
     "name,content,words",
     [
         ("gone.txt", None, "no text file"),
-        ("bad.jsonl", b"{", "not JSON lines"),
+        ("bad.jsonl", b"{", "not valid JSON"),
         ("none.jsonl", b'{"label": 3}', "line 1 has no text"),
-        ("latin.txt", b"\xff\xfe\xff", "not UTF-8"),
-        ("fake.jsonl.gz", b"plain", "not JSON lines"),
+        ("latin.txt", b"\xff\xfd\xff", "not UTF-8"),
+        ("fake.jsonl.gz", b"plain", "not valid JSON"),
     ],
 )
 def test_unreadable_text_is_refused(tmp_path, name, content, words):

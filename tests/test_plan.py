@@ -77,7 +77,7 @@ def test_files_that_are_no_plan(tmp_path):
     with pytest.raises(PlanError, match="no plan file"):
         PrunePlan.load(tmp_path / "nothing.json")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(PlanError, match="not JSON"):
+    with pytest.raises(PlanError, match="not valid JSON"):
         PrunePlan.load(tmp_path / "bad.json")
     (tmp_path / "list.json").write_text(json.dumps([1]))
     with pytest.raises(PlanError):

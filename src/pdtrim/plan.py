@@ -19,12 +19,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pdtrim.errors import PlanError
+from pdtrim.errors import PlanError, border
 from pdtrim.kv.codecs import Codec, Raw
 from pdtrim.kv.selectors import Duo, Full, Gate, Selector
+from pdtrim.reading.json_text import read_json
 from pdtrim.records import Frozen, first_problem
 
 MAX_PLAN_BYTES = 16 * 2**20
+MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM, MAX_NEURONS = 4096, 4096, 4096, 2**20
+"""Far beyond any model; a plan that claims more is damaged, and must not cost memory."""
 
 Stage = Literal["prefill", "decode"]
 AttentionGate = Literal["full", "kv", "off"]
@@ -166,8 +169,8 @@ class Width(Frozen):
         biased: both output projections have a bias; its values are in the block's replacement.
     """
 
-    groups: tuple[int, ...] = Field(min_length=1)
-    neurons: str = Field(pattern=r"^[0-9a-f]*[1-9a-f][0-9a-f]*$")
+    groups: tuple[int, ...] = Field(min_length=1, max_length=MAX_HEADS)
+    neurons: str = Field(pattern=r"^[0-9a-f]*[1-9a-f][0-9a-f]*$", max_length=MAX_NEURONS // 4)
     biased: bool = False
 
     @field_validator("groups")
@@ -225,9 +228,9 @@ class BaseModelRef(Frozen):
     name: str
     revision: str | None = None
     family: str
-    num_layers: int = Field(gt=0)
-    num_kv_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
+    num_layers: int = Field(gt=0, le=MAX_LAYERS)
+    num_kv_heads: int = Field(gt=0, le=MAX_HEADS)
+    head_dim: int = Field(gt=0, le=MAX_HEAD_DIM)
     fingerprint: Sha256
 
 
@@ -241,8 +244,8 @@ class Replacement(Frozen):
     """
 
     stage: Stage
-    layer: int = Field(ge=0)
-    merged: tuple[int, ...]
+    layer: int = Field(ge=0, lt=MAX_LAYERS)
+    merged: tuple[int, ...] = Field(max_length=MAX_LAYERS)
     weights: str
     sha256: Sha256
 
@@ -394,15 +397,10 @@ class PrunePlan(Frozen):
         Raises:
             PlanError: missing, too large, not JSON, unknown keys, or an invalid plan.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise PlanError(f"no plan file at {path}")
-        if path.stat().st_size > MAX_PLAN_BYTES:
-            raise PlanError(f"{path} is larger than {MAX_PLAN_BYTES} bytes: not a plan")
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise PlanError(f"{path} is not JSON: {error}") from error
+        with border(PlanError, f"cannot read {path}"):
+            if not Path(path).is_file():
+                raise PlanError(f"no plan file at {path}")
+        data = read_json(path, limit=MAX_PLAN_BYTES, kind=PlanError)
         return cls.from_json(data, source=str(path))
 
     @classmethod

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pdtrim.calibration.self_text import write_text
 from pdtrim.calibration.sources import read_documents
-from pdtrim.calibration.tokens import begin_ids, encode
+from pdtrim.calibration.tokens import begin_ids, check_ids, check_length, encode_for
 from pdtrim.errors import CalibrationError
 from pdtrim.models.model import Model
 from pdtrim.progress import Progress, silent
@@ -158,6 +158,7 @@ def pack(
     sequence with it. With a seed the documents are shuffled; long ones in sections.
     """
     tokenizer = model.need_tokenizer()
+    check_length(width, model.config, "sequences")
     prefix = begin_ids(tokenizer)
     body = width - len(prefix)
     if body < 1:
@@ -166,7 +167,7 @@ def pack(
     sections: list[list[int]] = []
     have = 0
     for text in documents:
-        ids = encode(tokenizer, text)
+        ids = encode_for(model, text)
         size = SECTION * body
         sections += [ids[i : i + size] for i in range(0, len(ids), size)]
         have += len(ids) + 1
@@ -175,6 +176,7 @@ def pack(
     if seed is not None:
         random.Random(seed).shuffle(sections)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    check_ids([*prefix, *end], int(model.config.vocab_size))
     stream = [token for section in sections for token in (*section, *end)]
     count = min(sequences, len(stream) // body)
     if count < (sequences if at_least is None else at_least):

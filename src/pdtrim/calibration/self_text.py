@@ -15,7 +15,7 @@ import random
 import torch
 from torch import Tensor
 
-from pdtrim.calibration.tokens import begin_ids
+from pdtrim.calibration.tokens import begin_ids, check_length
 from pdtrim.kv.policy import HeadGroup
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
@@ -31,6 +31,7 @@ def write_text(
     model: Model, *, sequences: int, tokens: int, seed: int, progress: Progress = silent
 ) -> Tensor:
     """Token ids ``[sequences, tokens]``, the same for the same model, dtype, device and seed."""
+    check_length(tokens, model.config, "sequences")
     starts = _word_tokens(model)
     groups = []
     side_by_side = GROUP.get(model.device.type, GROUP["cpu"])

@@ -1,28 +1,81 @@
-"""What the verbs share: options, consoles, progress."""
+"""What the verbs share: options, printing, progress, the place for what they write.
+
+A user's text (a prompt, a path, a model's name, an answer) is printed as it is: never as markup,
+and never as control codes of the terminal, which are shown instead of obeyed.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.segment import Segment
 
-out = Console()
-err = Console(stderr=True)
+from pdtrim.errors import PdtrimError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; no progress bars.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float32 or float16.")]
 ModelName = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or 'smollm2'.")]
 
+CONTROLS = {
+    *range(0x00, 0x09),
+    *range(0x0B, 0x20),
+    *range(0x7F, 0xA0),
+    *range(0x2028, 0x202F),
+    *range(0x2066, 0x206A),
+    *range(0xD800, 0xE000),
+}
+"""Codes that move the cursor, colour, hide or turn text, and halves of characters; not line feed
+and tab."""
+SHOWN = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in CONTROLS}
+
+
+def visible(text: str) -> str:
+    """A text whose control codes are written out, such as ``\\x1b``."""
+    return text.translate(SHOWN)
+
+
+class _Visible:
+    """A renderable whose text has no control codes but the console's own."""
+
+    def __init__(self, renderable: ConsoleRenderable) -> None:
+        self.renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for part in console.render(self.renderable, options):
+            yield part if part.control else Segment(visible(part.text), part.style)
+
+
+class _VisibleHook(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Visible(renderable) for renderable in renderables]
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that takes no text for markup and obeys no control codes in it."""
+    made = Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    made.push_render_hook(_VisibleHook())
+    return made
+
+
+out = console()
+err = console(stderr=True)
+
 
 def progress_of(as_json: bool) -> Any:
-    """A bar on a terminal; silence for machines."""
-    from pdtrim.progress import bar, silent
+    """A bar on a terminal, but for machines; elsewhere a line every half minute."""
+    from pdtrim.progress import bar, lines, silent
 
-    return silent if as_json or not sys.stderr.isatty() else bar
+    if not sys.stderr.isatty():
+        return lines
+    return silent if as_json else bar
 
 
 def say_of(as_json: bool) -> Any:
@@ -30,11 +83,46 @@ def say_of(as_json: bool) -> Any:
 
     def say(text: str) -> None:
         if not as_json:
-            err.print(text, highlight=False)
+            err.print(text)
 
     return say
 
 
 def print_json(data: Any) -> None:
-    """JSON on standard output."""
-    print(json.dumps(data, indent=1))
+    """JSON on standard output, in ASCII."""
+    print(json.dumps(data, indent=1, allow_nan=False))
+
+
+def need_file_place(path: Path) -> None:
+    """Refuse a place where a file cannot be written, before the work and not after it.
+
+    Raises:
+        PdtrimError: a folder is there, or its folder cannot be made or written to.
+    """
+    if path.is_dir():
+        raise PdtrimError(f"{path} is a folder: name a file in it")
+    if path.exists() and not path.is_file():
+        raise PdtrimError(f"{path} is not a plain file: name another")
+    _probe(path.parent)
+
+
+def need_folder_place(path: Path) -> None:
+    """Refuse a place where a folder cannot be made or written to, before the work.
+
+    Raises:
+        PdtrimError: a file is there, or it cannot be written to.
+    """
+    if path.exists() and not path.is_dir():
+        raise PdtrimError(f"{path} is a file: name a folder")
+    _probe(path)
+
+
+def _probe(folder: Path) -> None:
+    """Write and remove a file in the nearest folder that is there."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        handle, name = tempfile.mkstemp(prefix=".pdtrim-", dir=nearest)
+        os.close(handle)
+        os.unlink(name)
+    except OSError as error:
+        raise PdtrimError(f"cannot write to {nearest}: {error.strerror}") from error

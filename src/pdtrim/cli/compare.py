@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from pdtrim.cli.common import Device, Dtype, Json, ModelName, out, print_json, progress_of, say_of
+from pdtrim.cli.common import (
+    Device,
+    Dtype,
+    Json,
+    ModelName,
+    need_folder_place,
+    out,
+    print_json,
+    progress_of,
+    say_of,
+)
 from pdtrim.errors import PdtrimError
 
 app = typer.Typer()
@@ -91,6 +101,7 @@ def compare(
     part = [name.strip() for name in only.split(",")] if only else []
     parts_of(config, part)  # a typing mistake should not wait for the model
     progress, say = progress_of(as_json), say_of(as_json)
+    need_folder_place(output)
     with progress("loading the model", 1):
         dense = load_model(model, dtype=dtype, device=device)
     if part:
@@ -109,7 +120,7 @@ def compare(
         print_json(result.to_json())
     else:
         out.print(table(result))
-        out.print(f"wrote {output}/{wrote}", highlight=False)
+        out.print(f"wrote {output}/{wrote}")
 
 
 def _named(text: str) -> tuple[str, Path]:

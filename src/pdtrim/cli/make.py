@@ -7,7 +7,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pdtrim.cli.common import Device, Dtype, Json, ModelName, out, print_json, progress_of, say_of
+from pdtrim.cli.common import (
+    Device,
+    Dtype,
+    Json,
+    ModelName,
+    need_file_place,
+    need_folder_place,
+    out,
+    print_json,
+    progress_of,
+    say_of,
+)
 from pdtrim.cli.work import Work
 from pdtrim.errors import PdtrimError
 
@@ -135,6 +146,7 @@ def plan(
     mode = mode or METHODS[method].default_mode
     if mode not in ("projected", "subset", "unified"):
         raise PdtrimError(f"unknown mode '{mode}': use projected, subset or unified")
+    need_file_place(output)
     work = Work(output.with_name(f"{output.stem}.search"), resume=resume)
     parse_budget(kv)  # a typing mistake should not wait for the model
     text = CalibrationConfig(
@@ -238,6 +250,7 @@ def distill(
 
     if output.resolve() == plan_file.resolve():
         raise PdtrimError("-o names the plan itself: give the trained one a name of its own")
+    need_file_place(output)
     progress, say = progress_of(as_json), say_of(as_json)
     loaded = TrimPlan.open(plan_file)
     dense = base_model(loaded.plan, source=model, dtype=dtype, device=device)
@@ -330,6 +343,7 @@ def export(
     from pdtrim.evaluate.kv_probe import check_codecs
     from pdtrim.exported import base_model
 
+    need_folder_place(output)
     loaded = TrimPlan.open(plan_file)
     with progress_of(as_json)("exporting", 3) as advance:
         dense = base_model(loaded.plan, source=model, dtype=dtype)

@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from pdtrim.cli.common import Device, Dtype, Json, ModelName, out, print_json, progress_of, say_of
+from pdtrim.cli.common import (
+    Device,
+    Dtype,
+    Json,
+    ModelName,
+    need_file_place,
+    need_folder_place,
+    out,
+    print_json,
+    progress_of,
+    say_of,
+)
 from pdtrim.errors import PdtrimError
 
 app = typer.Typer()
@@ -61,6 +72,8 @@ def evaluate(
 
     if (text is None) == (tasks is None):
         raise PdtrimError("give one of --text and --tasks")
+    if output is not None:
+        need_file_place(output)
     if text is None:
         _evaluate_tasks(
             target,
@@ -92,7 +105,7 @@ def evaluate(
         out.print(table(result))
         for row in result.rows if suite else ():
             found = ", ".join(f"{k} {v:.3f}" for k, v in row.metrics.items())
-            out.print(f"{row.name}: {found}", highlight=False)
+            out.print(f"{row.name}: {found}")
 
 
 def _evaluate_tasks(
@@ -127,14 +140,15 @@ def demo(
     from pdtrim.demo import run_demo
     from pdtrim.report.table import table
 
+    need_folder_place(output)
     result = run_demo(output, seed=seed, progress=progress_of(as_json), say=say_of(as_json))
     if as_json:
         print_json(result.to_json())
         return
     out.print(table(result))
     for row in result.rows:
-        out.print(f"\n[bold]{row.name}[/]  {row.settings}", highlight=False)
-        out.print(row.answer or "", markup=False, highlight=False)
+        out.print(f"\n{row.name}  {row.settings}", style="bold")
+        out.print(row.answer or "")
     out.print(f"\nwrote {output / 'result.json'}")
 
 
@@ -151,6 +165,7 @@ def kv_sweep(
     limit: Annotated[int, typer.Option(help="Sequences at most.")] = 8,
     probes: Annotated[int, typer.Option(help="Retrieval probes a task; 0 for none.")] = 10,
     seed: Annotated[int, typer.Option()] = 0,
+    device: Device = "cpu",
     dtype: Dtype = "bfloat16",
     as_json: Json = False,
 ) -> None:
@@ -169,7 +184,9 @@ def kv_sweep(
         probes=probes,
         seed=seed,
     )
-    result = sweep(load_model(model, dtype=dtype), config, progress=progress_of(as_json))
+    need_folder_place(output)
+    dense = load_model(model, dtype=dtype, device=device)
+    result = sweep(dense, config, progress=progress_of(as_json))
     result.save(output / "result.json")
     (output / "table.md").write_text(markdown(result), encoding="utf-8")
     plot_kv(result, output / "kv")
@@ -178,7 +195,7 @@ def kv_sweep(
     else:
         out.print(table(result))
         for problem in result.problems:
-            out.print(f"[yellow]not to be trusted:[/] {problem}", highlight=False)
+            out.print(f"not to be trusted: {problem}", style="yellow")
         out.print(f"wrote {output}/result.json, table.md, kv.png and kv.svg")
 
 
@@ -232,6 +249,7 @@ def ablate(
         train_steps=train_steps,
         fit=fit_sequences,
     )
+    need_folder_place(output)
     dense = load_model(model, dtype=dtype, device=device)
     cells = run(dense, config, output, progress=progress_of(as_json), say=say_of(as_json))
     made = {
@@ -246,7 +264,7 @@ def ablate(
     if as_json:
         print_json(made)
     else:
-        out.print(markdown(cells), highlight=False, soft_wrap=True)
+        out.print(markdown(cells))
 
 
 def _named(sources: list[str]) -> dict[str, str]:
@@ -279,6 +297,7 @@ def sensitivity(
     from pdtrim.search.sensitivity import WAYS
     from pdtrim.search.sensitivity import sensitivity as measure
 
+    need_folder_place(output)
     progress = progress_of(as_json)
     dense = load_model(model, dtype=dtype, device=device)
     config = CalibrationConfig(
@@ -300,7 +319,7 @@ def sensitivity(
     if as_json:
         print_json({way: row for way, row in zip(WAYS, kl_WL.tolist(), strict=True)})
     else:
-        out.print(sensitivity_table(kl_WL, tuple(WAYS)), highlight=False)
+        out.print(sensitivity_table(kl_WL, tuple(WAYS)))
         out.print(f"wrote {output}/table.md and blocks.png")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pdtrim.cli.common import Json, err, out, print_json
+from pdtrim.cli.common import Json, err, out, print_json, visible
 
 app = typer.Typer()
 
@@ -43,29 +43,36 @@ def generate(
                 print_json([vars(result) for result in results])
             else:
                 for text, result in zip(prompt, results, strict=True):
-                    out.print(f"[bold]{text}[/]", highlight=False)
-                    out.print(result.text + "\n", markup=False, highlight=False)
+                    out.print(text, style="bold")
+                    out.print(result.text + "\n")
         _say_timing(session, as_json)
 
 
 def _stream(session: Any, tokens: list[int], max_new_tokens: int, sampling: Any) -> None:
     ids: list[int] = []
-    shown = ""
-    for _, token in session.stream([tokens], max_new_tokens=max_new_tokens, sampling=sampling):
-        ids.append(token)
-        text = session.tokenizer.decode(ids, skip_special_tokens=True)
-        if not text.endswith("�"):  # half of a character: wait for the rest
-            sys.stdout.write(text[len(shown) :])
-            sys.stdout.flush()
-            shown = text
-    sys.stdout.write("\n")
+    text = shown = ""
+    try:
+        for _, token in session.stream([tokens], max_new_tokens=max_new_tokens, sampling=sampling):
+            ids.append(token)
+            text = session.tokenizer.decode(ids, skip_special_tokens=True)
+            if not text.endswith("\ufffd"):  # half of a character: wait for the rest
+                _write(text[len(shown) :])
+                shown = text
+    finally:  # what no token completed is shown as it is
+        _write(text[len(shown) :] + "\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(visible(text))
+    sys.stdout.flush()
 
 
 def _say_timing(session: Any, as_json: bool) -> None:
     if not as_json and session.timing is not None:
         t = session.timing
         err.print(
-            f"[dim]prefill {t.prefill_s:.2f} s, handover {sum(session.kv_bytes):,} bytes in"
+            f"prefill {t.prefill_s:.2f} s, handover {sum(session.kv_bytes):,} bytes in"
             f" {t.handover_s * 1000:.1f} ms, decode {t.decode_s:.2f} s with"
-            f" {t.cache_bytes / 2**20:.1f} MiB of KV cache[/]"
+            f" {t.cache_bytes / 2**20:.1f} MiB of KV cache",
+            style="dim",
         )

@@ -74,14 +74,14 @@ def serve(
         return
     check_runnable(config)
     if words := advice(config):
-        err.print(words, markup=False, highlight=False, soft_wrap=True)
+        err.print(words)
     supervise(started, start_seconds=start_seconds, say=_say, log=_log)
     err.print("stopped")
 
 
 def _say(text: str) -> None:
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    out.print(text)
 
 
 def _log(name: str, line: str) -> None:
-    err.print(f"{name} | {line}", markup=False, highlight=False, soft_wrap=True)
+    err.print(f"{name} | {line}")

@@ -59,6 +59,6 @@ class Work:
         if kind is None:
             shutil.rmtree(self.folder, ignore_errors=True)
         elif issubclass(kind, KeyboardInterrupt) and self.journal.exists():
-            err.print("interrupted: the same command with --resume goes on", highlight=False)
+            err.print("interrupted: the same command with --resume goes on")
         elif issubclass(kind, PdtrimError) and not self.resumed:
             shutil.rmtree(self.folder, ignore_errors=True)

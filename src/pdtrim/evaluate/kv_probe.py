@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pdtrim.calibration.tokens import encode
+from pdtrim.calibration.tokens import encode_for
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.kv_suite import retrieval_scores
 from pdtrim.evaluate.retrieval import generate
@@ -46,12 +46,11 @@ def check_codecs(
     """
     if all(isinstance(rule.codec, Raw | Lossless) for rule in plan.kv):
         return None
-    tokenizer = model.need_tokenizer()
     probes = generate(
         "needle",
         count=config.needles,
         seed=config.seed,
-        count_tokens=lambda text: len(encode(tokenizer, text)),
+        count_tokens=lambda text: len(encode_for(model, text)),
         tokens=config.tokens,
     )
     coded = HandoverPolicy(rules=tuple(LayerKV(codec=rule.codec) for rule in plan.kv))

@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pdtrim.calibration.tokens import begin_ids, encode
+from pdtrim.calibration.tokens import begin_ids, encode_for
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.retrieval import Probe, generate, tasks
 from pdtrim.evaluate.statistics import paired_difference
 from pdtrim.kv.policy import HandoverPolicy
+from pdtrim.models.model import Model
 from pdtrim.plan import Gates
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.forward import Batch, Pair, streams_by_policy
@@ -95,17 +96,17 @@ class _Tokens:
         return len(self.prompt), len(self.continuation), self.answer
 
 
-def _tokens(tokenizer: object, probe: Probe, *, hidden: bool) -> _Tokens:
+def _tokens(model: Model, probe: Probe, *, hidden: bool) -> _Tokens:
     # Piece by piece: a merge across a border would make the two views read different tokens.
     context, question, answer = (
-        encode(tokenizer, text) for text in (probe.context, probe.question, probe.answer)
+        encode_for(model, text) for text in (probe.context, probe.question, probe.answer)
     )
     if len(answer) < 2:
         raise PdtrimError(
             f"the answer '{probe.answer}' is {len(answer)} token of this tokenizer: it needs 2 or"
             " more, as a task of one token is blind to the KV cache"
         )
-    prompt = begin_ids(tokenizer) + context + ([] if hidden else question)
+    prompt = begin_ids(model.need_tokenizer()) + context + ([] if hidden else question)
     if not prompt:
         raise PdtrimError("a probe's prompt is empty: decode starts from its last token")
     continuation = question + answer if hidden else answer
@@ -137,8 +138,7 @@ def retrieval_scores(
     Raises:
         PdtrimError: no tokenizer, an answer of fewer than 2 tokens, or an empty prompt.
     """
-    tokenizer = pair.decode.need_tokenizer()
-    encoded = [_tokens(tokenizer, probe, hidden=hidden) for probe in probes]
+    encoded = [_tokens(pair.decode, probe, hidden=hidden) for probe in probes]
     alike: dict[tuple[int, int, int], list[int]] = {}
     for i, tokens in enumerate(encoded):
         alike.setdefault(tokens.lengths, []).append(i)
@@ -182,8 +182,7 @@ def run_suite(
     if policies.get(REFERENCE, full).rules != full.rules:
         raise PdtrimError(f"the policy named '{REFERENCE}' must keep every pair in every layer raw")
     policies = {REFERENCE: full, **policies}
-    tokenizer = pair.decode.need_tokenizer()
-    begin = len(begin_ids(tokenizer))
+    begin = len(begin_ids(pair.decode.need_tokenizer()))
     probes = [
         probe
         for task in config.tasks
@@ -191,7 +190,7 @@ def run_suite(
             task,
             count=config.probes,
             seed=config.seed,
-            count_tokens=lambda text: begin + len(encode(tokenizer, text)),
+            count_tokens=lambda text: begin + len(encode_for(pair.decode, text)),
             tokens=config.tokens,
         )
     ]
@@ -205,7 +204,7 @@ def run_suite(
                 part = hits_n[i * config.probes : (i + 1) * config.probes]
                 hits[name][f"{task}_{view}"] = part
     metrics = summarize(hits, seed=config.seed)
-    lengths = Counter(len(_tokens(tokenizer, p, hidden=True).prompt) - 1 for p in probes)
+    lengths = Counter(len(_tokens(pair.decode, p, hidden=True).prompt) - 1 for p in probes)
     for name, policy in policies.items():
         metrics[name]["kept_at_most"] = _kept(policy, gates, pair.prefill.num_kv_heads, lengths)
     return SuiteResult(metrics, hits)

@@ -14,6 +14,7 @@ from pdtrim.evaluate.quality import Quality
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates, PrunePlan
+from pdtrim.reading.json_text import read_json
 from pdtrim.records import Frozen, first_problem
 from pdtrim.stage.cost import Lengths, stage_flops
 from pdtrim.versions import host, versions
@@ -104,13 +105,9 @@ class Result(Frozen):
         Raises:
             PdtrimError: missing, too large, not JSON, or not of this schema.
         """
-        path = Path(path)
-        if not path.is_file() or path.stat().st_size > MAX_RESULT_BYTES:
-            raise PdtrimError(f"no readable result file at {path}")
+        data = read_json(path, limit=MAX_RESULT_BYTES)
         try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise PdtrimError(f"{path} is not JSON: {error}") from error
+            return cls.model_validate(data)
         except ValidationError as error:
             raise PdtrimError(f"{path}: {first_problem(error)}") from error
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from rich import box
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
 
 from pdtrim.errors import PdtrimError
@@ -77,7 +76,7 @@ def markdown(result: Comparison) -> str:
 
 def table(result: Comparison) -> Group:
     """What people compare first, without the single tasks: a table a setting."""
-    parts: list[Table | str] = [escape(_caption(result)), ""]
+    parts: list[Table | str] = [_caption(result), ""]
     width = max(len(row.name) for row in result.rows)
     for title, rows in blocks(result):
         view = Table(
@@ -94,12 +93,12 @@ def table(result: Comparison) -> Group:
         view.add_column("time", justify="right", no_wrap=True)
         for row in (result.dense, *rows):
             if row.failed:
-                view.add_row(escape(row.name), "not made")
+                view.add_row(row.name, "not made")
                 continue
             kv, prefill, decode, _ = _costs(row)
             removed, to_best = _removed(row, "/"), _to_baseline(row, result)
             average = _percent(row.average.mean if row.average else None)
-            view.add_row(escape(row.name), removed, average, to_best, kv, f"{prefill}/{decode}")
+            view.add_row(row.name, removed, average, to_best, kv, f"{prefill}/{decode}")
         parts.append(view)
     parts.append(
         "in %: removed parameters (prefill/decode), average, difference of averages [95 %]\n"

@@ -21,11 +21,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from pdtrim.calibration.tokens import encode
 from pdtrim.errors import PdtrimError, RuntimeFailure
 from pdtrim.exported import check_pair
 from pdtrim.models.checkpoint import read_stage_config
 from pdtrim.models.tokenizers import chat_text, load_tokenizer
 from pdtrim.plan import STAGES, Stage
+from pdtrim.reading.text import clean
 from pdtrim.stage.forward import Batch
 from pdtrim.stage.sampling import Sampling
 
@@ -194,9 +196,9 @@ class Session:
         if chat is None:
             chat = self.tokenizer.chat_template is not None
         if not chat:
-            return list(self.tokenizer(prompt).input_ids)
-        text = chat_text(self.tokenizer, prompt)
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+            return encode(self.tokenizer, prompt, self.vocab_size, special=True)
+        text = chat_text(self.tokenizer, clean(prompt))
+        return encode(self.tokenizer, text, self.vocab_size)
 
     def generate(
         self,

@@ -15,6 +15,7 @@ from pdtrim.bench.stages import StageTimes
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.compare.systems import Setting
 from pdtrim.evaluate.statistics import Interval
+from pdtrim.reading.json_text import read_json
 from pdtrim.records import Frozen, first_problem
 
 MAX_RESULT_BYTES = 64 * 2**20
@@ -161,12 +162,8 @@ class Comparison(Frozen):
         Raises:
             PdtrimError: missing, too large, not JSON, or not of this schema.
         """
-        path = Path(path)
-        if not path.is_file() or path.stat().st_size > MAX_RESULT_BYTES:
-            raise PdtrimError(f"no readable result file at {path}")
+        data = read_json(path, limit=MAX_RESULT_BYTES)
         try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise PdtrimError(f"{path} is not JSON: {error}") from error
+            return cls.model_validate(data)
         except ValidationError as error:
             raise PdtrimError(f"{path}: {first_problem(error)}") from error

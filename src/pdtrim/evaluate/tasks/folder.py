@@ -6,12 +6,12 @@ gives the fields of each task; here each layout is a function from a row to lm-e
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-from pdtrim.errors import PdtrimError
+from pdtrim.errors import PdtrimError, one_line
 from pdtrim.evaluate.tasks.rows import Row, Rows, check_size
+from pdtrim.reading.json_text import parse_json
 
 ITEMS = ("test.jsonl", "val.jsonl", "valid.jsonl")
 SHOTS = ("dev.jsonl", "fewshot.jsonl")
@@ -47,13 +47,14 @@ def _read(path: Path, layout: Callable[[Row], Row]) -> list[Row]:
         for number, line in enumerate(lines, 1):
             try:
                 if line.strip():
-                    rows.append(layout(json.loads(line)))
+                    rows.append(layout(parse_json(line, where=f"{path} line {number}")))
+            except PdtrimError:
+                raise
             except KeyError as error:
                 raise PdtrimError(f"{path} line {number} has no field {error}") from error
             except (ValueError, TypeError) as error:
-                text = str(error).splitlines()[0]
                 raise PdtrimError(
-                    f"{path} line {number} is not a row of this task: {text}"
+                    f"{path} line {number} is not a row of this task: {one_line(error)}"
                 ) from error
     if not rows:
         raise PdtrimError(f"{path} has no rows")

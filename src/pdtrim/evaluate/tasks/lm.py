@@ -17,7 +17,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from pdtrim.calibration.tokens import begin_ids, encode
+from pdtrim.calibration.tokens import begin_ids, encode_for
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.quality import Variant
 from pdtrim.evaluate.tasks.generation import generate_greedy
@@ -78,7 +78,7 @@ class PDTrimLM(TemplateLM):
     ) -> list[int]:
         """Token ids, behind the token that this tokenizer puts before every text, if it does."""
         del kwargs
-        ids = encode(self.tokenizer, string)
+        ids = encode_for(self.variant.pair.decode, string)
         if add_special_tokens is False or ids[: len(self._begin)] == self._begin:
             return ids
         return self._begin + ids

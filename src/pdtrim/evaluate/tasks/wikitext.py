@@ -18,7 +18,7 @@ import json
 import math
 from collections.abc import Iterable
 
-from pdtrim.calibration.tokens import encode
+from pdtrim.calibration.tokens import encode_for
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.quality import Variant
 from pdtrim.evaluate.tasks.folder import read_folder
@@ -53,7 +53,7 @@ def perplexity(
     longest = int(model.config.max_position_embeddings)
     if not 2 <= window <= longest:
         raise PdtrimError(f"a window of {window} tokens must have 2 to {longest} for this model")
-    ids = encode(model.need_tokenizer(), text)
+    ids = encode_for(model, text)
     starts = range(0, len(ids) - window + 1, window)[:limit]
     if not starts:
         raise PdtrimError(f"the text has {len(ids)} tokens: not one window of {window}")

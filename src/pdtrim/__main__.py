@@ -1,0 +1,5 @@
+"""``python -m pdtrim``."""
+
+from pdtrim.cli import main
+
+main()
