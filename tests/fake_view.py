@@ -36,6 +36,9 @@ class FakeView:
         angle_TD = (positions_T[:, None] * rate).repeat(1, 2)
         return angle_TD.cos()[None], angle_TD.sin()[None]
 
+    def bias(self):
+        return None
+
     def output_weight(self) -> Tensor:
         return self.output_HDE
 

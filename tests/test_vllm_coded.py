@@ -75,7 +75,7 @@ def test_an_unknown_layout_is_refused(monkeypatch):
     with pytest.raises(PlanError, match="CPU_ATTN keeps its pages in a form"):
         pages_io.check_readable(attention, cache)
     monkeypatch.delitem(pages_io.LAYOUTS, "CPU_ATTN")
-    with pytest.raises(PlanError, match="choose --attention-backend FLASH_ATTN"):
+    with pytest.raises(PlanError, match="choose --attention-backend CPU_ATTN or FLASH_ATTN"):
         pages_io.check_readable(attention, cache)
 
 

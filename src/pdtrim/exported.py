@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from pdtrim.errors import PlanError
 from pdtrim.models.checkpoint import load_stage, read_stage_config, save_stage
 from pdtrim.models.loading import load_model
@@ -60,9 +62,31 @@ def write_pair(pair: Pair, plan: PrunePlan, folder: Path) -> Path:
             raise PlanError(
                 f"{folder} already holds '{(others + foreign)[0]}': give an empty folder"
             )
+    check_kv_biases(pair, plan)
     save_stage(pair.prefill, plan, "prefill", folder / "prefill")
     save_stage(pair.decode, plan, "decode", folder / "decode")
     return folder
+
+
+def check_kv_biases(pair: Pair, plan: PrunePlan) -> None:
+    """Refuse stages whose key or value biases differ where a codec leaves them out.
+
+    Raises:
+        PlanError: naming the first such layer.
+    """
+    for layer in plan.sent_layers:
+        if plan.kv[layer].codec.exact or pair.prefill is pair.decode:
+            continue
+        ours, theirs = (m.block(layer).kv_bias() for m in (pair.prefill, pair.decode))
+        if ours is None or theirs is None:
+            continue
+        places = list(plan.sent_places(layer))
+        same = torch.equal(ours.k_GD[places], theirs.k_GD)
+        if not (same and torch.equal(ours.v_GD[places], theirs.v_GD)):
+            raise PlanError(
+                f"layer {layer}: the stages' key and value biases differ, which its codec leaves"
+                " out: replace weights without these biases, or send the layer raw"
+            )
 
 
 def load_pair(folder: str | Path, *, device: str = "cpu") -> tuple[Pair, PrunePlan]:

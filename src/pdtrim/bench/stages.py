@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.quality import Variant
-from pdtrim.kv.policy import HeadGroup, hand_over
+from pdtrim.kv.groups import HeadGroup
+from pdtrim.kv.policy import hand_over
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.cache import LayerCache
 from pdtrim.stage.generate import generate, prefill

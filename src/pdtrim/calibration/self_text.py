@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pdtrim.calibration.tokens import begin_ids, check_length
-from pdtrim.kv.policy import HeadGroup
+from pdtrim.kv.groups import HeadGroup
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
 from pdtrim.progress import Advance, Progress, silent

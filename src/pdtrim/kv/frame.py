@@ -35,7 +35,8 @@ from torch import Tensor
 
 from pdtrim.errors import WireError
 from pdtrim.kv.codecs import CodecBase
-from pdtrim.kv.policy import HeadGroup, partition
+from pdtrim.kv.groups import HeadGroup
+from pdtrim.kv.policy import partition
 from pdtrim.kv.selectors import StaticSelector
 from pdtrim.plan import PrunePlan
 

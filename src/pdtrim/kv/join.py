@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from pdtrim.kv.frame import SentLayer
-from pdtrim.kv.policy import HeadGroup, padding, partition
+from pdtrim.kv.groups import HeadGroup
+from pdtrim.kv.policy import padding, partition
 
 
 def join(sent: Sequence[SentLayer]) -> list[HeadGroup]:

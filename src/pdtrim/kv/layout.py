@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from pdtrim.kv.policy import HeadGroup
+from pdtrim.kv.groups import HeadGroup
 
 CacheLayout = Literal["compact", "masked"]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pdtrim.kv.codecs import CodecBase
+from pdtrim.kv.groups import HeadGroup
 from pdtrim.kv.selectors import Full, StaticSelector
 from pdtrim.kv.view import LayerView
 from pdtrim.plan import LayerKV, PrunePlan
@@ -76,34 +77,6 @@ def _places(plan: PrunePlan) -> tuple[tuple[int, ...] | None, ...]:
     return tuple(places)
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeadGroup:
-    """KV heads of a layer that keep equally many tokens in every row.
-
-    Attributes:
-        heads: their numbers among those of the layer that travel.
-        k_BgMD, v_BgMD: kept pairs in token order.
-        positions_BgM: their absolute positions.
-        padded_BM: True behind a row's last kept token; None if no row is shorter.
-    """
-
-    heads: tuple[int, ...]
-    k_BgMD: Tensor
-    v_BgMD: Tensor
-    positions_BgM: Tensor
-    padded_BM: Tensor | None = None
-
-    def to(self, device: torch.device) -> HeadGroup:
-        """The group on a device."""
-        return HeadGroup(
-            heads=self.heads,
-            k_BgMD=self.k_BgMD.to(device),
-            v_BgMD=self.v_BgMD.to(device),
-            positions_BgM=self.positions_BgM.to(device),
-            padded_BM=None if self.padded_BM is None else self.padded_BM.to(device),
-        )
-
-
 def partition(counts_BG: Tensor) -> list[tuple[int, ...]]:
     """Heads by their kept counts in all rows; groups in the order of their first head."""
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -149,7 +122,32 @@ def hand_over(policy: HandoverPolicy, layer: int, view: LayerView) -> list[HeadG
         groups = [whole(seen)]
     else:
         groups = gather(seen, policy.keep(layer, view))
-    return [through(rule.codec, group) for group in groups]
+    bias = None if rule.codec.exact else seen.bias()
+    if bias is None:
+        return [through(rule.codec, group) for group in groups]
+    table = rope_table(seen)
+    bare = (through(rule.codec, bias.taken_from(group, table)) for group in groups)
+    return [bias.added_to(group, table) for group in bare]
+
+
+def rope_table(view: LayerView) -> tuple[Tensor, Tensor]:
+    """cos and sin ``[N, D]`` of the prompt's positions."""
+    cos, sin = view.rope(torch.arange(view.k_BGND.shape[2], device=view.k_BGND.device))
+    return cos[0], sin[0]
+
+
+def to_code(policy: HandoverPolicy, layer: int, view: LayerView) -> tuple[Tensor, list[HeadGroup]]:
+    """Which pairs of a layer travel ``[B, G, N]``, and those as its codec takes them.
+
+    Args:
+        view: with all heads that prefill makes.
+    """
+    keep_BGN, seen = policy.keep(layer, view), policy.seen(layer, view)
+    groups = gather(seen, keep_BGN)
+    bias = None if policy.rules[layer].codec.exact else seen.bias()
+    if bias is not None:
+        groups = [bias.taken_from(group, rope_table(seen)) for group in groups]
+    return keep_BGN, groups
 
 
 def whole(view: LayerView) -> HeadGroup:

@@ -11,6 +11,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from pdtrim.kv.bias import KVBias
+
 
 class LayerView(Protocol):
     """One layer's prompt, all rows of one length."""
@@ -34,6 +36,9 @@ class LayerView(Protocol):
 
     def output_weight(self) -> Tensor:
         """The output projection by query head, ``[H, D, E]``: what a value adds to the stream."""
+
+    def bias(self) -> KVBias | None:
+        """What the projections' biases add to this view's keys and values; None if nothing."""
 
     def heads(self, places: Sequence[int]) -> LayerView:
         """The same layer with some of its KV heads, in that order, and their query heads only."""

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from pdtrim.kv.bias import KVBias, turn
 from pdtrim.kv.selectors import SelectorBase
 
 Rope = tuple[Tensor, Tensor]
@@ -24,8 +24,7 @@ Rope = tuple[Tensor, Tensor]
 def rotate(x_BHTD: Tensor, rope: Rope) -> Tensor:
     """Turn each pair of channels (i, i + D/2) by its position's angle (RoFormer, 2104.09864)."""
     cos, sin = (part.unsqueeze(1) for part in rope)
-    low, high = x_BHTD.chunk(2, dim=-1)
-    return x_BHTD * cos + torch.cat((-high, low), dim=-1) * sin
+    return turn(x_BHTD, cos, sin)
 
 
 class Block:
@@ -33,6 +32,9 @@ class Block:
 
     A part that a stage's checkpoint does not hold is None in ``module``; its gate is never open.
     """
+
+    biases_every_key: ClassVar[bool] = True
+    """Whether a bias of the key's projection is added to every key as it is."""
 
     def __init__(self, module: Any, *, window: int | None = None) -> None:
         self.module = module
@@ -77,6 +79,14 @@ class Block:
         return rotate(self._heads("k_proj", "k_norm", h_BTE), rope), self._heads(
             "v_proj", None, h_BTE
         )
+
+    def kv_bias(self) -> KVBias | None:
+        """What biases add to every key before the rotation, and to every value; None if nothing."""
+        k, v = self.attention.k_proj.bias, self.attention.v_proj.bias
+        if k is None or v is None or not self.biases_every_key:
+            return None
+        D = self.attention.head_dim
+        return KVBias(k_GD=k.detach().view(-1, D), v_GD=v.detach().view(-1, D))
 
     def project_output(self, o_BHTD: Tensor) -> Tensor:
         """What attention adds to the stream, ``[B, T, E]``."""

@@ -11,12 +11,14 @@ weights for the parts that are missing, and the config has no word for a width o
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +28,7 @@ from transformers import (
 )
 
 from pdtrim.errors import ModelError, PlanError, border
+from pdtrim.kv.bias import KVBias, Table
 from pdtrim.models.families import family_named, family_of
 from pdtrim.models.loading import ATTENTION, check_finite, quiet
 from pdtrim.models.model import Model
@@ -121,6 +124,45 @@ def generation_config(network: Any) -> GenerationConfig:
     own = network.generation_config
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return GenerationConfig(**{name: getattr(own, name, None) for name in names})
+
+
+def read_kv_bias(folder: Path, stage: Stage, layers: Iterable[int]) -> dict[int, KVBias]:
+    """The biases of keys and values that a stage's checkpoint holds, by dense layer.
+
+    Args:
+        layers: those that are asked for; one without biases is left out.
+    """
+    data, plan = read_stage_config(folder, stage)
+    family = family_named(str(data["model_type"]).removeprefix(PREFIX))
+    slots = {layer: slot for slot, layer in enumerate(plan.gates.layers(stage))}
+    found = {}
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        names = set(file.keys())
+        for layer in layers if family.biases_every_key else ():
+            place = f"model.layers.{slots[layer]}.self_attn"
+            pair = [f"{place}.{part}.bias" for part in ("k_proj", "v_proj")]
+            if set(pair) <= names:
+                k_GD, v_GD = (file.get_tensor(n).view(-1, plan.model.head_dim) for n in pair)
+                found[layer] = KVBias(k_GD=k_GD, v_GD=v_GD)
+    return found
+
+
+def stage_rope(folder: Path, stage: Stage, dtype: torch.dtype) -> Callable[[Tensor], Table]:
+    """RoPE of a stage's checkpoint without its weights: positions ``[1, T]`` to cos and sin."""
+    data, _ = read_stage_config(folder, stage)
+    data["model_type"] = str(data["model_type"]).removeprefix(PREFIX)
+    config = AutoConfig.for_model(**data)
+    with torch.device("meta"):
+        network: Any = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+    rotary = type(network.model.rotary_emb)(config)
+
+    def rope(positions_1T: Tensor) -> Table:
+        rotary.to(positions_1T.device)
+        like = torch.empty(0, dtype=dtype, device=positions_1T.device)
+        cos, sin = rotary(like, positions_1T)
+        return cos, sin
+
+    return rope
 
 
 def held_parts(

@@ -11,6 +11,7 @@ from pdtrim.models.qwen2 import Qwen2Block
 class Qwen3Block(Qwen2Block):
     """Qwen2's block with per-head norms on queries and keys."""
 
+    biases_every_key = False  # a norm follows the projection
     KV_PARTS = (*Qwen2Block.KV_PARTS, "self_attn.k_norm")
     ATTENTION_PARTS = (*Qwen2Block.ATTENTION_PARTS, "self_attn.q_norm", "self_attn.k_norm")
 

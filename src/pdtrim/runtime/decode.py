@@ -118,11 +118,23 @@ class DecodeProcess:
         return caches, [a.frame_bytes for a in arrived]
 
     def _layer_cache(self, layer: int, sent: list[SentLayer], capacity: int) -> LayerCache:
-        groups = join([s.to(self.model.device) for s in sent])
+        sent = [self._with_bias(layer, s.to(self.model.device)) for s in sent]
+        groups = join(sent)
         if self.layout == "masked":
             tokens = max(s.keep_GN.shape[1] for s in sent)
             groups = [one for group in groups for one in masked(group, tokens)]
         return LayerCache(groups, capacity=capacity, window=self.model.block(layer).window)
+
+    def _with_bias(self, layer: int, sent: SentLayer) -> SentLayer:
+        """What prefill took from the pairs before they were coded is added again."""
+        exact = self.plan.kv[layer].codec.exact
+        bias = None if exact else self.model.block(layer).kv_bias()
+        if bias is None:
+            return sent
+        at_T = torch.arange(sent.keep_GN.shape[1], device=self.model.device)
+        cos, sin = self.model.rope(at_T[None])
+        groups = [bias.added_to(group, (cos[0], sin[0])) for group in sent.groups]
+        return SentLayer(keep_GN=sent.keep_GN, groups=groups)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import time
 import torch
 
 from pdtrim.kv.frame import Layout, SentLayer
-from pdtrim.kv.policy import HandoverPolicy, gather
+from pdtrim.kv.policy import HandoverPolicy, to_code
 from pdtrim.kv.wire import read_answer, send_frame
 from pdtrim.models.checkpoint import load_stage
 from pdtrim.models.model import Model
@@ -68,8 +68,7 @@ class PrefillProcess:
         for layer, view in generate.prefill(self.model, ids_BT, self.plan.gates):
             for row, tokens in enumerate(prompts):
                 own = view.row(row, len(tokens))
-                keep_BGN = self.policy.keep(layer, own)
-                groups = gather(self.policy.seen(layer, own), keep_BGN)
+                keep_BGN, groups = to_code(self.policy, layer, own)
                 caches[row][layer] = SentLayer(keep_GN=keep_BGN[0], groups=groups)
         return caches
 

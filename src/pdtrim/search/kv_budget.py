@@ -31,7 +31,8 @@ from pdtrim.calibration.teacher import Teacher
 from pdtrim.errors import PlanError
 from pdtrim.kv.codecs import Raw
 from pdtrim.kv.frame import LENGTH
-from pdtrim.kv.policy import HandoverPolicy, HeadGroup, gather, hand_over
+from pdtrim.kv.groups import HeadGroup
+from pdtrim.kv.policy import HandoverPolicy, hand_over, to_code
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.progress import Progress, silent
@@ -121,12 +122,11 @@ class KVObjective:
 def rule_bytes(view: BlockView, rule: LayerKV) -> float:
     """Mean bytes a prompt that a rule sends of a layer in bf16, its mask included."""
     rows, G, N, D = view.k_BGND.shape
+    policy = HandoverPolicy(rules=(rule,))
     total = 0
     for row in range(rows):
-        own = view.row(row, N)
-        keep_BGN = rule.selector.keep(own)
         total += {"static": 0, "token": 1, "pair": G}[rule.selector.grain] * -(-N // 8)
-        for group in gather(own, keep_BGN):
+        for group in to_code(policy, 0, view.row(row, N))[1]:
             k, v = (x[0].to(WIRE) for x in (group.k_BgMD, group.v_BgMD))
             if rule.codec.variable:
                 total += rule.codec.encode(k, v).numel() + LENGTH.size

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pdtrim.kv.policy import HeadGroup
+from pdtrim.kv.groups import HeadGroup
 
 
 class GroupCache:

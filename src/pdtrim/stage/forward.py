@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pdtrim.kv.groups import HeadGroup
 from pdtrim.kv.layout import CacheLayout, masked
-from pdtrim.kv.policy import HandoverPolicy, HeadGroup, hand_over
+from pdtrim.kv.policy import HandoverPolicy, hand_over
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
 from pdtrim.stage.cache import LayerCache

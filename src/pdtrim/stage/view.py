@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pdtrim.kv.bias import KVBias
 from pdtrim.models.block import Block, Rope
 from pdtrim.models.narrow import channels
 
@@ -77,6 +78,14 @@ class BlockView:
     def rope(self, positions_T: Tensor) -> Rope:
         """See ``kv/view.py``."""
         return self._rope_at(positions_T[None])
+
+    def bias(self) -> KVBias | None:
+        """See ``kv/view.py``."""
+        whole = self.block.kv_bias()
+        if whole is None or self._places is None:
+            return whole
+        rows = list(self._places)
+        return KVBias(k_GD=whole.k_GD[rows], v_GD=whole.v_GD[rows])
 
     def output_weight(self) -> Tensor:
         """See ``kv/view.py``."""

@@ -15,6 +15,7 @@ from pdtrim.engines.vllm.compat import (
     NixlHandshakePayload,
     NixlPullConnectorWorker,
 )
+from pdtrim.engines.vllm.kv_bias import StageBias
 from pdtrim.engines.vllm.metrics import REFUSED, SKIPPED_CODEC
 from pdtrim.engines.vllm.pages import pages_sent
 from pdtrim.engines.vllm.pages_io import check_readable, gather, scatter
@@ -46,6 +47,7 @@ class CodedWorker(Worker):
     ) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config, served=served)
         self._form = forms(vllm_config, served)
+        self._bias = StageBias(vllm_config, served)
         self._pool = Pool(staging_bytes(vllm_config, served))
         self._remote_pools: dict[str, RemotePool] = {}
         self._encoded: dict[str, int] = {}
@@ -99,10 +101,11 @@ class CodedWorker(Worker):
             form = self._form(job.tokens)
             room = self._staging[job.ticket.offset :][: form.most]
 
-            def kept(part: Any, job: Job = job) -> tuple[torch.Tensor, torch.Tensor]:
+            def kept(part: Any, job: Job = job) -> tuple[torch.Tensor, ...]:
                 start, stop = part.hole
                 pages = self._kernel_pages([*job.pages[:start], *job.pages[stop:]])
-                return gather(*self._pages_of(part.layer), pages, part.tokens)
+                kv = gather(*self._pages_of(part.layer), pages, part.tokens)
+                return self._bias.taken_from(part, job.tokens - 1, kv)
 
             self._encoded[request] = form.write(room, job.ticket.nonce, map(kept, form.parts))
 
@@ -195,7 +198,9 @@ class CodedWorker(Worker):
 
     def _decode(self, staged: torch.Tensor, ticket: Ticket, meta: Any) -> None:
         groups = self.kv_cache_config.transfer_group_index_by_layer
-        for part, k_GMD, v_GMD in self._form(meta.remote.num_tokens).read(staged, ticket.nonce):
+        tokens = meta.remote.num_tokens
+        for part, *coded in self._form(tokens).read(staged, ticket.nonce):
+            k_GMD, v_GMD = self._bias.added_to(part, tokens - 1, (coded[0], coded[1]))
             pages = list(meta.local_physical_block_ids[groups[self._caches[part.layer]]])
             scatter(*self._pages_of(part.layer), pages, k_GMD, v_GMD)
         if staged.is_cuda:  # no stream orders the next READ into this range

@@ -24,23 +24,41 @@ def _cpu_attn(pages_BGPE: Tensor) -> tuple[Tensor, Tensor]:
     return k.view(B, G, E // 2, P).mT, v.view(B, G, P, E // 2)
 
 
+def _cpu_attn_amx(pages_BGPE: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in tiles of AMX: keys ``[P/16, D/2, 16, 2]``, values ``[D/16, P/2, 16, 2]``."""
+    B, G, P, E = pages_BGPE.shape
+    D = E // 2
+    k, v = pages_BGPE.reshape(B, G, 2, P * D).unbind(2)
+    k_BGPD = k.view(B, G, P // 16, D // 2, 16, 2).transpose(3, 4).reshape(B, G, P, D)
+    v_BGPD = v.view(B, G, D // 16, P // 2, 16, 2).permute(0, 1, 3, 5, 2, 4).reshape(B, G, P, D)
+    return k_BGPD, v_BGPD
+
+
 def _flash_attn(pages_BGPE: Tensor) -> tuple[Tensor, Tensor]:
     """A token's row is its key, then its value."""
     k, v = pages_BGPE.chunk(2, dim=-1)
     return k, v
 
 
+BACKENDS = ("CPU_ATTN", "FLASH_ATTN")
 LAYOUTS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "CPU_ATTN": _cpu_attn,
+    "CPU_ATTN in tiles of AMX": _cpu_attn_amx,
     "FLASH_ATTN": _flash_attn,
 }
-"""Pages ``[B, G, P, 2 * D]`` to keys and values ``[B, G, P, D]``, by the backend's name."""
+"""Pages ``[B, G, P, 2 * D]`` to keys and values ``[B, G, P, D]``, by the layout's name."""
+
+
+def layout_of(attention: Any) -> str:
+    """The name of the layout in which a layer's backend keeps its pages."""
+    name = str(attention.attn_backend.get_name())
+    return f"{name} in tiles of AMX" if getattr(attention, "isa", None) == "amx" else name
 
 
 def gather(attention: Any, cache: Tensor, pages: list[int], tokens: int) -> tuple[Tensor, Tensor]:
     """Keys and values ``[G, M, D]`` of the first M tokens in these pages of the cache."""
     at = torch.tensor(pages, dtype=torch.long, device=cache.device)
-    read = LAYOUTS[attention.attn_backend.get_name()]
+    read = LAYOUTS[layout_of(attention)]
     k_GMD, v_GMD = (
         x_BGPD.transpose(0, 1).flatten(1, 2)[:, :tokens].contiguous() for x_BGPD in read(cache[at])
     )
@@ -65,7 +83,7 @@ def scatter(attention: Any, cache: Tensor, pages: list[int], k_GMD: Tensor, v_GM
 
 def check_readable(attention: Any, cache: Tensor) -> None:
     """Raise PlanError unless :func:`gather` reads what the backend writes into such a cache."""
-    name = attention.attn_backend.get_name()
+    name = layout_of(attention)
     problem = f"attention backend {name} keeps its pages in a form that pdtrim cannot read"
     if name in LAYOUTS:
         G, P, E = cache.shape[1:]
@@ -75,5 +93,5 @@ def check_readable(attention: Any, cache: Tensor) -> None:
         if torch.equal(torch.stack(gather(attention, trial, [1, 0], P + 1)), written):
             return
     raise PlanError(
-        f"{problem}: choose --attention-backend {' or '.join(LAYOUTS)}, or plan without a codec"
+        f"{problem}: choose --attention-backend {' or '.join(BACKENDS)}, or plan without a codec"
     )

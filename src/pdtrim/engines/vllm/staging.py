@@ -105,7 +105,7 @@ class Form:
             return nbytes == self.most
         return self.start <= nbytes <= self.most and nbytes % WORD == 0
 
-    def write(self, room: Tensor, nonce: bytes, layers: Iterable[tuple[Tensor, Tensor]]) -> int:
+    def write(self, room: Tensor, nonce: bytes, layers: Iterable[tuple[Tensor, ...]]) -> int:
         """Encode keys and values ``[G, M, D]`` of each part into ``room``; bytes written."""
         at, sizes = self.start, []
         for part, (k_GMD, v_GMD) in zip(self.parts, layers, strict=True):

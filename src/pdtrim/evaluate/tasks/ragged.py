@@ -18,8 +18,9 @@ from torch import Tensor
 from pdtrim.evaluate.quality import Variant
 from pdtrim.kv.codecs import Raw
 from pdtrim.kv.frame import SentLayer
+from pdtrim.kv.groups import HeadGroup
 from pdtrim.kv.join import join
-from pdtrim.kv.policy import HandoverPolicy, HeadGroup, hand_over, padding
+from pdtrim.kv.policy import HandoverPolicy, hand_over, padding
 from pdtrim.kv.selectors import Full
 from pdtrim.stage.cache import LayerCache
 from pdtrim.stage.generate import prefill

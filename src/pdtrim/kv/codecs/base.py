@@ -11,6 +11,7 @@ Shapes: L heads (of any number of rows), M kept tokens in order, D head width.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,9 @@ class CodecBase(Frozen):
     @abstractmethod
     def nbytes(self, heads: int, tokens: int, width: int, dtype: torch.dtype) -> int:
         """Exact length of the encoding; for a codec of variable length, the most it can be."""
+
+    exact: ClassVar[bool] = False
+    """Whether decode sees every bit that prefill had."""
 
     @property
     def variable(self) -> bool:

@@ -36,6 +36,7 @@ class Lossless(CodecBase):
     """Bit-exact keys and values at zstandard's ``level``."""
 
     name: Literal["lossless"] = "lossless"
+    exact = True
     level: int = Field(default=1, ge=1, le=3)
 
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:

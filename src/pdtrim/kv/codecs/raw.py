@@ -15,6 +15,7 @@ class Raw(CodecBase):
     """All keys, then all values, each ``[L, M, D]`` contiguous."""
 
     name: Literal["raw"] = "raw"
+    exact = True
 
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
         """See the base class."""

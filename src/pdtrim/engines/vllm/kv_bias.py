@@ -1,0 +1,71 @@
+"""The biases of keys and values that codecs do not see, for pages as vLLM has them.
+
+They are read from the stage's own checkpoint: both stages hold the dense model's. RoPE's angles are
+transformers' for the checkpoint's config, as the simulator uses them.
+
+Shapes: G KV heads, M kept tokens, D head width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdtrim.engines.vllm.stage import Served
+from pdtrim.engines.vllm.staging import Part
+from pdtrim.kv.bias import KVBias, Table
+from pdtrim.kv.groups import HeadGroup
+from pdtrim.models.checkpoint import read_kv_bias, stage_rope
+
+
+class StageBias:
+    """The biases of the layers whose codecs round; nothing for models without."""
+
+    def __init__(self, vllm_config: Any, served: Served) -> None:
+        model = vllm_config.model_config
+        rounded = [i for i in served.plan.sent_layers if not served.plan.kv[i].codec.exact]
+        folder = Path(model.model)
+        self.block_size: int = vllm_config.cache_config.block_size
+        self.by_layer = read_kv_bias(folder, served.stage, rounded)
+        self._rope = stage_rope(folder, served.stage, model.dtype) if self.by_layer else None
+
+    def taken_from(self, part: Part, tokens: int, kv: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """Keys and values ``[G, M, D]`` without the biases.
+
+        Args:
+            tokens: of the prompt that are handed over, with those of the hole.
+        """
+        return self._moved(part, tokens, kv, KVBias.taken_from)
+
+    def added_to(self, part: Part, tokens: int, kv: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """Keys and values ``[G, M, D]`` with the biases again."""
+        return self._moved(part, tokens, kv, KVBias.added_to)
+
+    def _moved(
+        self, part: Part, tokens: int, kv: tuple[Tensor, Tensor], move: Any
+    ) -> tuple[Tensor, ...]:
+        bias = self.by_layer.get(part.layer)
+        if bias is None:
+            return kv
+        k_GMD, v_GMD = kv
+        device = k_GMD.device
+        start, stop = (page * self.block_size for page in part.hole)
+        at_M = torch.cat((torch.arange(start), torch.arange(stop, tokens))).to(device)
+        heads = len(k_GMD)
+        group = HeadGroup(
+            heads=tuple(range(heads)),
+            k_BgMD=k_GMD[None],
+            v_BgMD=v_GMD[None],
+            positions_BgM=at_M.expand(1, heads, -1),
+        )
+        there = KVBias(k_GD=bias.k_GD.to(device), v_GD=bias.v_GD.to(device))
+        moved = move(there, group, self._table(tokens, device))
+        return moved.k_BgMD[0], moved.v_BgMD[0]
+
+    def _table(self, tokens: int, device: torch.device) -> Table:
+        assert self._rope is not None
+        cos, sin = self._rope(torch.arange(tokens, device=device)[None])
+        return cos[0], sin[0]
