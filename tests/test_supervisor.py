@@ -284,8 +284,7 @@ def test_servers_run_nothing_of_the_current_folder(witness, tmp_path, monkeypatc
         "print(__name__, sys.argv[1:])\n"
     )
     monkeypatch.chdir(tmp_path)
-    path = os.environ.get("PYTHONPATH", "")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(tmp_path / "own"), path))))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "own"), prepend=os.pathsep)
     prefill, decode, router = witness.fakes()
     command = python_module("served", "-m", "x")
     module = Process(name=decode.name, command=command, env={}, url=decode.url)
