@@ -18,7 +18,7 @@ from helpers import make_plan, tiny_model
 from pdtrim.errors import PdtrimError, RuntimeFailure
 from pdtrim.export import export
 from pdtrim.plan import Gates
-from pdtrim.runtime.process import Patience, last_words
+from pdtrim.runtime.process import Patience, StageProcess, last_words
 from pdtrim.runtime.session import Session
 from pdtrim.stage.forward import Batch
 from pdtrim.stage.sampling import Sampling
@@ -322,3 +322,19 @@ def test_last_words_are_one_line_without_terminal_codes():
 def test_patience_is_longer_than_a_heartbeat(name, value):
     with pytest.raises(PdtrimError, match=name):
         Patience(**{name: value})
+
+
+def test_a_stage_that_fails_while_another_is_waited_for_says_why(tmp_path):
+    """Prefill never gets ready; the other has long said that it cannot load."""
+    prefill = StageProcess("prefill", tmp_path, Patience())
+    decode = StageProcess("nonsense", tmp_path, Patience())
+    prefill.others = [decode]
+    try:
+        stop(prefill.process)
+        with pytest.raises(RuntimeFailure, match=r"^nonsense: ModuleNotFoundError: No module"):
+            prefill.event(0)
+        with pytest.raises(RuntimeFailure, match=r"\(exit 1\): ModuleNotFoundError: No"):
+            decode.event(0)
+    finally:
+        prefill.close()
+        decode.close()

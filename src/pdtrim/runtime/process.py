@@ -14,12 +14,14 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pdtrim.errors import PdtrimError, RuntimeFailure
-from pdtrim.plan import Stage
 from pdtrim.runtime.control import ALIVE, BEAT_S, MAX_WORDS, Message
 from pdtrim.runtime.start import child_env, python_module
+
+if TYPE_CHECKING:
+    from pdtrim.plan import Stage
 
 STEP_S = 0.5
 CLOSE_S = 1.0
@@ -154,7 +156,7 @@ class StageProcess:
                     raise self._given_up(f"did not answer within {waited:g} s") from None
                 continue
             if message is None:
-                self._events.put(None)  # for whoever asks again
+                self._events.put(None)
                 raise self._ended()
             if message["id"] == number:
                 return message
@@ -185,7 +187,13 @@ class StageProcess:
             self._writer.join()
 
     def _ended(self) -> RuntimeFailure:
+        """Why it ended: in its own words to the session, else its last ones to the log."""
         self._kill()
+        said = iter(self._events.get, None)  # the reader's last word is None
+        errors = [m["message"] for m in said if (m["event"], m["id"]) == ("error", self._number)]
+        self._events.put(None)  # for whoever asks again
+        if errors:
+            return RuntimeFailure(f"{self.stage}: {errors[0]}")
         code = self.process.returncode
         how = f"exit {code}" if code >= 0 else f"killed by {_signal_name(-code)}"
         return RuntimeFailure(f"the {self.stage} process ended ({how}): {last_words(self.log)}")
