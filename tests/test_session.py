@@ -117,6 +117,19 @@ def test_a_ctrl_c_before_the_answer_leaves_the_work_and_its_answer_behind(sessio
         assert session.generate([SECOND], max_new_tokens=6)[0].tokens == wanted
 
 
+def test_after_a_refused_frame_the_stages_get_a_new_stream(session, wanted, monkeypatch):
+    order = session.decode.order
+
+    def announce_nothing(op, **fields):
+        return order(op, **{**fields, "requests": []} if op == "expect" else fields)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(session.decode, "order", announce_nothing)
+        with pytest.raises(RuntimeFailure, match=r"prefill: .*no such request is expected"):
+            session.generate([FIRST], max_new_tokens=4)
+    assert session.generate([SECOND], max_new_tokens=6)[0].tokens == wanted
+
+
 @pytest.mark.parametrize("how", ["close", "throw", "forgotten"])
 def test_an_abandoned_stream_leaves_the_session_usable(session, wanted, how):
     stream = session.stream([FIRST], max_new_tokens=400)

@@ -271,6 +271,22 @@ def test_nothing_is_left_of_a_supervisor_that_is_killed(witness):
     assert witness.all_gone()
 
 
+def test_a_module_starts_without_the_current_folder_on_any_python(tmp_path):
+    """Also where Python knows no PYTHONSAFEPATH; what PYTHONPATH names is found."""
+    mark = tmp_path / "was-run"
+    for name in ("runpy", "colorsys", "served"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "served.py").write_text("import colorsys, sys; print(sys.argv[1:])")
+    env = {"PYTHONPATH": str(tmp_path / "own")}
+    command = python_module("served", "-m", "a b")
+    for safe in ({}, {"PYTHONSAFEPATH": "1"}):
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env | safe, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == "['-m', 'a b']\n" and not mark.exists()
+
+
 def test_servers_run_nothing_of_the_current_folder(witness, tmp_path, monkeypatch):
     """Neither the keeper, nor what it starts, nor what that starts in turn."""
     mark = tmp_path / "was-run"

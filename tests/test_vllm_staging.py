@@ -150,7 +150,7 @@ def test_the_checksum_is_splitmix64_whatever_the_chunks(monkeypatch):
 
 
 def test_no_flipped_bit_of_a_range_is_accepted(monkeypatch):
-    """In the head, the table, the data and the zeros behind them; nothing of it is decoded."""
+    """In the head, the table and the data; nothing of it is decoded."""
     form, staged, _ = written(plan_of("entropy", "raw"), 2)
     list(form.read(staged, NONCE))
     for part in form.parts:

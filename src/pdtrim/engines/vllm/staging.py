@@ -9,7 +9,7 @@ All integers are little-endian. A READ has no owner: behind the end of its lease
 another request's bytes, or be overwritten while it is read. The nonce tells the one, the checksum
 the other. Both sides compute every bound from the plan and the prompt's length.
 
-No vLLM here. Shapes: G KV heads, M kept tokens, D head width, W words of 8 bytes.
+No vLLM here. Shapes: G KV heads, M kept tokens, D head width.
 """
 
 from __future__ import annotations
