@@ -148,3 +148,16 @@ def test_the_image_runs_as_nobody_special():
         re.fullmatch(r"ARG BASE=vllm/vllm-openai:v[\d.]+", lines[3])
         and "ENV PYTHONSAFEPATH=1" in lines
     )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_service_finds_its_pods(name):
+    deployment = DEPLOYMENTS[name]["spec"]
+    labels = deployment["template"]["metadata"]["labels"]
+    assert deployment["selector"]["matchLabels"] == labels
+    (service,) = (
+        i for i in ITEMS if i["kind"] == "Service" and i["metadata"]["name"] == f"pdtrim-{name}"
+    )
+    assert service["spec"]["selector"] == labels
+    if name != "router":
+        assert labels["llm-d.ai/role"] == name

@@ -395,13 +395,3 @@ def test_kubernetes_runs_what_serve_runs(manifests, pair):
         assert mount["readOnly"] is True
         volume = next(v for v in pod["volumes"] if v["name"] == mount["name"])
         assert volume["persistentVolumeClaim"]["readOnly"] is True
-
-
-@pytest.mark.parametrize("name", ["prefill", "decode", "router"])
-def test_every_service_finds_its_pods(manifests, name):
-    deployment = manifests["Deployment", f"pdtrim-{name}"]["spec"]
-    labels = deployment["template"]["metadata"]["labels"]
-    assert deployment["selector"]["matchLabels"] == labels
-    assert manifests["Service", f"pdtrim-{name}"]["spec"]["selector"] == labels
-    if name != "router":
-        assert labels["llm-d.ai/role"] == name
