@@ -1,5 +1,6 @@
 """Narrower blocks in checkpoints, in real processes and on the wire."""
 
+import hashlib
 import json
 import struct
 from types import SimpleNamespace
@@ -139,10 +140,11 @@ def test_a_frame_is_its_head_its_table_and_the_heads_that_decode_keeps(model, gi
         table += struct.pack("<HIQ", layer, 0, 2 * heads * N * 8 * 4)
     head = struct.pack(
         "<8sH32s16sIBHQ",
-        *(b"PDTRIMKV", 1, bytes.fromhex(plan.digest), bytes(16), N, 2, 3, len(body)),
+        *(b"PDTRIMKV", 2, bytes.fromhex(plan.digest), bytes(16), N, 2, 3, len(body)),
     )
     frame = b"".join(piece.numpy().tobytes() for piece in encode_frame(layout, bytes(16), layers))
-    assert frame == head + table + body and layout.exact
+    body = head + table + body
+    assert frame == body + hashlib.sha256(body).digest() and layout.exact
     assert layout.frame_bytes == len(frame)
 
 

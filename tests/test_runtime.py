@@ -32,6 +32,9 @@ class Events:
     def send(self, event, **fields):
         self.last = {"event": event, **fields}
 
+    def check(self):
+        pass
+
 
 def every_state_of_a_layer():
     for attention, mlp, decodes, decode_mlp in itertools.product(
@@ -45,6 +48,8 @@ def through_the_socket(plan, pair, batch, tmp_path):
     """Logits by the stages' own code and a real socket, without the cost of new processes."""
     prefill = PrefillProcess(Events(), pair.prefill, plan)
     decode = DecodeProcess(Events(), pair.decode, plan)
+    for stage, end in zip((prefill, decode.receiver), socket.socketpair(), strict=True):
+        stage.attach(end)
     requests = [
         {"id": f"{row:032x}", "tokens": len(prompt) - 1, "last": prompt[-1]}
         for row, prompt in enumerate(batch.prompt_BP.tolist())
@@ -54,11 +59,11 @@ def through_the_socket(plan, pair, batch, tmp_path):
         {"id": r["id"], "tokens": p[:-1]}
         for r, p in zip(requests, batch.prompt_BP.tolist(), strict=True)
     ]
-    prefill.prefill({"port": decode.receiver.port, "requests": prompts})
+    prefill.prefill({"requests": prompts})
     file = str(tmp_path / "logits.safetensors")
     continuation = batch.continuation_BC.tolist()
     decode.score({"requests": requests, "continuation": continuation, "file": file})
-    prefill.link.close()
+    prefill.close()
     decode.receiver.close()
     return load_file(file)["logits"]
 
@@ -167,65 +172,25 @@ def test_a_stop_token_ends_its_own_prompt_only(running):
     assert len({len(r.tokens) for r in stopped}) > 1
 
 
-def test_an_abandoned_stream_leaves_the_session_usable(running):
-    session, _, _ = running
-    wanted = session.generate([PROMPTS[3]], max_new_tokens=6)[0].tokens
-    stream = session.stream([PROMPTS[3]], max_new_tokens=6)
-    next(stream)
-    stream.close()
-    assert session.generate([PROMPTS[3]], max_new_tokens=6)[0].tokens == wanted
-
-
-def test_user_mistakes_are_refused_before_anything_runs(running):
-    session, _, _ = running
-    for prompts, count, words in (
-        ([], 5, "no prompt"),
-        ([[]], 5, "empty"),
-        ([[1, 2]], 0, "at least 1"),
-        ([[1] * 600], 5, "limit of 512"),
-        ([[1, 4000]], 5, "vocabulary"),
-        (["text"], 5, "no tokenizer"),
-    ):
-        with pytest.raises(PdtrimError, match=words):
-            session.generate(prompts, max_new_tokens=count)
-    with pytest.raises(PdtrimError, match="temperature"):
-        Sampling(temperature=-1)
-    with pytest.raises(PdtrimError, match="top_p"):
-        Sampling(top_p=0)
-
-
-def test_garbage_on_the_port_and_a_wrong_prefill_leave_both_processes_up(running, tmp_path):
-    session, _, _ = running
-    with socket.create_connection(("127.0.0.1", session.port), timeout=20) as link:
-        link.sendall(b"GET / HTTP/1.1\r\n\r\n" * 10)
-        link.shutdown(socket.SHUT_WR)
-        assert b"wrong magic" in link.recv(4096)
-    model = tiny_model("llama", eos_token_id=None)
-    other = export(make_plan(model, Gates.removing(4, prefill={0})), model, tmp_path / "other")
-    with Session(other) as stranger:
-        stranger.port = session.port  # its prefill now talks to the wrong decode
-        with pytest.raises(RuntimeFailure, match="no such request"):
-            stranger.generate([[1, 2, 3]], max_new_tokens=2)
-        pids = [s.process.poll() for s in (stranger.prefill, stranger.decode)]
-        assert pids == [None, None]
-    assert session.generate([[5, 6]], max_new_tokens=3)[0].tokens
-
-
-def test_a_digest_mismatch_is_refused_by_decode(running, tmp_path):
+def test_frames_of_a_wrong_prefill_are_refused_and_both_processes_stay_up(running, tmp_path):
     session, _, _ = running
     model = tiny_model("llama", eos_token_id=None)
     other = export(make_plan(model, Gates.removing(4, prefill={0})), model, tmp_path / "other")
+    request = {"id": "ab" * 16, "tokens": 2, "last": 3}
     with Session(other) as stranger:
-        request = {"id": "ab" * 16, "tokens": 2, "last": 3}
-        session.decode.order("expect", requests=[request])
-        session.decode.event()
-        stranger.prefill.order(
-            "prefill", port=session.port, requests=[{"id": request["id"], "tokens": [1, 2]}]
-        )
-        with pytest.raises(RuntimeFailure, match="does not match this side's"):
-            stranger.prefill.event()
-    session.decode.order("forget", requests=[request])
-    session.decode.event()
+        for announced, words in (([], "no such request"), ([request], "does not match this side")):
+            # its prefill now talks to the wrong decode
+            for stage, end in zip(
+                (stranger.prefill, session.decode), socket.socketpair(), strict=True
+            ):
+                stage.event(stage.order("link", give=end))
+            session.decode.event(session.decode.order("expect", requests=announced))
+            prompts = [{"id": request["id"], "tokens": [1, 2]}]
+            number = stranger.prefill.order("prefill", requests=prompts)
+            with pytest.raises(RuntimeFailure, match=words):
+                stranger.prefill.event(number)
+        assert [s.process.poll() for s in (stranger.prefill, session.decode)] == [None, None]
+    session._linked = False
     assert session.generate([[5, 6]], max_new_tokens=3)[0].tokens
 
 
@@ -242,6 +207,8 @@ def test_a_killed_stage_is_reported_and_nothing_outlives_the_session(tmp_path):
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+    with pytest.raises(PdtrimError, match="closed"):
+        session.generate([[1, 2, 3]], max_new_tokens=2)
 
 
 def test_a_pair_that_cannot_load_says_why(tmp_path):

@@ -4,6 +4,8 @@ Each server, and a child that it leaves behind, holds a connection to the test. 
 when they are gone: that is how a test sees, without a clock, that nothing is left.
 """
 
+import dataclasses
+import json
 import os
 import signal
 import socket
@@ -20,6 +22,7 @@ from pdtrim.engines.vllm import serve as supervisor
 from pdtrim.engines.vllm.launch import Process, free_port
 from pdtrim.engines.vllm.serve import serve
 from pdtrim.errors import PdtrimError, RuntimeFailure
+from pdtrim.runtime.start import python_module
 
 PATIENCE = 120  # seconds until a test that hangs fails; a good one never waits for it
 
@@ -244,6 +247,67 @@ def test_when_one_dies_later_everything_ends_and_it_is_named(witness, victim):
         doomed.getresponse()
     assert running.ended() and witness.all_gone()
     assert str(running.error) == f"{fakes[victim].name} ended (exit 3): out of memory"
+
+
+SUPERVISOR = """
+import json, sys
+from pdtrim.engines.vllm.launch import Process
+from pdtrim.engines.vllm.serve import serve
+say = lambda text: print(text, flush=True)
+processes = [Process(**{**p, "command": tuple(p["command"])}) for p in json.loads(sys.argv[1])]
+serve(processes, start_seconds=600, say=say, log=lambda name, line: None)
+"""
+
+
+def test_nothing_is_left_of_a_supervisor_that_is_killed(witness):
+    """Of servers that do not heed anything, nor of the children that they left behind."""
+    fakes = witness.fakes(["child", "stubborn"], ["child", "stubborn"], ["child"])
+    given = json.dumps([dataclasses.asdict(fake) for fake in fakes])
+    command = [sys.executable, "-c", SUPERVISOR, given]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout.readline() == f"OpenAI endpoint: {fakes[2].url}/v1\n"
+        witness.wait_for("prefill 0", "decode 0", "router")
+        running.kill()
+    assert witness.all_gone()
+
+
+def test_a_module_starts_without_the_current_folder_on_any_python(tmp_path):
+    """Also where Python knows no PYTHONSAFEPATH; what PYTHONPATH names is found."""
+    mark = tmp_path / "was-run"
+    for name in ("runpy", "colorsys", "served"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "served.py").write_text("import colorsys, sys; print(sys.argv[1:])")
+    env = {"PYTHONPATH": str(tmp_path / "own")}
+    command = python_module("served", "-m", "a b")
+    for safe in ({}, {"PYTHONSAFEPATH": "1"}):
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env | safe, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == "['-m', 'a b']\n" and not mark.exists()
+
+
+def test_servers_run_nothing_of_the_current_folder(witness, tmp_path, monkeypatch):
+    """Neither the keeper, nor what it starts, nor what that starts in turn."""
+    mark = tmp_path / "was-run"
+    for name in ("subprocess", "signal", "http", "pdtrim", "colorsys"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "served.py").write_text(
+        "import colorsys, sys, subprocess\n"
+        "if sys.version_info >= (3, 11):\n"
+        "    subprocess.run([sys.executable, '-c', 'import colorsys'], check=True)\n"
+        "print(__name__, sys.argv[1:])\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "own"), prepend=os.pathsep)
+    prefill, decode, router = witness.fakes()
+    command = python_module("served", "-m", "x")
+    module = Process(name=decode.name, command=command, env={}, url=decode.url)
+    running = Running([prefill, module, router])
+    assert running.ended()
+    assert str(running.error) == "decode 0 ended (exit 0): __main__ ['-m', 'x']"
+    assert not mark.exists()
 
 
 def test_one_that_does_not_heed_sigterm_is_killed(witness, monkeypatch):

@@ -1,11 +1,15 @@
 """A request's KV in coded form: the range, its pool and its ticket. No vLLM here."""
 
+import itertools
+import struct
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from helpers import first_last, make_plan, tiny_model
+from pdtrim.engines.vllm import checksum as module
+from pdtrim.engines.vllm.checksum import checksum
 from pdtrim.engines.vllm.pages import check_servable, is_coded
 from pdtrim.engines.vllm.staging import (
     ALIGN,
@@ -13,7 +17,6 @@ from pdtrim.engines.vllm.staging import (
     Form,
     Pool,
     Ticket,
-    checksum,
     pool_bytes,
 )
 from pdtrim.errors import WireError
@@ -97,7 +100,7 @@ def test_a_range_that_is_not_this_requests_is_refused():
     for at in (HEAD.size, form.start + 5, len(staged) - 1):
         torn = staged.clone()
         torn[at] += 1
-        with pytest.raises(WireError, match="overwritten"):
+        with pytest.raises(WireError, match="not those that prefill wrote"):
             list(form.read(torn, NONCE))
 
 
@@ -110,7 +113,7 @@ def test_a_range_that_another_prompt_overwrote_in_part_is_refused(cut):
     form.write(new, NONCE, kept(form, kv))
     at = int(len(old) * cut)
     for torn in (torch.cat((old[:at], new[at:])), torch.cat((new[:at], old[at:]))):
-        with pytest.raises(WireError, match="overwritten"):
+        with pytest.raises(WireError, match="not those that prefill wrote"):
             list(form.read(torn, NONCE))
 
 
@@ -125,6 +128,58 @@ def test_a_table_that_lies_is_refused():
         with pytest.raises(WireError, match=words):
             list(form.read(staged, NONCE))
         table[0] -= change
+
+
+def reference_checksum(data):
+    """SplitMix64's finaliser in whole numbers."""
+    total = 0
+    for number, (word,) in enumerate(struct.iter_unpack("<Q", data), start=1):
+        z = (word + number * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        total += z ^ z >> 31
+    return total % 2**64
+
+
+def test_the_checksum_is_splitmix64_whatever_the_chunks(monkeypatch):
+    data = torch.randint(0, 256, (8 * 100,), dtype=torch.uint8)
+    wanted = reference_checksum(bytes(data.tolist()))
+    for chunk in (1, 7, 100, 4096):
+        monkeypatch.setattr(module, "CHUNK_HOST", chunk)
+        assert int(checksum(data)) % 2**64 == wanted
+
+
+def test_no_flipped_bit_of_a_range_is_accepted(monkeypatch):
+    """In the head, the table and the data; nothing of it is decoded."""
+    form, staged, _ = written(plan_of("entropy", "raw"), 2)
+    list(form.read(staged, NONCE))
+    for part in form.parts:
+        monkeypatch.setattr(type(part.codec), "decode", lambda *a: pytest.fail("decoded"))
+    assert len(staged) > 500
+    for at in range(len(staged)):
+        for bit in range(8):
+            staged[at] ^= 1 << bit
+            with pytest.raises(WireError):
+                list(form.read(staged, NONCE))
+            staged[at] ^= 1 << bit
+
+
+def test_two_flipped_bits_are_seen():
+    """The same bit of two words too, bit 63 among them: sums of products do not see it twice."""
+    generator = torch.Generator().manual_seed(0)
+    for words in (torch.zeros(16, dtype=torch.int64), torch.randint(-(2**62), 2**62, (16,))):
+        whole = int(checksum(words.view(torch.uint8)))
+        for bit in range(64):
+            for a, b in itertools.combinations(range(6), 2):
+                spoiled = words.clone()
+                spoiled[[a, b]] ^= torch.tensor(1 << bit if bit < 63 else -(1 << 63))
+                assert int(checksum(spoiled.view(torch.uint8))) != whole, (bit, a, b)
+        for a, b in torch.randint(0, 16 * 64, (500, 2), generator=generator).tolist():
+            if a != b:
+                data = words.view(torch.uint8).clone()
+                data[a // 8] ^= 1 << a % 8
+                data[b // 8] ^= 1 << b % 8
+                assert int(checksum(data)) != whole, (a, b)
 
 
 def test_the_checksum_sees_order():

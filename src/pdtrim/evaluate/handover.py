@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import socket
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class Loopback:
 
 
 def loopback_bytes(plan: PrunePlan, prefill: Model, batch: Batch) -> Loopback:
-    """Counted within this process: the stages' own sender and receiver over a loopback socket.
+    """Counted within this process: the stages' own sender and receiver over a socket pair.
 
     Args:
         prefill: what prefill runs, as in ``TrimPlan.pair``; that is the dense model for a plan
@@ -42,12 +43,15 @@ def loopback_bytes(plan: PrunePlan, prefill: Model, batch: Batch) -> Loopback:
     receiver = Receiver(plan, prefill.dtype)
     sender = PrefillProcess(None, prefill, plan)
     frames = caches = 0
+    ours, theirs = socket.socketpair()
+    sender.attach(ours)
+    receiver.attach(theirs)
     try:
         for prompt in batch.prompt_BP.tolist():
             tokens, request = prompt[:-1], secrets.token_bytes(16)
             receiver.expect(request, len(tokens))
             layout = Layout.of(plan, prefill.dtype, len(tokens))
-            sender.ship(layout, request, sender.run([tokens])[0], receiver.port)
+            sender.ship(layout, request, sender.run([tokens])[0])
             arrived = receiver.take(request)
             frames += arrived.frame_bytes
             groups = [group for layer in arrived.layers.values() for group in layer.groups]

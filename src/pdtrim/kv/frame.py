@@ -1,7 +1,7 @@
-"""The wire format of a handover, version 1: one frame a request.
+"""The wire format of a handover, version 2: one frame a request.
 
     magic     8 bytes   b"PDTRIMKV"
-    version   u16       1
+    version   u16       2
     digest    32 bytes  of the plan; both sides must hold the same
     request   16 bytes  chosen at random by the session
     tokens    u32       prompt tokens handed over
@@ -10,6 +10,7 @@
     payload   u64       bytes after the table
     table     layers x (u16 layer, u32 mask bytes, u64 data bytes)
     payload   by layer, in table order: the mask, then the data
+    hash      32 bytes  SHA-256 of all bytes before
 
 All integers are little-endian. The *mask* says which pairs travel, one bit each, lowest bit first,
 a row of whole bytes for each KV head; one row if the selector keeps the same tokens of all heads;
@@ -19,15 +20,18 @@ of variable length writes a u32 length before each piece.
 
 The KV heads of a layer are those that decode has; what prefill makes beside them stays there.
 
-The plan bounds every size, so the receiver checks each length before it allocates; a length that a
-peer claims is never trusted.
+The hash tells bytes that changed on the way, whichever bit it was; it is no signature. The plan
+bounds every size, so the receiver checks each length before it allocates; a length that a peer
+claims is never trusted. Nothing is decoded before the hash was compared.
 
 Shapes: G KV heads, g heads of a group, N prompt tokens, M kept tokens, D head width.
 """
 
 from __future__ import annotations
 
+import hashlib
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +45,9 @@ from pdtrim.kv.selectors import StaticSelector
 from pdtrim.plan import PrunePlan
 
 MAGIC = b"PDTRIMKV"
-VERSION = 1
+VERSION = 2
+HASH = "sha256"  # with the processors' own instructions faster than BLAKE2
+HASH_BYTES = 32
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD = struct.Struct("<8sH32s16sIBHQ")
 ENTRY = struct.Struct("<HIQ")
@@ -127,7 +133,7 @@ class Layout:
     @property
     def frame_bytes(self) -> int:
         """Bytes of the whole frame, what crosses the socket; the most, unless :attr:`exact`."""
-        return HEAD.size + ENTRY.size * len(self.entries) + self.payload_bytes
+        return HEAD.size + ENTRY.size * len(self.entries) + self.payload_bytes + HASH_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +148,11 @@ class Opening:
     payload_bytes: int
 
 
-def encode_frame(layout: Layout, request: bytes, layers: dict[int, SentLayer]) -> list[Tensor]:
-    """A frame as byte tensors on the CPU, ready to be written one after the other."""
+def encode_frame(layout: Layout, request: bytes, layers: dict[int, SentLayer]) -> Iterator[Tensor]:
+    """A frame as byte tensors on the CPU, to be written one after the other.
+
+    Each is hashed when it is asked for, so that it is read while the one before is under way.
+    """
     table, payload = b"", []
     for entry in layout.entries:
         sent = layers[entry.layer]
@@ -163,7 +172,11 @@ def encode_frame(layout: Layout, request: bytes, layers: dict[int, SentLayer]) -
         len(layout.entries),
         sum(piece.numel() for piece in payload),
     )
-    return [_bytes(fixed + table), *payload]
+    digest = hashlib.new(HASH)
+    for piece in (_bytes(fixed + table), *payload):
+        digest.update(piece.numpy().data)
+        yield piece
+    yield _bytes(digest.digest())
 
 
 def parse_opening(raw: bytes) -> Opening:

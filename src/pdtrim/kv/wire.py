@@ -5,14 +5,19 @@ Answer to a frame: u8 status (0 taken, 1 refused), u16 length, UTF-8 reason.
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import struct
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from pdtrim.errors import WireError
 from pdtrim.kv.frame import (
     ENTRY,
+    HASH,
+    HASH_BYTES,
     HEAD,
     MAGIC,
     Entry,
@@ -28,6 +33,9 @@ from pdtrim.kv.frame import (
     unpack_mask,
 )
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
+
 ANSWER = struct.Struct("<BH")
 
 
@@ -42,41 +50,83 @@ def send_frame(
     return sent
 
 
-def read_opening(link: socket.socket) -> Opening | None:
-    """Read a frame's fixed part; None if the peer closed the connection between frames.
+class FrameReader:
+    """Reads one frame.
 
-    Raises:
-        WireError: not a frame of this version, or truncated.
+    Attributes:
+        count: bytes read from the socket so far.
     """
-    raw = bytearray(HEAD.size)
-    got = _fill(link, memoryview(raw))
-    if got == 0:
-        return None
-    if not bytes(raw[:got]).startswith(MAGIC[:got]):
-        raise WireError("not a pdtrim KV frame: wrong magic")
-    if got < HEAD.size:
-        raise WireError(f"truncated frame: {got} of {HEAD.size} header bytes came")
-    return parse_opening(bytes(raw))
 
+    def __init__(self, link: socket.socket) -> None:
+        self.count = 0
+        self._link = link
+        self._hash = hashlib.new(HASH)
 
-def read_body(
-    link: socket.socket, opening: Opening, layout: Layout
-) -> tuple[dict[int, SentLayer], int]:
-    """Read what follows an opening that must match ``layout``; returns (layers, frame bytes).
+    def opening(self) -> Opening | None:
+        """Read the fixed part; None if the peer closed the connection between frames.
 
-    Raises:
-        WireError: anything differs from the layout, or the frame is truncated. Nothing is
-            allocated before its length has been checked.
-    """
-    check_opening(opening, layout)
-    table = bytearray(ENTRY.size * len(layout.entries))
-    _fill_all(link, table)
-    sizes = check_table(bytes(table), opening, layout)
-    layers = {
-        entry.layer: _read_layer(link, entry, data_bytes, layout)
-        for entry, data_bytes in zip(layout.entries, sizes, strict=True)
-    }
-    return layers, HEAD.size + len(table) + opening.payload_bytes
+        Raises:
+            WireError: not a frame of this version, or truncated.
+        """
+        raw = bytearray(HEAD.size)
+        got = _fill(self._link, memoryview(raw))
+        if got == 0:
+            return None
+        if not bytes(raw[:got]).startswith(MAGIC[:got]):
+            raise WireError("not a pdtrim KV frame: wrong magic")
+        if got < HEAD.size:
+            raise WireError(f"truncated frame: {got} of {HEAD.size} header bytes came")
+        self._hash.update(raw)
+        self.count += got
+        return parse_opening(bytes(raw))
+
+    def body(self, opening: Opening, layout: Layout) -> dict[int, SentLayer]:
+        """Read what follows an opening that must match ``layout``.
+
+        Raises:
+            WireError: anything differs from the layout or from the hash, or the frame is
+                truncated. Nothing is allocated before its length has been checked, and nothing is
+                decoded before the hash has.
+        """
+        check_opening(opening, layout)
+        table = bytearray(ENTRY.size * len(layout.entries))
+        self._read(table)
+        sizes = check_table(bytes(table), opening, layout)
+        raw = [
+            self._layer(entry, data_bytes, layout)
+            for entry, data_bytes in zip(layout.entries, sizes, strict=True)
+        ]
+        wanted, found = self._hash.digest(), bytearray(HASH_BYTES)
+        self._read(found)
+        if found != wanted:
+            raise WireError("the frame's hash does not fit its bytes: they changed on the way")
+        layers = {}
+        for entry in layout.entries:
+            keep_GN, data = raw.pop(0)  # its bytes are freed as soon as they are decoded
+            groups = decode_groups(entry, data, keep_GN, layout)
+            layers[entry.layer] = SentLayer(keep_GN=keep_GN, groups=groups)
+        return layers
+
+    def _layer(self, entry: Entry, data_bytes: int, layout: Layout) -> tuple[Tensor, Tensor]:
+        G, N = entry.num_heads, layout.tokens
+        if entry.static_GN is None:
+            mask = torch.empty(entry.mask_bytes, dtype=torch.uint8)
+            self._read(mask.numpy().data)
+            keep_GN = unpack_mask(mask, entry.mask_rows, N).expand(G, N)
+        else:
+            keep_GN = entry.static_GN
+        most = data_bytes_of(entry.codec, keep_GN, layout.head_dim, layout.dtype)
+        if data_bytes > most or (not entry.codec.variable and data_bytes != most):
+            raise WireError(f"layer {entry.layer}: {data_bytes} bytes do not fit its mask")
+        data = torch.empty(data_bytes, dtype=torch.uint8)
+        self._read(data.numpy().data)
+        return keep_GN, data
+
+    def _read(self, buffer: Buffer) -> None:
+        """Fill a buffer, and add it to the hash."""
+        _fill_all(self._link, buffer)
+        self._hash.update(buffer)
+        self.count += memoryview(buffer).nbytes
 
 
 def send_answer(link: socket.socket, problem: str | None) -> None:
@@ -100,24 +150,8 @@ def read_answer(link: socket.socket) -> None:
         raise WireError(f"decode refused the handover: {text.decode(errors='replace')}")
 
 
-def _read_layer(link: socket.socket, entry: Entry, data_bytes: int, layout: Layout) -> SentLayer:
-    G, N = entry.num_heads, layout.tokens
-    if entry.static_GN is None:
-        mask = torch.empty(entry.mask_bytes, dtype=torch.uint8)
-        _fill_all(link, mask.numpy())
-        keep_GN = unpack_mask(mask, entry.mask_rows, N).expand(G, N)
-    else:
-        keep_GN = entry.static_GN
-    most = data_bytes_of(entry.codec, keep_GN, layout.head_dim, layout.dtype)
-    if data_bytes > most or (not entry.codec.variable and data_bytes != most):
-        raise WireError(f"layer {entry.layer}: {data_bytes} bytes do not fit its mask")
-    data = torch.empty(data_bytes, dtype=torch.uint8)
-    _fill_all(link, data.numpy())
-    return SentLayer(keep_GN=keep_GN, groups=decode_groups(entry, data, keep_GN, layout))
-
-
-def _fill_all(link: socket.socket, buffer: object) -> None:
-    view = memoryview(buffer)  # type: ignore[arg-type]
+def _fill_all(link: socket.socket, buffer: Buffer) -> None:
+    view = memoryview(buffer)
     got = _fill(link, view)
     if got < view.nbytes:
         raise WireError(f"truncated frame: {got} of {view.nbytes} bytes came")

@@ -1,13 +1,10 @@
 """The decode process: takes handed-over KV caches and generates from them, or scores given text.
 
-Run by the session as ``python -m pdtrim.runtime.decode DIR/decode [--masked]``.
-
 Shapes: B requests of a batch, C continuation tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 
 import torch
@@ -16,11 +13,10 @@ from torch import Tensor
 
 from pdtrim.kv.frame import SentLayer
 from pdtrim.kv.join import join
-from pdtrim.kv.layout import CacheLayout, masked
 from pdtrim.models.checkpoint import load_stage
 from pdtrim.models.model import Model
 from pdtrim.plan import PrunePlan
-from pdtrim.runtime.control import Control, Message
+from pdtrim.runtime.control import Control, Handlers, Message
 from pdtrim.runtime.receiver import Receiver
 from pdtrim.stage import generate
 from pdtrim.stage.cache import LayerCache
@@ -30,30 +26,39 @@ from pdtrim.stage.sampling import Sampler, Sampling
 class DecodeProcess:
     """Holds the decode model and the receiver of caches."""
 
-    def __init__(
-        self,
-        control: Control,
-        model: Model,
-        plan: PrunePlan,
-        layout: CacheLayout = "compact",
-    ) -> None:
+    def __init__(self, control: Control, model: Model, plan: PrunePlan) -> None:
         self.control = control
         self.model = model
         self.plan = plan
-        self.layout = layout
         self.receiver = Receiver(plan, model.dtype)
 
+    @property
+    def handlers(self) -> Handlers:
+        """What the session can order."""
+        return {
+            "link": self.link,
+            "expect": self.expect,
+            "rest": self.rest,
+            "generate": self.generate,
+            "score": self.score,
+        }
+
+    def link(self, order: Message) -> None:
+        """Take the stream on which frames will come."""
+        self.receiver.attach(self.control.take_socket())
+        self.control.send("linked")
+
     def expect(self, order: Message) -> None:
-        """Announce requests whose frames may come."""
+        """Announce the requests of a batch, whose frames may come; earlier ones are forgotten."""
+        self.receiver.clear()
         for request in order["requests"]:
             self.receiver.expect(bytes.fromhex(request["id"]), request["tokens"])
         self.control.send("expecting")
 
-    def forget(self, order: Message) -> None:
-        """Drop requests that prefill could not deliver."""
-        for request in order["requests"]:
-            self.receiver.forget(bytes.fromhex(request["id"]))
-        self.control.send("forgotten")
+    def rest(self, order: Message) -> None:
+        """Drop what has come or may come of a batch that was abandoned."""
+        self.receiver.clear()
+        self.control.send("resting")
 
     def generate(self, order: Message) -> None:
         """Sample up to ``max_new_tokens`` a request; each step is one event."""
@@ -74,6 +79,7 @@ class DecodeProcess:
             sampler,
             max_new_tokens=order["max_new_tokens"],
         ):
+            self.control.check()
             ids = ids_B.tolist()
             self.control.send("tokens", rows=sorted(running), ids=[ids[r] for r in sorted(running)])
             running = {row for row in running if ids[row] not in stop}
@@ -120,9 +126,6 @@ class DecodeProcess:
     def _layer_cache(self, layer: int, sent: list[SentLayer], capacity: int) -> LayerCache:
         sent = [self._with_bias(layer, s.to(self.model.device)) for s in sent]
         groups = join(sent)
-        if self.layout == "masked":
-            tokens = max(s.keep_GN.shape[1] for s in sent)
-            groups = [one for group in groups for one in masked(group, tokens)]
         return LayerCache(groups, capacity=capacity, window=self.model.block(layer).window)
 
     def _with_bias(self, layer: int, sent: SentLayer) -> SentLayer:
@@ -137,26 +140,6 @@ class DecodeProcess:
         return SentLayer(keep_GN=sent.keep_GN, groups=groups)
 
 
-def main() -> None:
-    """Load the checkpoint, open the receiver, say so, and serve."""
-    control = Control()
-    try:
-        model, plan = load_stage(sys.argv[1], "decode")
-    except ValueError as error:
-        control.send("error", message=str(error))
-        return
-    layout: CacheLayout = "masked" if sys.argv[2:] == ["--masked"] else "compact"
-    process = DecodeProcess(control, model, plan, layout)
-    control.send("ready", digest=plan.digest, port=process.receiver.port)
-    control.serve(
-        {
-            "expect": process.expect,
-            "forget": process.forget,
-            "generate": process.generate,
-            "score": process.score,
-        }
-    )
-
-
-if __name__ == "__main__":
-    main()
+def load(control: Control, folder: str) -> DecodeProcess:
+    """Read the checkpoint in ``folder``."""
+    return DecodeProcess(control, *load_stage(folder, "decode"))

@@ -1,44 +1,62 @@
-"""The prefill process: runs prompts and ships their pruned KV cache to decode.
-
-Run by the session as ``python -m pdtrim.runtime.prefill DIR/prefill``.
-"""
+"""The prefill process: runs prompts and ships their pruned KV cache to decode."""
 
 from __future__ import annotations
 
 import socket
-import sys
 import time
 
 import torch
 
+from pdtrim.errors import WireError
 from pdtrim.kv.frame import Layout, SentLayer
 from pdtrim.kv.policy import HandoverPolicy, to_code
 from pdtrim.kv.wire import read_answer, send_frame
 from pdtrim.models.checkpoint import load_stage
 from pdtrim.models.model import Model
 from pdtrim.plan import PrunePlan
-from pdtrim.runtime.control import Control, Message
+from pdtrim.runtime.control import Control, Handlers, Message
 from pdtrim.stage import generate
 
-CONNECT_TIMEOUT_S = 10.0
 HANDOVER_TIMEOUT_S = 120.0
 
 
 class PrefillProcess:
-    """Holds the prefill model and, while it lasts, one connection to decode."""
+    """Holds the prefill model and, while it lasts, one stream to decode."""
 
     def __init__(self, control: Control | None, model: Model, plan: PrunePlan) -> None:
         self.control = control
         self.model = model
         self.plan = plan
         self.policy = HandoverPolicy.of(plan)
-        self.link: socket.socket | None = None
+        self.stream: socket.socket | None = None
+
+    @property
+    def handlers(self) -> Handlers:
+        """What the session can order."""
+        return {"link": self.link, "prefill": self.prefill, "rest": self.rest}
+
+    def attach(self, stream: socket.socket) -> None:
+        """Send frames on this stream, and no longer on the one before."""
+        self.close()
+        stream.settimeout(HANDOVER_TIMEOUT_S)
+        self.stream = stream
 
     def close(self) -> None:
-        """End the connection to decode."""
-        if self.link is not None:
-            self.link.close()
-            self.link = None
+        """End the stream to decode."""
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
+
+    def link(self, order: Message) -> None:
+        """Take the stream to decode."""
+        assert self.control is not None
+        self.attach(self.control.take_socket())
+        self.control.send("linked")
+
+    def rest(self, order: Message) -> None:
+        """Do nothing, as the order before was abandoned."""
+        assert self.control is not None
+        self.control.send("resting")
 
     def prefill(self, order: Message) -> None:
         """Run a batch of prompts and hand over each; ``tokens`` leave out the last one."""
@@ -50,7 +68,7 @@ class PrefillProcess:
         sent = []
         for request, layers in zip(requests, caches, strict=True):
             layout = Layout.of(self.plan, self.model.dtype, len(request["tokens"]))
-            sent.append(self.ship(layout, bytes.fromhex(request["id"]), layers, order["port"]))
+            sent.append(self.ship(layout, bytes.fromhex(request["id"]), layers))
         assert self.control is not None
         self.control.send(
             "prefilled",
@@ -66,39 +84,34 @@ class PrefillProcess:
         ).to(self.model.device)
         caches: list[dict[int, SentLayer]] = [{} for _ in prompts]
         for layer, view in generate.prefill(self.model, ids_BT, self.plan.gates):
+            if self.control is not None:
+                self.control.check()
             for row, tokens in enumerate(prompts):
                 own = view.row(row, len(tokens))
                 keep_BGN, groups = to_code(self.policy, layer, own)
                 caches[row][layer] = SentLayer(keep_GN=keep_BGN[0], groups=groups)
         return caches
 
-    def ship(self, layout: Layout, request: bytes, layers: dict[int, SentLayer], port: int) -> int:
-        """Send one frame and wait until decode has taken it; returns the bytes sent."""
-        if self.link is None:
-            self.link = socket.create_connection(("127.0.0.1", port), timeout=CONNECT_TIMEOUT_S)
-            self.link.settimeout(HANDOVER_TIMEOUT_S)
-            self.link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def ship(self, layout: Layout, request: bytes, layers: dict[int, SentLayer]) -> int:
+        """Send one frame and wait until decode has taken it; returns the bytes sent.
+
+        Raises:
+            WireError: decode refused it, or is gone.
+        """
+        if self.stream is None:
+            raise WireError("there is no stream to decode")
         try:
-            sent = send_frame(self.link, layout, request, layers)
-            read_answer(self.link)
-        except Exception:
-            self.close()  # the stream's state is unknown: start a new one next time
+            sent = send_frame(self.stream, layout, request, layers)
+            read_answer(self.stream)
+        except OSError as error:
+            self.close()
+            raise WireError(f"the handover to decode broke: {error}") from error
+        except BaseException:
+            self.close()  # the stream's state is unknown: the session makes a new one
             raise
         return sent
 
 
-def main() -> None:
-    """Load the checkpoint, say so, and serve."""
-    control = Control()
-    try:
-        model, plan = load_stage(sys.argv[1], "prefill")
-    except ValueError as error:
-        control.send("error", message=str(error))
-        return
-    process = PrefillProcess(control, model, plan)
-    control.send("ready", digest=plan.digest)
-    control.serve({"prefill": process.prefill})
-
-
-if __name__ == "__main__":
-    main()
+def load(control: Control, folder: str) -> PrefillProcess:
+    """Read the checkpoint in ``folder``."""
+    return PrefillProcess(control, *load_stage(folder, "prefill"))

@@ -1,12 +1,14 @@
-"""Decode's side of the handover: a loopback socket that takes frames of expected requests.
+"""Decode's side of the handover: takes frames of expected requests from a stream.
 
 A frame is taken only for a request that the session announced, with the layout that the plan gives
-for its token count. Anything else is refused with a reason, its connection is closed, and the
-receiver goes on listening.
+for its token count, and only if its hash fits. Anything else is refused with a reason, and its
+stream is closed; the session then gives both stages a new one. There is no port or path at which
+anybody else could speak to decode.
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -16,8 +18,9 @@ import torch
 
 from pdtrim.errors import WireError
 from pdtrim.kv.frame import Layout, SentLayer
-from pdtrim.kv.wire import read_body, read_opening, send_answer
+from pdtrim.kv.wire import FrameReader, send_answer
 from pdtrim.plan import PrunePlan
+from pdtrim.runtime.control import words_of
 
 FRAME_TIMEOUT_S = 120.0
 DRAIN_S = 5.0
@@ -32,7 +35,7 @@ class Arrived:
 
 
 class Receiver:
-    """Listens on 127.0.0.1, on a port that the system chooses."""
+    """Reads one stream at a time, in a thread."""
 
     def __init__(self, plan: PrunePlan, dtype: torch.dtype) -> None:
         self.plan = plan
@@ -40,20 +43,24 @@ class Receiver:
         self.lock = threading.Lock()
         self.expected: dict[bytes, int] = {}
         self.arrived: dict[bytes, Arrived] = {}
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self.listener.getsockname()[1]
-        threading.Thread(target=self._listen, daemon=True).start()
+        self.stream: socket.socket | None = None
+
+    def attach(self, stream: socket.socket) -> None:
+        """Take frames from this stream, and no longer from the one before."""
+        self.close()
+        self.stream = stream
+        threading.Thread(target=self._serve, args=(stream,), daemon=True).start()
 
     def expect(self, request: bytes, tokens: int) -> None:
         """Allow one frame for a request of ``tokens`` handed-over prompt tokens."""
         with self.lock:
             self.expected[request] = tokens
 
-    def forget(self, request: bytes) -> None:
-        """Drop a request that will not be decoded."""
+    def clear(self) -> None:
+        """Drop all requests, whether they have come or not."""
         with self.lock:
-            self.expected.pop(request, None)
-            self.arrived.pop(request, None)
+            self.expected.clear()
+            self.arrived.clear()
 
     def take(self, request: bytes) -> Arrived:
         """The request's cache, which prefill has confirmed to be here.
@@ -68,53 +75,49 @@ class Receiver:
         return arrived
 
     def close(self) -> None:
-        """Stop listening; connections that are open end with their peers."""
-        self.listener.close()
+        """Take no more frames. The thread that reads closes the stream."""
+        if self.stream is not None:
+            with contextlib.suppress(OSError):  # it is closed already
+                self.stream.shutdown(socket.SHUT_RDWR)
+            self.stream = None
 
-    def _listen(self) -> None:
-        while True:
+    def _serve(self, stream: socket.socket) -> None:
+        with stream:
+            stream.settimeout(None)  # between frames it may rest
             try:
-                link, _ = self.listener.accept()
-            except OSError:
-                return  # closed
-            threading.Thread(target=self._serve, args=(link,), daemon=True).start()
-
-    def _serve(self, link: socket.socket) -> None:
-        with link:
-            link.settimeout(None)  # between frames a connection may rest
-            try:
-                while self._take_frame(link):
-                    send_answer(link, None)
-            except WireError as error:
-                self._refuse(link, str(error))
+                while self._take_frame(stream):
+                    send_answer(stream, None)
             except OSError:
                 return
+            except Exception as error:  # a codec may fail in any way at bytes that lie
+                self._refuse(stream, words_of(error))
 
-    def _take_frame(self, link: socket.socket) -> bool:
-        opening = read_opening(link)
+    def _take_frame(self, stream: socket.socket) -> bool:
+        frame = FrameReader(stream)
+        opening = frame.opening()
         if opening is None:
             return False
         with self.lock:
             tokens = self.expected.get(opening.request)
         if tokens is None:
             raise WireError("no such request is expected here")
-        link.settimeout(FRAME_TIMEOUT_S)
-        layers, size = read_body(link, opening, Layout.of(self.plan, self.dtype, tokens))
-        link.settimeout(None)
+        stream.settimeout(FRAME_TIMEOUT_S)
+        layers = frame.body(opening, Layout.of(self.plan, self.dtype, tokens))
+        stream.settimeout(None)
         with self.lock:
             if self.expected.pop(opening.request, None) is not None:
-                self.arrived[opening.request] = Arrived(layers=layers, frame_bytes=size)
+                self.arrived[opening.request] = Arrived(layers=layers, frame_bytes=frame.count)
         return True
 
     @staticmethod
-    def _refuse(link: socket.socket, reason: str) -> None:
+    def _refuse(stream: socket.socket, reason: str) -> None:
         try:
-            send_answer(link, reason)
+            send_answer(stream, reason)
             # read what is still under way, or closing would reset the answer away
-            link.shutdown(socket.SHUT_WR)
-            link.settimeout(1.0)
+            stream.shutdown(socket.SHUT_WR)
+            stream.settimeout(1.0)
             until = time.monotonic() + DRAIN_S
-            while time.monotonic() < until and link.recv(1 << 20):
+            while time.monotonic() < until and stream.recv(1 << 20):
                 pass
         except OSError:
             return

@@ -1,37 +1,37 @@
 """A session: starts the two stage processes of an exported pair and routes requests through them.
 
 Each prompt goes to prefill without its last token; prefill ships the pruned KV cache to decode over
-a loopback socket; decode runs the last prompt token and generates.
+a socket pair that the session makes and only these two hold; decode runs the last prompt token and
+generates. Everything that a caller gives is checked here, before a process hears of it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
-import subprocess
-import sys
+import socket
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pdtrim.calibration.tokens import encode
-from pdtrim.errors import PdtrimError, RuntimeFailure
+from pdtrim.errors import PdtrimError
 from pdtrim.exported import check_pair
 from pdtrim.models.checkpoint import read_stage_config
 from pdtrim.models.tokenizers import chat_text, load_tokenizer
-from pdtrim.plan import STAGES, Stage
+from pdtrim.plan import STAGES
 from pdtrim.reading.text import clean
+from pdtrim.runtime import checks
+from pdtrim.runtime.control import Message
+from pdtrim.runtime.process import Patience, StageProcess
 from pdtrim.stage.forward import Batch
 from pdtrim.stage.sampling import Sampling
-
-Message = dict[str, Any]
 
 
 @dataclass(kw_only=True)
@@ -61,74 +61,15 @@ class Timing:
     cache_bytes: int
 
 
-class StageProcess:
-    """One running stage: its orders, its events, its log."""
-
-    def __init__(self, stage: Stage, folder: Path) -> None:
-        self.stage = stage
-        self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
-        # a process group of its own: Ctrl-C reaches the session, which then ends the stages
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", f"pdtrim.runtime.{stage}", str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            start_new_session=True,
-            text=True,
-            encoding="utf-8",
-        )
-
-    def order(self, op: str, **fields: Any) -> None:
-        """Ask for something."""
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps({"op": op, **fields}) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            raise self._ended() from None
-
-    def event(self) -> Message:
-        """The next event.
-
-        Raises:
-            RuntimeFailure: the stage refused the order, or ended.
-        """
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise self._ended()
-        message: Message = json.loads(line)
-        if message["event"] == "error":
-            raise RuntimeFailure(f"{self.stage}: {message['message']}")
-        return message
-
-    def close(self) -> None:
-        """End the process, gently first."""
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
-        try:
-            self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.log.close()
-
-    def _ended(self) -> RuntimeFailure:
-        code = self.process.wait()
-        self.log.seek(0)
-        lines = self.log.read().decode(errors="replace").strip().splitlines()
-        return RuntimeFailure(
-            f"the {self.stage} process ended (exit {code}): {lines[-1] if lines else 'no message'}"
-        )
-
-
 class Session:
     """An exported pair at work. Use it as a context manager.
 
+    Whatever exception ends a request, the next one starts afresh: the stages are told to leave the
+    work, and what they still say of it is dropped.
+
     Args:
         folder: holds ``prefill`` and ``decode``.
+        patience: how long to wait for a process that does not answer.
 
     Raises:
         ModelError: no such checkpoints.
@@ -136,7 +77,7 @@ class Session:
         RuntimeFailure: a process did not start.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, patience: Patience | None = None) -> None:
         folder = Path(folder)
         _, self.plan = read_stage_config(folder / "prefill", "prefill")
         config, decode_plan = read_stage_config(folder / "decode", "decode")
@@ -146,14 +87,17 @@ class Session:
         self.folder = folder
         self.timing: Timing | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._linked = False
+        self._requests = 0
         self._stages: list[StageProcess] = []
+        # a session that nobody closes ends with its last reference
+        self._end = weakref.finalize(self, _close, self._stages)
         try:
             for stage in STAGES:
-                self._stages.append(StageProcess(stage, folder / stage))
+                self._stages.append(StageProcess(stage, folder / stage, patience or Patience()))
             self.prefill, self.decode = self._stages
-            ready = [stage.event() for stage in self._stages]
-            check_pair(*(message["digest"] for message in ready))
-            self.port: int = ready[1]["port"]
+            self.prefill.others, self.decode.others = [self.decode], [self.prefill]
+            check_pair(*(stage.event(0)["digest"] for stage in self._stages))
         except BaseException:
             self.close()
             raise
@@ -165,10 +109,8 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """End both processes."""
-        for stage in self._stages:
-            stage.close()
-        self._stages = []
+        """End both processes, whatever they do."""
+        self._end()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -215,17 +157,19 @@ class Session:
             PdtrimError: an empty or over-long prompt, or an unknown token id.
             RuntimeFailure: a stage refused or ended.
         """
-        tokens = [self.encode(p, chat=chat) if isinstance(p, str) else list(p) for p in prompts]
-        results = [Generation(prompt_tokens=len(t)) for t in tokens]
+        given = checks.listed(prompts, "prompts")
+        tokens = [self.encode(p, chat=chat) if isinstance(p, str) else p for p in given]
+        rows = self._check(tokens, max_new_tokens)
+        stops = self._stops(stop_ids)
+        results = [Generation(prompt_tokens=len(row)) for row in rows]
         for row, token in self.stream(
-            tokens, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids
+            rows, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stops
         ):
             results[row].tokens.append(token)
-        stop = set(self.stop_ids if stop_ids is None else stop_ids)
         for result, size in zip(results, self.kv_bytes, strict=True):
             result.kv_bytes = size
-            result.stopped = bool(result.tokens) and result.tokens[-1] in stop
-            if any(isinstance(p, str) for p in prompts):
+            result.stopped = bool(result.tokens) and result.tokens[-1] in stops
+            if any(isinstance(p, str) for p in given):
                 result.text = str(self.tokenizer.decode(result.tokens, skip_special_tokens=True))
         return results
 
@@ -237,25 +181,24 @@ class Session:
         sampling: Sampling | None = None,
         stop_ids: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, int]]:
-        """Yield (prompt's index, token id) as tokens come. Arguments as in :meth:`generate`."""
-        if max_new_tokens < 1:
-            raise PdtrimError(f"max_new_tokens {max_new_tokens} must be at least 1")
-        requests = self._prefill(prompts, max_new_tokens)
-        config = sampling or Sampling()
-        self.decode.order(
-            "generate",
-            requests=requests,
-            max_new_tokens=max_new_tokens,
-            sampling=vars(config),
-            stop=list(self.stop_ids if stop_ids is None else stop_ids),
-        )
-        try:
-            while (event := self.decode.event())["event"] == "tokens":
+        """Yield (prompt's index, token id) as tokens come. Arguments as in :meth:`generate`.
+
+        Another request ends a stream that has not been read to its end.
+        """
+        rows = self._check(prompts, max_new_tokens)
+        order = {
+            "max_new_tokens": int(max_new_tokens),
+            "sampling": checks.sampling_fields(sampling),
+            "stop": self._stops(stop_ids),
+        }
+        return self._stream(rows, order)
+
+    def _stream(self, rows: list[list[int]], order: Message) -> Iterator[tuple[int, int]]:
+        with self._request():
+            requests = self._prefill(rows)
+            number = self.decode.order("generate", requests=requests, **order)
+            while (event := self.decode.event(number))["event"] == "tokens":
                 yield from zip(event["rows"], event["ids"], strict=True)
-        except GeneratorExit:  # the caller stopped reading: keep orders and events in step
-            while self.decode.event()["event"] == "tokens":
-                pass
-            raise
         self.kv_bytes: list[int] = event["bytes"]
         self.timing = Timing(
             prefill_s=self._prefilled["prefill_s"],
@@ -265,51 +208,86 @@ class Session:
         )
 
     def score(self, batch: Batch) -> Tensor:
-        """Logits ``[B, C, V]`` (fp32) of a batch's continuations, through both processes."""
-        requests = self._prefill(batch.prompt_BP.tolist(), batch.continuation_BC.shape[1])
-        with tempfile.TemporaryDirectory(prefix="pdtrim-") as folder:
+        """Logits ``[B, C, V]`` (fp32) of a batch's continuations, through both processes.
+
+        Raises:
+            PdtrimError: an empty or over-long sequence, or an unknown token id.
+            RuntimeFailure: a stage refused or ended.
+        """
+        rows = self._check(batch.prompt_BP.tolist(), batch.continuation_BC.shape[1])
+        continuation = [
+            checks.token_ids(row, self.vocab_size) for row in batch.continuation_BC.tolist()
+        ]
+        with self._request(), tempfile.TemporaryDirectory(prefix="pdtrim-") as folder:
+            requests = self._prefill(rows)
             file = str(Path(folder) / "logits.safetensors")
-            self.decode.order(
-                "score", requests=requests, continuation=batch.continuation_BC.tolist(), file=file
+            number = self.decode.order(
+                "score", requests=requests, continuation=continuation, file=file
             )
-            self.kv_bytes = self.decode.event()["bytes"]
+            self.kv_bytes = self.decode.event(number)["bytes"]
             return load_file(file)["logits"]
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Message]:
-        """Run prompts through prefill and the handover; returns decode's view of the requests."""
-        if not prompts:
-            raise PdtrimError("no prompt given")
-        for tokens in prompts:
-            self._check_prompt(tokens, new_tokens)
-        requests = [
-            {"id": secrets.token_hex(16), "tokens": len(t) - 1, "last": t[-1]} for t in prompts
-        ]
-        self.decode.order("expect", requests=requests)
-        self.decode.event()
-        self.prefill.order(
-            "prefill",
-            port=self.port,
-            requests=[
-                {"id": r["id"], "tokens": list(t[:-1])}
-                for r, t in zip(requests, prompts, strict=True)
-            ],
-        )
+    @contextlib.contextmanager
+    def _request(self) -> Iterator[None]:
+        """Have both stages leave a request that any exception ends, unless a later one did."""
+        if not self._stages:
+            raise PdtrimError("the session is closed: start another one")
+        self._requests += 1
+        own = self._requests
         try:
-            self._prefilled = self.prefill.event()
-        except RuntimeFailure:
-            self.decode.order("forget", requests=requests)
-            self.decode.event()
+            yield
+        except BaseException:
+            if own == self._requests:
+                for stage in self._stages:
+                    stage.order("rest")
             raise
+
+    def _prefill(self, rows: list[list[int]]) -> list[Message]:
+        """Run prompts through prefill and the handover; returns decode's view of the requests."""
+        requests: list[Message] = [
+            {"id": secrets.token_hex(16), "tokens": len(row) - 1, "last": row[-1]} for row in rows
+        ]
+        prompts = [
+            {"id": request["id"], "tokens": row[:-1]}
+            for request, row in zip(requests, rows, strict=True)
+        ]
+        if not self._linked:
+            for stage, end in zip(self._stages, socket.socketpair(), strict=True):
+                stage.event(stage.order("link", give=end))
+        self._linked = False  # until all frames are through: there may be half a one on it
+        self.decode.event(self.decode.order("expect", requests=requests))
+        self._prefilled = self.prefill.event(self.prefill.order("prefill", requests=prompts))
+        self._linked = True
         return requests
 
-    def _check_prompt(self, tokens: Sequence[int], new_tokens: int) -> None:
-        if not tokens:
-            raise PdtrimError("the prompt is empty: give at least one token")
-        if len(tokens) + new_tokens > self.max_tokens:
-            raise PdtrimError(
-                f"{len(tokens)} prompt tokens and {new_tokens} new ones pass the model's limit of"
-                f" {self.max_tokens}"
-            )
-        for token in tokens:
-            if not 0 <= token < self.vocab_size:
-                raise PdtrimError(f"token id {token} is not in the vocabulary")
+    def _stops(self, stop_ids: Sequence[int] | None) -> list[int]:
+        given = self.stop_ids if stop_ids is None else stop_ids
+        return [checks.whole(i, "stop id") for i in checks.listed(given, "stop_ids")]
+
+    def _check(self, prompts: object, max_new_tokens: object) -> list[list[int]]:
+        """The prompts' token ids, all of the vocabulary, none too many."""
+        new_tokens = checks.whole(max_new_tokens, "max_new_tokens")
+        if new_tokens < 1:
+            raise PdtrimError(f"max_new_tokens {checks.shown(new_tokens)} must be at least 1")
+        rows = [
+            checks.token_ids(prompt, self.vocab_size)
+            for prompt in checks.listed(prompts, "prompts")
+        ]
+        if not rows:
+            raise PdtrimError("no prompt given")
+        for row in rows:
+            if not row:
+                raise PdtrimError("the prompt is empty: give at least one token")
+            if len(row) + new_tokens > self.max_tokens:
+                raise PdtrimError(
+                    f"{len(row)} prompt tokens and {checks.shown(new_tokens)} new ones pass the"
+                    f" model's limit of {self.max_tokens}"
+                )
+        return rows
+
+
+def _close(stages: list[StageProcess]) -> None:
+    for stage in stages:
+        stage.end()
+    while stages:
+        stages.pop().close()

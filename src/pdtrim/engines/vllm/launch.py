@@ -25,6 +25,7 @@ from pdtrim.errors import ModelError, PdtrimError, PlanError
 from pdtrim.exported import check_pair
 from pdtrim.models.checkpoint import read_stage_config
 from pdtrim.plan import STAGES, PrunePlan, Stage
+from pdtrim.runtime.start import python_module
 
 LOOPBACK = "127.0.0.1"
 BLOCK_SIZE = 32  # of a plan that is exact to the token: what vLLM is fast with on CPU and GPU
@@ -222,7 +223,7 @@ def _server(
 ) -> Process:
     folder = config.pair / stage
     port, side_port = next(ports), next(ports)
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command = [*python_module("vllm.entrypoints.openai.api_server")]
     command += ["--model", str(folder), "--served-model-name", name]
     command += ["--host", LOOPBACK, "--port", str(port), "--block-size", str(block_size)]
     command += ["--kv-transfer-config", json.dumps(_transfer(config, stage))]

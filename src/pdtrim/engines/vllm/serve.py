@@ -1,7 +1,8 @@
 """Keeps processes running together: all start, all answer, and when one ends all end.
 
-Each process leads a session and group of its own. A Ctrl-C reaches the supervisor alone, which ends
-the groups in order; whatever a process leaves behind is in its group and ends with it.
+Each process has a session and group of its own. A Ctrl-C reaches the supervisor alone, which ends
+the groups in order; whatever a process leaves behind is in its group and ends with it. The group's
+leader is a keeper (``runtime/keeper.py``), which ends the group when the supervisor is killed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -20,6 +22,7 @@ from types import FrameType
 
 from pdtrim.engines.vllm.launch import Process
 from pdtrim.errors import RuntimeFailure
+from pdtrim.runtime.start import child_env, python_module
 
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.2
@@ -82,11 +85,15 @@ class _Child:
     def __init__(self, process: Process, log: Log) -> None:
         self.process = process
         self.last = "no output"
+        if shutil.which(process.command[0]) is None:
+            raise RuntimeFailure(
+                f"cannot start {process.name}: there is no program {process.command[0]}"
+            )
         try:
             self.popen = subprocess.Popen(
-                process.command,
-                env={**os.environ, **process.env},
-                stdin=subprocess.DEVNULL,
+                python_module("pdtrim.runtime.keeper", *process.command),
+                env=child_env(process.env),
+                stdin=subprocess.PIPE,  # nothing is written: it is open as long as we live
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -124,6 +131,8 @@ class _Child:
         if self.popen.returncode is None:
             os.killpg(self.popen.pid, signal.SIGKILL)
             self.popen.wait()
+        assert self.popen.stdin is not None
+        self.popen.stdin.close()
         self.reader.join(timeout=5)  # its last line; forever if someone left the group
 
     def failure(self) -> RuntimeFailure:

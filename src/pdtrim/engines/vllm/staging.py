@@ -9,7 +9,7 @@ All integers are little-endian. A READ has no owner: behind the end of its lease
 another request's bytes, or be overwritten while it is read. The nonce tells the one, the checksum
 the other. Both sides compute every bound from the plan and the prompt's length.
 
-No vLLM here. Shapes: G KV heads, M kept tokens, D head width, W words of 8 bytes.
+No vLLM here. Shapes: G KV heads, M kept tokens, D head width.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pdtrim.engines.vllm.checksum import checksum
 from pdtrim.engines.vllm.pages import hole_of
 from pdtrim.errors import WireError
 from pdtrim.kv.codecs import CodecBase
@@ -32,7 +33,6 @@ HEAD = struct.Struct("<16sQQQ")
 NONCE_BYTES = 16
 WORD = 8
 ALIGN = 64  # of ranges, so that the head and the words can be viewed as integers
-ROW = 1024  # words of a row of the checksum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ class Form:
         if (tokens, rest) != (self.prompt_tokens, staged.numel() - HEAD.size):
             raise WireError(f"it holds {tokens} tokens in {rest} bytes, which were not announced")
         if int(checksum(staged[HEAD.size :])) % 2**64 != claimed:
-            raise WireError("it was overwritten while it was read")
+            raise WireError("its bytes are not those that prefill wrote: overwritten, or changed")
         sizes = struct.unpack(f"<{len(self.parts)}Q", _host(staged[HEAD.size : self.start]))
         for part, size in zip(self.parts, sizes, strict=True):
             if size > part.most or (size != part.most and not part.codec.variable):
@@ -238,23 +238,6 @@ def pool_bytes(
     lengths = range(max(1, longest - block_size + 1), longest + 1)
     most = max(Form.of(plan, dtype, tokens, block_size).most for tokens in lengths)
     return prompts * -(-most // ALIGN) * ALIGN
-
-
-def checksum(data: Tensor) -> Tensor:
-    """int64 of whole words: of each 1024, sums of rows and of columns, each by its number.
-
-    Nothing of the data's size is allocated, and overflow wraps alike on every device.
-    """
-    words_W = data.view(torch.int64)
-    whole = words_W.numel() // ROW * ROW
-    rows = words_W[:whole].view(-1, ROW)
-    total = _by_number(words_W[whole:])
-    return total + 3 * _by_number(rows.sum(0)) + 5 * _by_number(rows.sum(1))
-
-
-def _by_number(words: Tensor) -> Tensor:
-    odd = torch.arange(words.numel(), device=words.device).mul_(2).add_(1)
-    return (words * odd).sum()
 
 
 def _words(nbytes: int) -> int:

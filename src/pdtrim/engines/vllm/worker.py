@@ -17,7 +17,7 @@ from pdtrim.engines.vllm.metrics import HANDOVER, SKIPPED_LAYER, SKIPPED_TOKEN, 
 from pdtrim.engines.vllm.pages import hole_of, pages_of
 from pdtrim.engines.vllm.stage import Served, prefill_to_decode, slot_of
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 def identity(vllm_config: Any, served: Served) -> str:
