@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pdtrim.finite import finite
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
-from pdtrim.stage.forward import Batch, Pair, streams
+from pdtrim.stage.forward import Batch, Pair, Trace, streams
 
 TOP = 512
 HEAD_ROWS = 64
@@ -40,7 +41,9 @@ class Teacher:
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for start in range(0, len(batch), rows):
             part = batch[start : start + rows]
-            y = streams(Pair.dense(model), part, Gates.dense(model.num_layers))[-1][1]
+            trace = streams(Pair.dense(model), part, Gates.dense(model.num_layers))
+            check_streams(model, trace)
+            y = trace[-1][1]
             for y_RE in y.flatten(0, 1).split(HEAD_ROWS):
                 logp_RV = F.log_softmax(model.head(y_RE), -1, dtype=torch.float32)
                 logp_RK, ids_RK = logp_RV.topk(top, dim=-1)
@@ -72,6 +75,19 @@ class Teacher:
             logq = F.log_softmax(model.head(y), -1, dtype=torch.float32).gather(-1, ids)
             parts.append(bucketed_kl(logp, rest, logq))
         return torch.cat(parts).view(B, C).mean(1)
+
+
+def check_streams(model: Model, trace: Trace) -> None:
+    """Refuse a text on which the dense model makes NaN or infinity.
+
+    Raises:
+        PdtrimError: it does; the message names the first layer that writes some.
+    """
+    if bool(torch.isfinite(trace[-1][1]).all()):
+        return
+    for layer, written in enumerate(trace[1:]):
+        for stream in written:
+            finite(stream, f"what layer {layer} of '{model.name}' writes on the calibration text")
 
 
 def log_rest(logp_RK: Tensor) -> Tensor:

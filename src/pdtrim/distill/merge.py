@@ -22,6 +22,7 @@ from torch import Tensor
 from pdtrim.distill.schedule import rows_of
 from pdtrim.distill.student import DTYPES, Compute, Descent, Student, by_layer, frozen
 from pdtrim.errors import PlanError
+from pdtrim.finite import finite
 from pdtrim.kv.policy import HandoverPolicy, hand_over
 from pdtrim.models.model import Model
 from pdtrim.models.replace import Weights
@@ -153,6 +154,7 @@ def relative_error(
 def better_slot(dense: Model, seen: Observed) -> tuple[int, float]:
     """Which of the two dense blocks alone comes nearer to both, and its relative error."""
     errors = {layer: relative_error(dense, dense, seen, layer) for layer in seen.entering}
+    finite(torch.tensor(list(errors.values())), "the error of a merged block")
     layer = min(errors, key=errors.__getitem__)
     return layer, errors[layer]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pdtrim.distill.schedule import rate_share
+from pdtrim.finite import finite
 from pdtrim.models.model import Model
 from pdtrim.models.replace import Weights, swap_blocks
 from pdtrim.plan import Gates
@@ -116,12 +117,17 @@ class Student:
                 weight.grad = None
 
     def step(self, step: int) -> None:
-        """One update with what was collected, at the learning rate of step ``step`` (from 0)."""
+        """One update with what was collected, at the learning rate of step ``step`` (from 0).
+
+        Raises:
+            PdtrimError: the gradient is NaN or infinite; nothing was updated.
+        """
+        norm = nn.utils.clip_grad_norm_(self.masters.values(), CLIP)
+        finite(norm, f"the gradient of step {step + 1}")
         descent = self.descent
         share = rate_share(step, descent.steps, descent.warmup)
         for group in self._adam.param_groups:
             group["lr"] = descent.learning_rate * share
-        nn.utils.clip_grad_norm_(self.masters.values(), CLIP)
         self._adam.step()
         self._adam.zero_grad(set_to_none=False)
         self._publish()

@@ -21,6 +21,7 @@ from pdtrim.distill.loss import backward_kl, dense_stream, kl_of
 from pdtrim.distill.schedule import rows_of
 from pdtrim.distill.student import DTYPES, Student, by_layer, frozen
 from pdtrim.distill.trainable import trainable_layers
+from pdtrim.finite import finite
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.models.replace import Weights
@@ -71,6 +72,7 @@ def distill(
 
     Raises:
         PlanError: nothing to train, no rows, or the checkpoint is not of this run.
+        PdtrimError: the loss or a gradient is NaN or infinite: the training ends there.
     """
     job = Job(
         model=model,
@@ -168,8 +170,9 @@ class _Run:
             at = torch.tensor(rows[first : first + config.rows])
             losses.append(self._backward(at, share=1 / config.accumulate))
             self.student.collect()
+        loss = finite(torch.stack(losses).mean(), f"the loss of step {position.step + 1}")
         self.student.step(position.step)
-        position.losses.append(float(torch.stack(losses).mean()))
+        position.losses.append(float(loss))
         position.step += 1
 
     def _backward(self, at: Tensor, *, share: float) -> Tensor:
@@ -194,7 +197,7 @@ class _Run:
         point = Point(
             step=position.step,
             train_kl=sum(losses) / len(losses) if losses else None,
-            held_out_kl=float(torch.cat(parts).mean()),
+            held_out_kl=float(finite(torch.cat(parts), "the held-out KL").mean()),
             seconds=self._seconds,
         )
         position.history.append(point)
@@ -224,7 +227,7 @@ class _Run:
 
 
 def _best(history: list[Point]) -> int:
-    """Index of the lowest held-out KL, the first of equals; a KL that is not a number never is."""
+    """Index of the lowest held-out KL, the first of equals."""
     best = 0
     for i, point in enumerate(history):
         if point.held_out_kl < history[best].held_out_kl:

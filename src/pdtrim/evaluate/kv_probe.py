@@ -1,35 +1,62 @@
-"""A few needles before a codec is trusted with a model.
+"""A few needles and a KL before a codec is trusted with a model.
 
 Some models break under a codec that others bear: Qwen2.5-7B is reported to find 0 to 4 % of needles
 with symmetric 4-bit keys a token, because a few of its key channels are huge. The probe asks a
-handful of needles with the plan's codecs, every pair kept, and without them. Selectors are left
-out: what they lose is a choice, a codec that breaks the model is a mistake.
+handful of needles with the plan's codecs, every pair kept, and without them; and it measures how
+far the codecs move what the model says next, which needles of a model that finds few cannot tell.
+Selectors are left out: what they lose is a choice, a codec that breaks the model is a mistake.
+
+Shapes: B rows, P prompt tokens, C continuation tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
 
 from pdtrim.calibration.tokens import encode_for
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.kv_suite import retrieval_scores
-from pdtrim.evaluate.retrieval import generate
-from pdtrim.kv.codecs import Lossless, Raw
+from pdtrim.evaluate.quality import Variant, measure_quality
+from pdtrim.evaluate.retrieval import Probe, generate
+from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates, LayerKV, PrunePlan
 from pdtrim.progress import Progress, silent
-from pdtrim.stage.forward import Pair
+from pdtrim.stage.forward import Batch, Pair
+
+TRIED = ("int3", "int3:rotate=true", "int4", "int4:rotate=true", "fp8", "int8", "lossless")
+"""What a refusal may advise, smaller first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """Needles, prompt length, and the share of the findable ones that must still be found."""
+    """Needles, prompt length, and what must hold.
+
+    Attributes:
+        share: of the needles that are found plainly, those that must still be found.
+        kl: the most that the codecs may cost, nats a token.
+        copied: tokens of the prompt that the KL's continuation begins anew; as many go on from it.
+    """
 
     needles: int = 6
     tokens: int = 256
     share: float = 0.5
     seed: int = 0
+    kl: float = 0.5
+    copied: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probed:
+    """Needles found with the plan's codecs and without, and the codecs' KL in nats a token."""
+
+    found: int
+    plainly: int
+    kl: float
 
 
 def check_codecs(
@@ -38,13 +65,14 @@ def check_codecs(
     config: ProbeConfig = ProbeConfig(),
     *,
     progress: Progress = silent,
-) -> tuple[int, int] | None:
-    """Needles found (with the plan's codecs, without); None where the plan loses no bits.
+) -> Probed | None:
+    """What was measured; None where the plan loses no bits.
 
     Raises:
-        PlanError: the codecs break the model; the message has the counts and what to try.
+        PlanError: the codecs break the model; the message has the numbers and a codec that does
+            not.
     """
-    if all(isinstance(rule.codec, Raw | Lossless) for rule in plan.kv):
+    if all(plan.kv[layer].codec.exact for layer in plan.sent_layers):
         return None
     probes = generate(
         "needle",
@@ -55,7 +83,7 @@ def check_codecs(
     )
     coded = HandoverPolicy(rules=tuple(LayerKV(codec=rule.codec) for rule in plan.kv))
     policies = {"coded": coded, "plain": HandoverPolicy.full(model.num_layers)}
-    found = retrieval_scores(
+    hits = retrieval_scores(
         Pair.dense(model),
         Gates.dense(model.num_layers),
         policies,
@@ -63,10 +91,48 @@ def check_codecs(
         hidden=True,
         progress=progress,
     )
-    with_codec, without = int(found["coded"].sum()), int(found["plain"].sum())
-    if with_codec < config.share * without:
+    batch = copying(model, list(probes), config)
+    found, plainly = int(hits["coded"].sum()), int(hits["plain"].sum())
+    kl = kls(model, {"coded": coded}, batch, progress)["coded"]
+    if found < config.share * plainly or not kl <= config.kl:  # so that NaN is refused
         raise PlanError(
-            f"the KV codecs of this plan break '{model.name}': with them it finds {with_codec} of"
-            f" {config.needles} needles, without them {without}; use more bits or rotate=true"
+            f"the KV codecs of this plan break '{model.name}': with them it finds {found} of"
+            f" {config.needles} needles, without them {plainly}, and they cost {kl:.3g} nats a"
+            f" token, which may be {config.kl:g}; {_advice(model, batch, config, progress)}"
         )
-    return with_codec, without
+    return Probed(found=found, plainly=plainly, kl=kl)
+
+
+def copying(model: Model, probes: list[Probe], config: ProbeConfig) -> Batch:
+    """The probes' texts, each continued by its next tokens and then by its first ones again."""
+    C = config.copied
+    rows = [encode_for(model, probe.context + probe.question) for probe in probes]
+    P = min(map(len, rows)) - C
+    ids = torch.tensor([row[: P + C] + row[:C] for row in rows])
+    return Batch(prompt_BP=ids[:, :P], continuation_BC=ids[:, P:])
+
+
+def kls(
+    model: Model, policies: Mapping[str, HandoverPolicy], batch: Batch, progress: Progress = silent
+) -> dict[str, float]:
+    """Mean KL of KV policies to the whole cache, nats a token."""
+    gates, pair = Gates.dense(model.num_layers), Pair.dense(model)
+    variants = {
+        name: Variant(pair=pair, gates=gates, policy=policy) for name, policy in policies.items()
+    }
+    measured = measure_quality(model, variants, batch, progress=progress)
+    return {name: quality.kl for name, quality in measured.items()}
+
+
+def _advice(model: Model, batch: Batch, config: ProbeConfig, progress: Progress) -> str:
+    """The smallest codec that costs little."""
+    width = model.head_dim
+    names = [name for name in TRIED if "rotate" not in name or width & (width - 1) == 0]
+    policies = {name: HandoverPolicy(rules=(_rule(name),) * model.num_layers) for name in names}
+    measured = kls(model, policies, batch, progress)
+    name = next((name for name in names if measured[name] <= config.kl / 2), names[-1])
+    return f"'full+{name}' costs {measured[name]:.3g}"
+
+
+def _rule(codec: str) -> LayerKV:
+    return LayerKV.model_validate({"codec": parse_codec(codec).model_dump()})

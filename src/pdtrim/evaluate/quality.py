@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pdtrim.calibration.teacher import HEAD_ROWS
 from pdtrim.errors import PlanError
+from pdtrim.finite import finite
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates, PrunePlan
@@ -91,6 +92,7 @@ def measure_quality(
 
     Raises:
         PlanError: a variant's model has another vocabulary than the dense one.
+        PdtrimError: a KL or NLL is NaN or infinite.
     """
     for name, variant in variants.items():
         if variant.pair.decode.config.vocab_size != dense.config.vocab_size:
@@ -113,7 +115,10 @@ def measure_quality(
                     rows[name].append(_compare(dense, dense_BCE, variants[name], y_BCE, part))
                     advance(len(part))
     return {
-        name: Quality(kl_n=torch.cat([k for k, _ in parts]), nll_n=torch.cat([n for _, n in parts]))
+        name: Quality(
+            kl_n=finite(torch.cat([k for k, _ in parts]), f"the KL of '{name}'"),
+            nll_n=finite(torch.cat([n for _, n in parts]), f"the NLL of '{name}'"),
+        )
         for name, parts in rows.items()
     }
 

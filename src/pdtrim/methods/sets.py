@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from pdtrim.finite import finite
 from pdtrim.plan import Stage
 from pdtrim.records import Frozen
 from pdtrim.stage.forward import Trace
@@ -81,7 +82,7 @@ def similarity(traces: list[Trace], stage: Stage, *, span: int = 1) -> Tensor:
             for before, after in zip(flows, flows[span:], strict=False)
         ]
         columns.append(torch.stack(ahead + [torch.zeros_like(ahead[0])] * (span - 1)))
-    return torch.stack(columns).mean(0)
+    return finite(torch.stack(columns).mean(0), "the similarity of a block's input and output")
 
 
 def merges(removed: Iterable[int], distilled: dict[int, tuple[int, ...]]) -> tuple[Pair, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pdtrim.errors import ModelError
+from pdtrim.finite import finite
 from pdtrim.models.block import Block, Rope
 from pdtrim.models.families import family_of
 from pdtrim.plan import BaseModelRef
@@ -120,7 +121,14 @@ class Model:
         return self.network.model.rotary_emb(like, positions_BT)
 
     def head(self, y_BTE: Tensor) -> Tensor:
-        """The last stream to logits ``[B, T, V]``, final norm included."""
+        """The last stream to logits ``[B, T, V]``, final norm included.
+
+        Raises:
+            PdtrimError: the stream has NaN or infinity, or numbers whose squares are beyond fp32:
+                the norm would make zeros of those, without a word.
+        """
+        squares_BT = y_BTE.detach().float().square().mean(-1)
+        finite(squares_BT, f"what the last block of '{self.name}' writes")
         return self.network.lm_head(self.network.model.norm(y_BTE))
 
     @cached_property

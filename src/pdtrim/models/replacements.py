@@ -19,6 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pdtrim.errors import PlanError
+from pdtrim.finite import finite
 from pdtrim.models.model import Model
 from pdtrim.models.narrow import outline
 from pdtrim.models.replace import Blocks, Weights
@@ -88,6 +89,8 @@ def encode_blocks(
     entries, files = [], {}
     for stage, of_stage in blocks.items():
         for layer, weights in sorted(of_stage.items()):
+            for key, part in weights.items():
+                finite(part, f"'{key}' of the replaced block {layer} of {stage}")
             data = save({key: part.detach().cpu().contiguous() for key, part in weights.items()})
             name = f"{stage}-{layer:02d}.safetensors"
             files[name] = data
@@ -161,7 +164,9 @@ def _read(
         raise PlanError(f"'{item.weights}' is no safetensors file: {error}") from error
     for name, part in weights.items():
         fits = name in expected and part.shape == expected[name].shape
-        if not fits or not part.is_floating_point():
+        if fits and part.is_floating_point():
+            finite(part, f"'{name}' in '{item.weights}'")
+        else:
             raise PlanError(
                 f"'{item.weights}' does not fit layer {item.layer} of '{model.name}':"
                 f" see '{name}', {part.dtype} {tuple(part.shape)}"

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.errors import PdtrimError
+from pdtrim.finite import finite
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.models.replace import Blocks, Weights
@@ -185,7 +186,7 @@ def best_repair(
             teacher.kl(pair.decode, streams(pair, part, gates, policy)[-1][1])
             for teacher, part in zip(teachers, parts, strict=True)
         ]
-        return float(torch.cat(kl_B).mean())
+        return float(finite(torch.cat(kl_B), "the KL of a repair").mean())
 
     start = pair = pair or Pair.dense(model)
     changed = [s for s in STAGES if first_change(model, pair, gates, s) is not None]

@@ -238,7 +238,7 @@ class _Search:
             states = self._swapped(state, 1)
             predicted = surrogate.predict(states)
             met |= dict(zip(states, predicted, strict=True))
-            if min(predicted) >= here:
+            if not min(predicted) < here:  # it falls at each step, among finitely many states
                 return met
             here = min(predicted)
             state = states[predicted.index(here)]

@@ -29,6 +29,7 @@ from torch import Tensor
 from pdtrim.calibration.recall import with_recall
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.errors import PlanError
+from pdtrim.finite import finite
 from pdtrim.kv.codecs import Raw
 from pdtrim.kv.frame import LENGTH
 from pdtrim.kv.groups import HeadGroup
@@ -47,6 +48,7 @@ Rules = tuple[LayerKV, ...]
 WIRE = torch.bfloat16  # bytes are counted in the dtype that is served, whatever measures KL
 ANCHORS = 1
 KV_SEQUENCES = 4  # of the calibration text, on which KV policies are fitted and measured
+DOUBLINGS = 400  # of a price, at most
 REACH = 2.0  # entries whose bytes differ from the budget by more than this factor are not tried
 
 
@@ -115,7 +117,7 @@ class KVObjective:
         return self._kl(y)
 
     def _kl(self, y_BCE: Tensor) -> float:
-        return float(self.teacher.kl(self.model, y_BCE).mean())
+        return float(finite(self.teacher.kl(self.model, y_BCE).mean(), "the KL of a KV policy"))
 
 
 @torch.inference_mode()
@@ -260,13 +262,16 @@ def lagrangian(cost_LO: Tensor, bytes_LO: Tensor, budget: float) -> list[int] | 
     def spent(choice_L: Tensor) -> float:
         return float(bytes_LO.gather(1, choice_L[:, None]).sum())
 
-    while spent(pick(high)) > budget:
+    finite(cost_LO, "the KL of a KV policy")
+    for _ in range(DOUBLINGS):  # in the end bytes alone decide
+        if spent(pick(high)) <= budget:
+            break
         high *= 4
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (low, middle) if spent(pick(middle)) <= budget else (middle, high)
     choice_L = pick(high)
-    while True:  # spend what is left
+    while True:  # spend what is left: the cost falls at each step, among finitely many choices
         left = budget - spent(choice_L)
         now_cost = cost_LO.gather(1, choice_L[:, None])
         now_bytes = bytes_LO.gather(1, choice_L[:, None])

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pdtrim.calibration.teacher import Teacher
+from pdtrim.finite import finite
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
@@ -161,6 +162,7 @@ class Objective:
 
         Raises:
             BudgetSpent: the evaluation would pass the budget.
+            PdtrimError: the loss is NaN or infinite.
         """
         return self._evaluate(state, range(parts or len(self.batches)))
 
@@ -211,7 +213,7 @@ class Objective:
             values = forwards()
         else:
             values = self.journal.once(_key(state, parts, self.spent), forwards)
-        loss_n = torch.tensor(values)
+        loss_n = finite(torch.tensor(values), "the loss of a removal")
         self._remember(state, parts, loss_n)
         return Measured(
             state=state,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pdtrim.calibration.teacher import Teacher
+from pdtrim.finite import finite
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
@@ -71,4 +72,4 @@ def sensitivity(
                     kl_B = teacher.kl(model, trace[-1][1])
                     total_WL[way, layer] += float(kl_B.double().sum())
                     advance(len(part))
-    return total_WL / len(batch)
+    return finite(total_WL / len(batch), "the KL of losing a block")

@@ -34,6 +34,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pdtrim.finite import finite
 from pdtrim.methods.baselines.base import PaperCalibration
 from pdtrim.methods.baselines.moments import Moments, watched
 from pdtrim.methods.baselines.residuals import each_residuals
@@ -93,6 +94,7 @@ def ranked(scores: Mapping[int, UnitScores]) -> list[Unit]:
         units += [(layer, "group", i) for i in range(len(of_layer.groups_G))]
         units += [(layer, "neuron", i) for i in range(len(of_layer.neurons_F))]
     values = torch.cat([torch.cat((one.groups_G, one.neurons_F)) for one in scores.values()])
+    finite(values, "the score of a unit")
     return [units[place] for place in values.cpu().argsort(stable=True).tolist()]
 
 

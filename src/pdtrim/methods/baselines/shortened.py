@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pdtrim.finite import finite
 from pdtrim.methods.base import Target
 from pdtrim.methods.baselines.base import Baseline, Chosen, PaperCalibration
 from pdtrim.methods.baselines.gradients import (
@@ -137,6 +138,7 @@ class ShortenedTaylor(Baseline):
         cost = dense_cost(model, batch, target, passes=PASSES)
         with progress("Taylor scores", 1):
             scores = taylor_scores(model, batch)
+        finite(torch.tensor([float(scores[layer]) for layer in left]), "a block's Taylor score")
         orders: dict[Stage, list[int]] = {"decode": sorted(left, key=lambda i: scores[i])}
         state = apply_orders(dense, goal, orders)
         return Chosen(state=state, block_tokens=cost)

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pdtrim.finite import finite
 from pdtrim.methods.base import Target
 from pdtrim.methods.baselines.base import Baseline, Chosen, PaperCalibration
 from pdtrim.methods.baselines.orders import apply_orders, dense_state
@@ -75,7 +76,11 @@ class ShortGPT(Baseline):
                     parts[stage].append(block_influence([x_BTE[:, span] for x_BTE in flows]))
                 advance(len(flows[0]))
         orders = {
-            stage: torch.cat(parts[stage]).mean(0).argsort(stable=True).tolist() for stage in tokens
+            stage: finite(torch.cat(parts[stage]), "a block's influence")
+            .mean(0)
+            .argsort(stable=True)
+            .tolist()
+            for stage in tokens
         }
         state = apply_orders(dense_state(model, target), goal, orders)
         return Chosen(state=state, block_tokens=cost)

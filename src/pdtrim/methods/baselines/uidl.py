@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pdtrim.finite import finite
 from pdtrim.methods.base import Target
 from pdtrim.methods.baselines.base import Baseline, Chosen, PaperCalibration
 from pdtrim.methods.baselines.orders import apply_orders, dense_state
@@ -54,6 +55,7 @@ def angular_distance(flows: Sequence[Tensor], span: int) -> Tensor:
 
 def best_run(distance_S: Tensor, span: int, within: range) -> range:
     """The run of least distance that lies within a range of blocks; the first of equals."""
+    finite(distance_S, "the distance of a run of blocks")
     starts = range(within.start, within.stop - span + 1)
     start = min(starts, key=lambda place: float(distance_S[place]))
     return range(start, start + span)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
+from pdtrim.finite import finite
 from pdtrim.methods.base import Found, Method, Target
 from pdtrim.methods.baselines.base import PaperCalibration
 from pdtrim.methods.baselines.residuals import dense_cost
@@ -74,7 +75,7 @@ class UnitScores:
     def order(self) -> Units:
         """All units, the least important first; equals by their index."""
         groups, neurons = (
-            tuple(scores.cpu().argsort(stable=True).tolist())
+            tuple(finite(scores, "the score of a unit").cpu().argsort(stable=True).tolist())
             for scores in (self.groups_G, self.neurons_F)
         )
         return Units(groups=groups, neurons=neurons)
