@@ -77,7 +77,9 @@ def test_decode_sees_what_the_simulator_sees(codec, dtype):
         assert form.fits(len(staged))
         for part, k_GMD, v_GMD in form.read(staged, NONCE):
             k, v = kv[part.layer]
-            (seen,) = hand_over(policy, part.layer, SimpleNamespace(k_BGND=k, v_BGND=v))
+            (seen,) = hand_over(
+                policy, part.layer, SimpleNamespace(k_BGND=k, v_BGND=v, bias=lambda: None)
+            )
             assert torch.equal(k_GMD, seen.k_BgMD[0]), (tokens, part)
             assert torch.equal(v_GMD, seen.v_BgMD[0]), (tokens, part)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+MOST_TOKENS = 2**31 - 1
+"""Of any count of tokens in a record: more than any prompt has, and exact in every arithmetic."""
+
 
 class Frozen(BaseModel):
     """A record that cannot change and that refuses keys it does not know."""
@@ -17,3 +20,9 @@ def first_problem(error: ValidationError) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     text = str(problem["msg"]).removeprefix("Value error, ")
     return f"{where}: {text}" if where else text
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """A user's text as a message may hold it: printable, its end left out where it is long."""
+    begin = "".join(letter if letter.isprintable() else "?" for letter in text[:most])
+    return begin if len(text) <= most else f"{begin}..."

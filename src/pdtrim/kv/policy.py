@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pdtrim.kv.bearable import check_bearable
 from pdtrim.kv.codecs import CodecBase
 from pdtrim.kv.groups import HeadGroup
 from pdtrim.kv.selectors import Full, StaticSelector
@@ -123,11 +124,15 @@ def hand_over(policy: HandoverPolicy, layer: int, view: LayerView) -> list[HeadG
     else:
         groups = gather(seen, policy.keep(layer, view))
     bias = None if rule.codec.exact else seen.bias()
-    if bias is None:
-        return [through(rule.codec, group) for group in groups]
-    table = rope_table(seen)
-    bare = (through(rule.codec, bias.taken_from(group, table)) for group in groups)
-    return [bias.added_to(group, table) for group in bare]
+    if rule.codec.exact:  # what it leaves alone shows in the loss
+        return groups
+    if bias is not None:
+        table = rope_table(seen)
+        groups = [bias.taken_from(group, table) for group in groups]
+    for group in groups:
+        check_bearable(layer, rule.codec, group)
+    groups = [through(rule.codec, group) for group in groups]
+    return groups if bias is None else [bias.added_to(group, table) for group in groups]
 
 
 def rope_table(view: LayerView) -> tuple[Tensor, Tensor]:
@@ -141,12 +146,17 @@ def to_code(policy: HandoverPolicy, layer: int, view: LayerView) -> tuple[Tensor
 
     Args:
         view: with all heads that prefill makes.
+
+    Raises:
+        NotFinite: some are no numbers, or beyond what the codec holds.
     """
     keep_BGN, seen = policy.keep(layer, view), policy.seen(layer, view)
     groups = gather(seen, keep_BGN)
     bias = None if policy.rules[layer].codec.exact else seen.bias()
     if bias is not None:
         groups = [bias.taken_from(group, rope_table(seen)) for group in groups]
+    for group in groups:
+        check_bearable(layer, policy.rules[layer].codec, group)
     return keep_BGN, groups
 
 

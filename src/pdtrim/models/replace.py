@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pdtrim.finite import finite
 from pdtrim.models.model import Model
 from pdtrim.plan import Stage
 
@@ -25,7 +26,8 @@ def swap_blocks(model: Model, blocks: Mapping[int, Weights]) -> Model:
         blocks: by dense layer index; parameters that are left out stay shared with ``model``.
 
     Raises:
-        ValueError: a parameter that the block does not have, or of another shape.
+        ValueError: a parameter that the block does not have, of another shape, or that is NaN or
+            infinite in the model's type.
     """
     network = own_blocks(model, blocks)
     for layer, weights in blocks.items():
@@ -57,4 +59,5 @@ def _put(block: nn.Module, layer: int, name: str, tensor: Tensor) -> None:
         raise ValueError(
             f"layer {layer}: '{name}' is {tuple(tensor.shape)}, not {tuple(old.shape)}"
         )
+    finite(tensor, f"'{name}' of the block that replaces layer {layer}, in {tensor.dtype},")
     owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))

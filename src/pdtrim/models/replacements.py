@@ -84,7 +84,7 @@ def encode_blocks(
         merged: the layers that a block stands for; itself alone where it is not named.
 
     Raises:
-        PlanError: a parameter that is not finite.
+        PdtrimError: a parameter is NaN or infinite.
     """
     entries, files = [], {}
     for stage, of_stage in blocks.items():
@@ -164,9 +164,7 @@ def _read(
         raise PlanError(f"'{item.weights}' is no safetensors file: {error}") from error
     for name, part in weights.items():
         fits = name in expected and part.shape == expected[name].shape
-        if fits and part.is_floating_point():
-            finite(part, f"'{name}' in '{item.weights}'")
-        else:
+        if not fits or not part.is_floating_point():
             raise PlanError(
                 f"'{item.weights}' does not fit layer {item.layer} of '{model.name}':"
                 f" see '{name}', {part.dtype} {tuple(part.shape)}"

@@ -20,6 +20,7 @@ Shapes: L layers, O menu entries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -154,8 +155,8 @@ def allocate(
     Raises:
         PlanError: no entry of the menu is as small as that.
     """
-    if compression < 1:
-        raise PlanError(f"KV compression {compression} must be at least 1")
+    if not 1 <= compression < math.inf:
+        raise PlanError(f"KV compression {compression} must be a number of at least 1")
     names = tuple(menu or default_menu(model.head_dim))
     objective = KVObjective(model, with_recall(batch))
     batch, trace = objective.batch, objective.dense

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Literal
 
 from pydantic import Field
 
 from pdtrim.errors import PlanError
-from pdtrim.records import Frozen
+from pdtrim.records import Frozen, shortened
 from pdtrim.search.kv_request import KVRequest
 
 Codecs = Literal["any", "packed"]
+
+NUMBER = r"[0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]{1,4})?|\.[0-9]+"
+BUDGET = re.compile(rf"budget:compression=({NUMBER})(?:,codecs=(any|packed))?", re.ASCII)
+"""Reads all that :attr:`KVBudget.text` writes, and plain numbers."""
 
 STEPS = ((0.2, 0.5), (0.3, 0.7), (0.3, 1.1), (0.4, 0.9), (0.6, 0.9), (0.6, 1.4), (1.0, 1.8))
 """Of keys and of values, for the entropy codec."""
@@ -25,14 +30,15 @@ class KVBudget(Frozen):
             a fraction of the speed, and only slow links repay them.
     """
 
-    compression: float = Field(ge=1)
+    compression: float = Field(ge=1, allow_inf_nan=False)
     codecs: Codecs = "any"
 
     @property
     def text(self) -> str:
         """As a user writes it."""
         codecs = "" if self.codecs == "any" else f",codecs={self.codecs}"
-        return f"budget:compression={self.compression:.4g}{codecs}"
+        number = repr(self.compression).removesuffix(".0")  # as many digits as tell it apart
+        return f"budget:compression={number}{codecs}"
 
 
 def parse_budget(text: str) -> KVBudget | None:
@@ -44,16 +50,15 @@ def parse_budget(text: str) -> KVBudget | None:
     if not text.startswith("budget"):
         KVRequest.parse(text)  # so that a mistake is seen before any work
         return None
-    found = re.fullmatch(r"budget:compression=([0-9.]+)(?:,codecs=(any|packed))?", text)
-    try:
-        assert found is not None
-        compression = float(found[1])
-    except (AssertionError, ValueError):
+    found = BUDGET.fullmatch(text)
+    if found is None:
         raise PlanError(
-            f"KV policy '{text}': write budget:compression=5 or budget:compression=5,codecs=packed"
-        ) from None
-    if compression < 1:
-        raise PlanError(f"KV compression {found[1]} must be at least 1")
+            f"KV policy '{shortened(text)}': write budget:compression=5 or"
+            " budget:compression=5,codecs=packed"
+        )
+    compression = float(found[1])
+    if not 1 <= compression < math.inf:
+        raise PlanError(f"KV compression {shortened(found[1])} must be a number of at least 1")
     return KVBudget(compression=compression, codecs="packed" if found[2] == "packed" else "any")
 
 

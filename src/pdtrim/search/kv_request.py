@@ -31,14 +31,15 @@ D head width, L layers.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 
 from pdtrim.errors import PlanError
-from pdtrim.kv.codecs import Codec, Raw, parse_codec
+from pdtrim.kv.codecs import MOST_LETTERS, Codec, Raw, parse_codec
 from pdtrim.kv.selectors import SELECTORS, Full, Selector, SelectorBase
 from pdtrim.kv.selectors.duo import Duo, retrieval_score
 from pdtrim.kv.selectors.first_last import FirstLast
@@ -51,7 +52,7 @@ from pdtrim.kv.selectors.gate import (
 )
 from pdtrim.models.model import Model
 from pdtrim.plan import LayerKV
-from pdtrim.records import Frozen, first_problem
+from pdtrim.records import Frozen, first_problem, shortened
 from pdtrim.stage.forward import Batch, Trace
 from pdtrim.stage.view import BlockView
 
@@ -74,7 +75,7 @@ class KVRequest(Frozen):
 
     selector: str
     options: dict[str, str] = Field(default_factory=dict)
-    layers: int | Literal["all", "auto"]
+    layers: NonNegativeInt | Literal["all", "auto"]
     cutoff: float = Field(default=0.8, gt=0, le=1)
     share: float = Field(default=0.5, ge=0, le=1)
     fit_last: bool = False
@@ -87,27 +88,35 @@ class KVRequest(Frozen):
         Raises:
             PlanError: unknown policy, option or value.
         """
-        selector_text, _, codec_text = text.partition("+")
-        name, _, rest = selector_text.partition(":")
+        said = f"KV policy '{shortened(text)}'"
+        if len(text) > MOST_LETTERS or not (text.isascii() and text.isprintable()):
+            raise PlanError(f"{said}: write plain letters, {MOST_LETTERS} at most")
+        selector_text, plus, codec_text = text.partition("+")
+        name, colon, rest = selector_text.partition(":")
         if name not in SELECTORS and name != STREAMING:
             known = ", ".join((*SELECTORS, STREAMING))
-            raise PlanError(f"KV policy '{text}': unknown selector '{name}', use one of {known}")
+            name = shortened(name)
+            raise PlanError(f"{said}: unknown selector '{name}', use one of {known}")
         options: dict[str, str] = {}
-        for item in filter(None, rest.split(",")):
+        for item in rest.split(",") if colon else ():
             key, equals, value = item.partition("=")
-            if not equals:
-                raise PlanError(f"KV policy '{text}': '{item}' is not option=value")
+            if not equals or key in options:
+                raise PlanError(f"{said}: '{shortened(item)}' is not a new option=value")
+            if key == "name" or key in _PLACEHOLDER.get(name, {}):
+                raise PlanError(f"{said}: '{key}' is no option, it is found by pdtrim")
             options[key] = value
         own: dict[str, Any] = {}
         if name == STREAMING:
-            name, options, own = _streaming(text, options)
+            name, options, own = _streaming(said, options)
         own["layers"] = options.pop("layers", _default_layers(name))
-        if own["layers"].isdecimal():
+        if re.fullmatch("[0-9]{1,9}", own["layers"]):
             own["layers"] = int(own["layers"])
+        elif own["layers"] not in ("all", "auto"):
+            raise PlanError(f"{said}: layers must be a number, 'all' or 'auto'")
         for key, takers in (("cutoff", ("first_last",)), ("share", FITTED)):
             if name in takers and key in options:
                 own[key] = options.pop(key)
-        if codec_text:
+        if plus:
             own["codec"] = parse_codec(codec_text)
         if name == "full" and rest:
             raise PlanError("KV policy 'full' takes no options")
@@ -115,7 +124,7 @@ class KVRequest(Frozen):
             request = cls(selector=name, options=options, **own)
             request.build(**_PLACEHOLDER.get(name, {}))
         except ValidationError as error:
-            raise PlanError(f"KV policy '{text}': {first_problem(error)}") from error
+            raise PlanError(f"{said}: {first_problem(error)}") from error
         return request
 
     def build(self, **fitted: Any) -> SelectorBase:
@@ -133,7 +142,9 @@ class KVRequest(Frozen):
         Args:
             batch, trace: calibration text and the dense model's streams on it.
         """
-        count = model.num_layers
+        count, width = model.num_layers, model.head_dim
+        if getattr(self.codec, "rotate", False) and width & (width - 1):
+            raise PlanError(f"rotate needs a head width that is a power of two, not {width}")
         if isinstance(self.layers, int) and self.layers > count:
             raise PlanError(f"KV policy: layers={self.layers}, but the model has {count}")
         if self.selector == "duo":
@@ -200,13 +211,13 @@ _PLACEHOLDER: dict[str, dict[str, Any]] = {
 }
 
 
-def _streaming(text: str, options: dict[str, str]) -> tuple[str, dict[str, str], dict[str, Any]]:
+def _streaming(said: str, options: dict[str, str]) -> tuple[str, dict[str, str], dict[str, Any]]:
     """The selector that ``streaming`` stands for, its options, and the request's own fields."""
     options = {"first": "4", "layers": "all", **options}
     if "last" not in options:
         return "first_last", options, {"fit_last": True, "share": options.pop("share", "0.5")}
     if "share" in options:
-        raise PlanError(f"KV policy '{text}': give share or last, not both")
+        raise PlanError(f"{said}: give share or last, not both")
     return "first_last", options, {}
 
 

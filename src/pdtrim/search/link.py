@@ -9,6 +9,7 @@ without compression, the plain cache is sent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,8 +47,9 @@ class LinkBudget:
         """
         wishes = [self.compression, self.bytes_per_token, self.handover_ms]
         given = [wish for wish in wishes if wish is not None]
-        if any(number is not None and number <= 0 for number in (*wishes, self.link_gbit_s)):
-            raise PlanError("a KV budget must be above 0")
+        for number in (*wishes, self.link_gbit_s):
+            if number is not None and not 0 < number < math.inf:
+                raise PlanError(f"a KV budget must be a number above 0, not {number:g}")
         if len(given) > 1:
             raise PlanError("give one of --kv-compression, --kv-bytes-per-token, --handover-ms")
         if self.handover_ms is not None and self.link_gbit_s is None:
@@ -61,6 +63,8 @@ class LinkBudget:
         compression = self._compression(full_bytes(model, prompt_tokens), prompt_tokens)
         if compression <= 1:
             return "full"
+        if compression == math.inf:  # the quotient of two numbers that are none of it
+            raise PlanError("that KV budget is out of reach: give more bytes, or more time")
         codecs = self._codecs(compression, codec_gb_s or {})
         return "full" if codecs is None else KVBudget(compression=compression, codecs=codecs).text
 

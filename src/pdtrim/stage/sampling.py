@@ -11,24 +11,46 @@ import torch
 from torch import Tensor
 
 from pdtrim.errors import PdtrimError
+from pdtrim.finite import finite
 
 LIKELY = 1024
 """Tokens sorted first: a whole vocabulary takes longer to sort than a small model to run."""
 
 
+COLD = 1e-30
+"""Temperatures below are greedy: in fp32 a logit over one of them is infinite."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 is greedy; ``top_p`` keeps the nucleus (1904.09751)."""
+    """How tokens are drawn. Temperature 0 is greedy; ``top_p`` keeps the nucleus (1904.09751).
+
+    Raises:
+        PdtrimError: a value of another type, or out of range.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for what in ("temperature", "top_p"):
+            value = getattr(self, what)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise PdtrimError(f"{what} must be a number, not {type(value).__name__}")
         if not 0.0 <= self.temperature <= 10.0:
-            raise PdtrimError(f"temperature {self.temperature} must lie in 0 .. 10")
+            raise PdtrimError(f"temperature {_short(self.temperature)} must lie in 0 .. 10")
         if not 0.0 < self.top_p <= 1.0:
-            raise PdtrimError(f"top_p {self.top_p} must lie in (0, 1]")
+            raise PdtrimError(f"top_p {_short(self.top_p)} must lie in (0, 1]")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise PdtrimError(f"seed must be a whole number, not {type(self.seed).__name__}")
+        if not 0 <= self.seed < 2**63:
+            raise PdtrimError("seed must lie in 0 .. 2^63 - 1")
+
+
+def _short(value: float) -> str:
+    """Of a whole number of thousands of digits, no digit."""
+    return f"{value:g}" if isinstance(value, float) or abs(value) < 1e15 else "of that size"
 
 
 class Sampler:
@@ -42,10 +64,17 @@ class Sampler:
         self.generators = [torch.Generator().manual_seed(config.seed + row) for row in range(rows)]
 
     def __call__(self, logits_BV: Tensor) -> Tensor:
-        """Token ids ``[B]``."""
-        if self.config.temperature == 0.0:
+        """Token ids ``[B]``.
+
+        Raises:
+            PdtrimError: NaN or infinity among the logits; a token that cannot be has -infinity.
+        """
+        most_B1 = finite(logits_BV.amax(-1, keepdim=True), "a logit of the next token")
+        if self.config.temperature < COLD:
             return logits_BV.argmax(-1)
-        p_BV = nucleus((logits_BV.float() / self.config.temperature).softmax(-1), self.config.top_p)
+        # none is above 0, so that none becomes infinity however cold it is
+        cooled_BV = (logits_BV.float() - most_B1.float()) / self.config.temperature
+        p_BV = nucleus(cooled_BV.softmax(-1), self.config.top_p)
         u_B = torch.cat([torch.rand(1, generator=generator) for generator in self.generators])
         return inverse_cdf(p_BV, u_B.to(p_BV.device))
 

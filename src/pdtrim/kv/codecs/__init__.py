@@ -14,7 +14,7 @@ from pdtrim.kv.codecs.fp8 import Fp8
 from pdtrim.kv.codecs.integer import Integer
 from pdtrim.kv.codecs.lossless import Lossless
 from pdtrim.kv.codecs.raw import Raw
-from pdtrim.records import first_problem
+from pdtrim.records import first_problem, shortened
 
 Codec = Annotated[Raw | Fp8 | Integer | Entropy | Lossless, Field(discriminator="name")]
 """Any codec, as a plan writes it: ``{"name": ..., parameters}``."""
@@ -27,6 +27,8 @@ CODECS: dict[str, type[CodecBase]] = {
     "lossless": Lossless,
 }
 
+MOST_LETTERS = 1000  # of a codec's or a policy's text
+
 PRESETS = "raw (or bf16), fp8, lossless, entropy, int{2,3,4,8} or k{2,3,4,8}v{2,3,4,8}"
 
 
@@ -36,7 +38,10 @@ def parse_codec(text: str) -> CodecBase:
     Raises:
         PlanError: no such preset or option, or a value out of range.
     """
-    preset, *options = re.split("[:,]", text.strip().lower())
+    said, text = f"codec '{shortened(text)}'", text.strip().lower()
+    if len(text) > MOST_LETTERS or not (text.isascii() and text.isprintable()):
+        raise PlanError(f"{said} is no codec: write plain letters, {MOST_LETTERS} at most")
+    preset, *options = re.split("[:,]", text)
     values: dict[str, Any]
     if bits := re.fullmatch("int([0-9])|k([0-9])v([0-9])", preset):
         both, k_bits, v_bits = bits.groups()
@@ -44,11 +49,11 @@ def parse_codec(text: str) -> CodecBase:
     elif preset in ("raw", "bf16", "fp8", "entropy", "lossless"):
         values = {"name": "raw" if preset == "bf16" else preset}
     else:
-        raise PlanError(f"codec {text!r}: {preset!r} is not one of {PRESETS}")
+        raise PlanError(f"{said}: '{shortened(preset)}' is not one of {PRESETS}")
     for option in options:
         key, equals, value = (part.strip() for part in option.partition("="))
         if not equals or key in values:
-            raise PlanError(f"codec {text!r}: {option!r} is not a new option key=value")
+            raise PlanError(f"{said}: '{shortened(option)}' is not a new option key=value")
         values[key] = value
     kind = CODECS[values["name"]]
     try:
@@ -56,7 +61,7 @@ def parse_codec(text: str) -> CodecBase:
     except ValidationError as error:
         known = ", ".join(sorted(kind.model_fields.keys() - {"name", "k_bits", "v_bits"})) or "none"
         raise PlanError(
-            f"codec {text!r}: {first_problem(error)} (a preset is {PRESETS}; its options: {known})"
+            f"{said}: {first_problem(error)} (a preset is {PRESETS}; its options: {known})"
         ) from error
 
 

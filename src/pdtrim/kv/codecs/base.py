@@ -22,9 +22,14 @@ from pdtrim.records import Frozen
 class CodecBase(Frozen):
     """Parameters of one codec."""
 
+    name: str
+
     @abstractmethod
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
-        """The bytes that travel: uint8, 1-D, contiguous, on the input's device."""
+        """The bytes that travel: uint8, 1-D, contiguous, on the input's device.
+
+        Numbers that the codec cannot hold are refused by :meth:`decode`, never clipped.
+        """
 
     @abstractmethod
     def decode(
@@ -42,6 +47,8 @@ class CodecBase(Frozen):
 
     exact: ClassVar[bool] = False
     """Whether decode sees every bit that prefill had."""
+    largest: ClassVar[float] = 65504.0
+    """The largest magnitude that the codec is sure to hold; here fp16's."""
 
     @property
     def variable(self) -> bool:

@@ -38,6 +38,7 @@ from torch import Tensor
 from pdtrim.errors import WireError
 from pdtrim.kv.codecs.base import CodecBase
 from pdtrim.kv.codecs.integer import fp16_below, head_runs
+from pdtrim.records import MOST_TOKENS
 
 HEAD = struct.Struct("<I")
 LARGEST = 127  # code
@@ -52,7 +53,7 @@ class Entropy(CodecBase):
     name: Literal["entropy"] = "entropy"
     k_step: float = Field(default=0.4, ge=0.02, le=4)
     v_step: float = Field(default=0.9, ge=0.02, le=4)
-    first: int = Field(default=4, ge=0)
+    first: int = Field(default=4, ge=0, le=MOST_TOKENS)
 
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
         """See the base class."""
@@ -104,9 +105,7 @@ class Entropy(CodecBase):
         start = min(self.first, M)
         runs: list[tuple[Tensor, ...]] = []
         for heads in head_runs(L, (M - start) * D, k_LMD.device):
-            k_LND, v_LND = (
-                x[heads, start:].to(torch.float32).clamp(-65504, 65504) for x in (k_LMD, v_LMD)
-            )
+            k_LND, v_LND = (x[heads, start:].to(torch.float32, copy=True) for x in (k_LMD, v_LMD))
             mean_LD = _mean(k_LND, dim=1).to(torch.float16)
             k_LND.sub_(mean_LD[:, None].to(torch.float32))
             k_step_L11, k_codes_LND = quantise(k_LND, self.k_step, dims=(1, 2))
@@ -143,7 +142,7 @@ def quantise(x_LND: Tensor, step: float, *, dims: tuple[int, ...]) -> tuple[Tens
     rms = _mean(x_LND.double().square_(), dim=dims, keepdim=True).sqrt()
     most = x_LND.abs().amax(dims, keepdim=True) if x_LND.numel() else torch.zeros_like(rms)
     wide = torch.maximum((step * rms).to(torch.float32), most.to(torch.float32) / LARGEST)
-    steps = (-fp16_below(-wide.clamp(max=65504))).clamp(min=2.0**-24)
+    steps = (-fp16_below(-wide)).clamp(min=2.0**-24)
     codes = (x_LND / steps.to(torch.float32)).round_().clamp_(-LARGEST, LARGEST)
     return steps, codes.to(torch.int8)
 
@@ -167,6 +166,8 @@ def _restored(
     (_, L, R, D), N = ends_2LRD.shape, v_codes_LND.shape[1]
     k_LMD, v_LMD = kv_2LMD = ends_2LRD.new_empty(2, L, R + N, D)
     kv_2LMD[:, :, :R] = ends_2LRD
+    if not mean_LD.isfinite().all():
+        raise WireError("entropy KV holds a mean that is no number or beyond fp16")
     for heads in head_runs(L, N * D, ends_2LRD.device):
         k_LND = restore(k_codes_LND[heads].contiguous(), k_step_L11[heads])
         k_LMD[heads, R:] = k_LND.add_(mean_LD[heads, None].to(torch.float32))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pdtrim.errors import WireError
 from pdtrim.kv.codecs.base import CodecBase
-from pdtrim.kv.codecs.integer import head_runs
+from pdtrim.kv.codecs.integer import fp16_below, head_runs
 
 LARGEST = 448.0
 NO_NUMBER = 0x7F  # the code, but for its sign
@@ -32,6 +32,7 @@ class Fp8(CodecBase):
     """``float8_e4m3fn`` codes and an fp16 scale for each head's keys and for its values."""
 
     name: Literal["fp8"] = "fp8"
+    largest = LARGEST * 65504.0
 
     @torch.no_grad()  # it writes in place
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
@@ -49,8 +50,7 @@ class Fp8(CodecBase):
                 amax_l = x_lMD.abs().amax(dim=(1, 2))
                 # by a tensor: CUDA would turn a division by a number into a product
                 scale_l = amax_l / torch.full_like(amax_l, LARGEST)
-                # an all-zero head needs some scale above 0, and fp16 ends at 65504
-                scale_l = scale_l.clamp(2.0**-24, 65504.0).to(torch.float16)
+                scale_l = fp16_scale(scale_l)
                 y_lMD = x_lMD / scale_l[:, None, None].to(torch.float32)
                 scale_L[run], code_LMD[run] = scale_l, y_lMD.clamp_(-LARGEST, LARGEST)
         return data
@@ -80,6 +80,17 @@ class Fp8(CodecBase):
     def nbytes(self, heads: int, tokens: int, width: int, dtype: torch.dtype) -> int:
         """See the base class."""
         return 2 * heads * (2 + tokens * width) if tokens else 0
+
+
+def fp16_scale(scale_l: Tensor) -> Tensor:
+    """fp16 of scales in fp32; infinite beyond its range, and never 0.
+
+    Scales below 2**-14 have few bits left: those that would clip more than rounding does are
+    rounded up.
+    """
+    near_l = scale_l.clamp(min=2.0**-24).to(torch.float16)
+    clips_l = scale_l > near_l.to(torch.float32) * (1 + 2.0**-8)
+    return torch.where(clips_l, -fp16_below(-scale_l), near_l)
 
 
 def widened(codes: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ what decode adds is never coded; groups start at the first coded token and the l
 short. Different from TurboQuant: a uniform grid and no residual bit.
 
 ``lo`` and ``scale`` travel in fp16, ``lo`` rounded down and ``scale`` up so that the grid still
-covers the group, and the codes are those of the rounded grid. Elements beyond fp16's range clip.
+covers the group, and the codes are those of the rounded grid. A grid beyond fp16's range is
+infinite, which decode refuses.
 
 Bytes, K before V in each part: raw ends ``[2, L, R, D]``; fp16 grids ``[2, L, D, J of N]`` and
 ``[2, L, N, J of D]``, all lo before all scale; codes ``[L, D, N]`` and ``[L, N, D]``, eight
@@ -35,6 +36,7 @@ from torch import Tensor
 from pdtrim.errors import WireError
 from pdtrim.kv.codecs.base import CodecBase
 from pdtrim.kv.codecs.hadamard import hadamard
+from pdtrim.records import MOST_TOKENS
 
 Bits = Literal[2, 3, 4, 8]
 
@@ -48,9 +50,9 @@ class Integer(CodecBase):
     name: Literal["int"] = "int"
     k_bits: Bits = 4
     v_bits: Bits = 4
-    group: int = Field(default=64, ge=1)
-    first: int = Field(default=4, ge=0)
-    recent: int = Field(default=32, ge=0)
+    group: int = Field(default=64, ge=1, le=MOST_TOKENS)
+    first: int = Field(default=4, ge=0, le=MOST_TOKENS)
+    recent: int = Field(default=32, ge=0, le=MOST_TOKENS)
     rotate: bool = False
 
     @torch.no_grad()  # it writes in place
@@ -161,14 +163,15 @@ def quantise(x: Tensor, group: int, bits: int) -> tuple[Tensor, Tensor]:
     if n % size:
         # copies of the last element fill a short group: they move neither its least nor its most
         x = torch.cat((x, x[..., -1:].expand(*x.shape[:-1], -n % size)), dim=-1)
-    x = x.clamp(-65504.0, 65504.0).view(*x.shape[:-1], -(-n // size), size)
+    x = x.view(*x.shape[:-1], -(-n // size), size)
     lo = fp16_below(x.amin(dim=-1))
     span = x.amax(dim=-1) - lo.to(torch.float32)
     # by a tensor: CUDA would turn a division by a number into a product with its inverse
     scale = -fp16_below(-span / torch.full_like(span, 2**bits - 1))
     scale = scale.clamp(min=2.0**-24)  # all elements alike: any scale above 0 gives code 0
     # in place: fresh memory costs a CPU more than the operations do
-    x.sub_(lo[..., None].to(torch.float32)).div_(scale[..., None].to(torch.float32))
+    x = x - lo[..., None].to(torch.float32)
+    x.div_(scale[..., None].to(torch.float32))
     # a CPU is slow from fp32 to uint8, and fast by way of int16
     codes = x.round_().clamp_(0, 2**bits - 1).to(torch.int16).to(torch.uint8)
     return torch.stack((lo, scale)), codes.flatten(-2)[..., :n]
@@ -178,7 +181,9 @@ def restore(grid: Tensor, codes: Tensor, group: int) -> Tensor:
     """fp32 ``[*, n]`` of what :func:`quantise` made; refuses a grid that it cannot have made."""
     lo, scale = grid
     if not (grid.isfinite().all() and (scale > 0).all()):
-        raise WireError("int KV holds a minimum that is no number, or a scale not above 0")
+        raise WireError(
+            "int KV holds a minimum or a scale that is no number or beyond fp16, or no scale"
+        )
     n = codes.shape[-1]
     size = max(1, min(group, n))
     if n % size:  # zeros fill a short group
@@ -190,7 +195,7 @@ def restore(grid: Tensor, codes: Tensor, group: int) -> Tensor:
 
 
 def fp16_below(x: Tensor) -> Tensor:
-    """The largest fp16 number that is not above ``x``, for fp32 within fp16's range."""
+    """The largest fp16 number that is not above ``x`` of fp32; -inf below fp16's range."""
     near = x.to(torch.float16)
     bits = near.view(torch.int16)
     # one step down: the magnitude's bits less one above 0, plus one below 0, and 0x8001 from 0

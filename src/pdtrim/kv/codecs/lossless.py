@@ -17,6 +17,7 @@ Shapes: L heads, M tokens, D head width, P planes, one a byte of the dtype.
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import Literal
 
@@ -37,6 +38,7 @@ class Lossless(CodecBase):
 
     name: Literal["lossless"] = "lossless"
     exact = True
+    largest = math.inf
     level: int = Field(default=1, ge=1, le=3)
 
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from pdtrim.errors import PlanError
 from pdtrim.kv.selectors.base import StaticSelector
 from pdtrim.kv.selectors.first_last import first_last
+from pdtrim.records import MOST_TOKENS
 
 
 class Duo(StaticSelector):
@@ -27,8 +28,8 @@ class Duo(StaticSelector):
 
     name: Literal["duo"] = "duo"
     full_heads: tuple[NonNegativeInt, ...] = ()
-    first: int = Field(default=64, ge=0)
-    last: int = Field(default=256, ge=1)
+    first: int = Field(default=64, ge=0, le=MOST_TOKENS)
+    last: int = Field(default=256, ge=1, le=MOST_TOKENS)
 
     @field_validator("full_heads")
     @classmethod

@@ -27,6 +27,7 @@ from torch import Tensor
 from pdtrim.kv.selectors.base import Grain, SelectorBase
 from pdtrim.kv.selectors.scoring import keep_share
 from pdtrim.kv.view import LayerView
+from pdtrim.records import MOST_TOKENS
 
 
 class ExpectedAttention(SelectorBase):
@@ -37,9 +38,9 @@ class ExpectedAttention(SelectorBase):
 
     name: Literal["expected_attention"] = "expected_attention"
     share: float = Field(default=0.5, gt=0, le=1)
-    first: int = Field(default=4, ge=0)
-    last: int = Field(default=0, ge=0)
-    horizon: int = Field(default=512, ge=1)
+    first: int = Field(default=4, ge=0, le=MOST_TOKENS)
+    last: int = Field(default=0, ge=0, le=MOST_TOKENS)
+    horizon: int = Field(default=512, ge=1, le=2**16)
     eps: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     def keep(self, view: LayerView, *, block_size: int = 1) -> Tensor:

@@ -18,14 +18,15 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pdtrim.kv.selectors.base import StaticSelector
+from pdtrim.records import MOST_TOKENS
 
 
 class FirstLast(StaticSelector):
     """The first ``first`` and the last ``last`` tokens of every head."""
 
     name: Literal["first_last"] = "first_last"
-    first: int = Field(default=4, ge=0)
-    last: int = Field(default=60, ge=0)
+    first: int = Field(default=4, ge=0, le=MOST_TOKENS)
+    last: int = Field(default=60, ge=0, le=MOST_TOKENS)
 
     @model_validator(mode="after")
     def _check(self) -> FirstLast:

@@ -28,6 +28,7 @@ from pdtrim.errors import PlanError
 from pdtrim.kv.selectors.base import Grain, SelectorBase
 from pdtrim.kv.selectors.first_last import first_last
 from pdtrim.kv.view import LayerView
+from pdtrim.records import MOST_TOKENS
 
 
 class Gate(SelectorBase):
@@ -39,8 +40,8 @@ class Gate(SelectorBase):
     weights: str = Field(min_length=1)
     """base64 of little-endian float16 ``[G, E + 1]``, the bias last: see :func:`pack_weights`."""
     threshold: float = Field(allow_inf_nan=False)
-    first: int = Field(default=4, ge=0)
-    last: int = Field(default=128, ge=1)
+    first: int = Field(default=4, ge=0, le=MOST_TOKENS)
+    last: int = Field(default=128, ge=1, le=MOST_TOKENS)
 
     @field_validator("weights")
     @classmethod

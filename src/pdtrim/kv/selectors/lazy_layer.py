@@ -20,6 +20,7 @@ from pdtrim.kv.selectors.base import Grain, SelectorBase
 from pdtrim.kv.selectors.first_last import first_last
 from pdtrim.kv.selectors.scoring import window_attention
 from pdtrim.kv.view import LayerView
+from pdtrim.records import MOST_TOKENS
 
 
 class LazyLayer(SelectorBase):
@@ -29,8 +30,8 @@ class LazyLayer(SelectorBase):
     reads_queries: ClassVar[bool] = True
 
     name: Literal["lazy_layer"] = "lazy_layer"
-    first: int = Field(default=4, ge=0)
-    last: int = Field(default=1024, ge=1)
+    first: int = Field(default=4, ge=0, le=MOST_TOKENS)
+    last: int = Field(default=1024, ge=1, le=MOST_TOKENS)
     tau: float = Field(default=0.9, ge=0, le=1)
 
     def keep(self, view: LayerView, *, block_size: int = 1) -> Tensor:

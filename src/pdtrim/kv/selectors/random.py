@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pdtrim.kv.selectors.base import StaticSelector
 from pdtrim.kv.selectors.scoring import keep_share
+from pdtrim.records import MOST_TOKENS
 
 
 class Random(StaticSelector):
@@ -28,8 +29,8 @@ class Random(StaticSelector):
 
     name: Literal["random"] = "random"
     share: float = Field(default=0.5, gt=0, le=1)
-    first: int = Field(default=4, ge=0)
-    last: int = Field(default=60, ge=0)
+    first: int = Field(default=4, ge=0, le=MOST_TOKENS)
+    last: int = Field(default=60, ge=0, le=MOST_TOKENS)
     seed: int = Field(default=0, ge=0, lt=2**32)
 
     def static_keep(self, heads: int, tokens: int, *, block_size: int = 1) -> Tensor:

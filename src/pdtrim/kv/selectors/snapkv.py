@@ -25,6 +25,7 @@ from torch import Tensor
 from pdtrim.kv.selectors.base import Grain, SelectorBase
 from pdtrim.kv.selectors.scoring import keep_share, value_norm, window_attention
 from pdtrim.kv.view import LayerView
+from pdtrim.records import MOST_TOKENS
 
 Pooling = Literal["average", "max"]
 
@@ -36,9 +37,9 @@ class SnapKV(SelectorBase):
 
     name: Literal["snapkv"] = "snapkv"
     share: float = Field(default=0.5, gt=0, le=1)
-    first: int = Field(default=4, ge=0)
-    window: int = Field(default=64, ge=1)
-    pool: int = Field(default=5, ge=1)
+    first: int = Field(default=4, ge=0, le=MOST_TOKENS)
+    window: int = Field(default=64, ge=1, le=MOST_TOKENS)
+    pool: int = Field(default=5, ge=1, le=1023)
     pooling: Pooling = "average"
     heads: Literal["own", "shared"] = "own"
     value_norm: bool = False

@@ -20,6 +20,7 @@ from torch import Tensor
 from pdtrim.kv.selectors.base import Grain, SelectorBase
 from pdtrim.kv.selectors.scoring import keep_share, window_attention
 from pdtrim.kv.view import LayerView
+from pdtrim.records import MOST_TOKENS
 
 
 class Tova(SelectorBase):
@@ -30,8 +31,8 @@ class Tova(SelectorBase):
 
     name: Literal["tova"] = "tova"
     share: float = Field(default=0.5, gt=0, le=1)
-    first: int = Field(default=0, ge=0)
-    last: int = Field(default=1, ge=0)
+    first: int = Field(default=0, ge=0, le=MOST_TOKENS)
+    last: int = Field(default=1, ge=0, le=MOST_TOKENS)
 
     def keep(self, view: LayerView, *, block_size: int = 1) -> Tensor:
         """See the base class."""

@@ -1,0 +1,78 @@
+"""The probe of export: needles and KL, and the codec that it advises."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+from pdtrim.kv.codecs.coder import Coder
+from test_coder import biased_model
+
+from helpers import first_last, make_plan
+from pdtrim.errors import PlanError
+from pdtrim.evaluate import kv_probe
+from pdtrim.evaluate.kv_probe import ProbeConfig, check_codecs
+from pdtrim.kv.codecs import parse_codec
+from pdtrim.plan import Gates, LayerKV
+
+RUINOUS = "int2:rotate=true,first=0,recent=0"
+SMALL = ProbeConfig(needles=2, tokens=200, kl=0.2)
+
+
+class Letters:
+    """A tokenizer of letters, in the vocabulary of the tiny models."""
+
+    bos_token_id = None
+
+    def __call__(self, text, **_):
+        return SimpleNamespace(input_ids=[3 + ord(letter) % 90 for letter in text])
+
+
+@pytest.fixture
+def model():
+    model = biased_model(300.0)
+    model.tokenizer = Letters()
+    return model
+
+
+def plan_of(model, codec, **more):
+    return make_plan(model, Gates.dense(4), (LayerKV(codec=parse_codec(codec), **more),) * 4)
+
+
+def test_key_biases_are_no_reason_to_refuse(model):
+    probed = check_codecs(model, plan_of(model, "int3:rotate=true"), SMALL)
+    assert probed.kl < SMALL.kl and check_codecs(model, plan_of(model, "lossless"), SMALL) is None
+
+
+def test_a_codec_that_ruins_the_model_is_refused_with_one_that_does_not(model, monkeypatch):
+    """No random model finds a needle, so that needles alone would let it pass."""
+    monkeypatch.setattr(Coder, "centred", property(lambda self: False))
+    with pytest.raises(PlanError) as caught:
+        check_codecs(model, plan_of(model, RUINOUS), SMALL)
+    message = str(caught.value)
+    assert "finds 0 of 2 needles, without them 0" in message and "\n" not in message
+    spent, limit, advised, cost = re.search(
+        r"cost (\S+) nats a token, which may be (\S+); 'full\+(\S+)' costs (\S+)$", message
+    ).groups()
+    assert float(spent) > float(limit) == SMALL.kl > float(cost)
+    assert check_codecs(model, plan_of(model, advised), SMALL).kl == pytest.approx(
+        float(cost), rel=0.01
+    )
+
+
+def test_a_kl_that_is_no_number_is_refused(model, monkeypatch):
+    monkeypatch.setattr(
+        kv_probe, "kls", lambda model, policies, *_: dict.fromkeys(policies, float("nan"))
+    )
+    with pytest.raises(PlanError, match="cost nan nats"):
+        check_codecs(model, plan_of(model, "int8"), SMALL)
+
+
+def test_selectors_are_a_choice_and_unsent_layers_no_matter(model, monkeypatch):
+    plan = plan_of(model, "int8", selector=first_last(1, 1).selector)
+    assert check_codecs(model, plan, SMALL).kl < 0.01
+    monkeypatch.setattr(kv_probe, "kls", None)
+    gates = Gates.removing(4, decode=range(4), prefill=range(4))
+    unsent = plan.model_copy(update={"gates": gates})
+    assert not unsent.sent_layers and check_codecs(model, unsent, SMALL) is None
