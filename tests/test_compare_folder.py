@@ -15,7 +15,7 @@ from pdtrim.bench.stages import StageTimes
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.compare.records import Comparison, PairFacts
 from pdtrim.evaluate.compare.run import compare, measure_part
-from pdtrim.evaluate.compare.store import claim, once
+from pdtrim.keep.store import claim, once
 from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates, PrunePlan
 from pdtrim.report.compare import markdown, plot_compare, table
@@ -45,7 +45,7 @@ def test_a_file_is_made_once_and_only_by_its_settings(tmp_path):
         once(path, PairFacts, {"a": 2}, lambda: pytest.fail("made again"))
     for text in ("{", "[]", "{}", '{"settings": {"a": 1}, "value": {}}', '{"settings": {"a": 1}}'):
         path.write_text(text)
-        with pytest.raises(PdtrimError, match="not a file of a comparison"):
+        with pytest.raises(PdtrimError, match="damaged or not a kept measurement"):
             once(path, PairFacts, {"a": 1}, lambda: pytest.fail("made again"))
     claim(tmp_path / "claim", {"a": 1})
     claim(tmp_path / "claim", {"a": 1})

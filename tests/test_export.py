@@ -1,5 +1,6 @@
 """Checkpoints: what they hold, what loads them, and what is refused."""
 
+import hashlib
 import json
 import random
 
@@ -87,6 +88,18 @@ def spoil_config(folder, change):
     path.write_text(json.dumps(data))
 
 
+def forge(folder):
+    """Write digests of what is there now, as somebody who means harm would."""
+    path = folder / "config.json"
+    data = json.loads(path.read_text())
+    entry = data.pop("pdtrim")
+    for name in entry["files"]:
+        entry["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    text = json.dumps(data, sort_keys=True)
+    entry["config_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(json.dumps({**data, "pdtrim": entry}))
+
+
 @pytest.mark.parametrize(
     "change,words",
     [
@@ -95,8 +108,11 @@ def spoil_config(folder, change):
         (lambda d: d["pdtrim"].update(plan_digest="0" * 64), "does not match its digest"),
         (lambda d: d["pdtrim"]["plan"].update(block_size=8), "does not match its digest"),
         (lambda d: d["pdtrim"].update(plan=None), "config.json"),
-        (lambda d: d.update(dtype="complex99"), "unknown dtype"),
-        (lambda d: d.update(hidden_size=64), "does not fit|cannot load"),
+        (lambda d: d["pdtrim"].pop("files"), "older version"),
+        (lambda d: d["pdtrim"].update(files=["model.safetensors"]), "files"),
+        (lambda d: d["pdtrim"].update(layers="all"), "layers"),
+        (lambda d: d.update(rms_norm_eps=1e-4), "not the file that export wrote"),
+        (lambda d: d.update(eos_token_id=3), "not the file that export wrote"),
     ],
 )
 def test_a_spoilt_config_is_refused(tmp_path, change, words):
@@ -107,6 +123,22 @@ def test_a_spoilt_config_is_refused(tmp_path, change, words):
         load_stage(tmp_path / "decode", "decode")
 
 
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (lambda d: d.update(dtype="complex99"), "unknown dtype"),
+        (lambda d: d.update(hidden_size=64), "does not fit|cannot load"),
+    ],
+)
+def test_forged_digests_do_not_make_nonsense_load(tmp_path, change, words):
+    model = tiny_model("llama")
+    export(make_plan(model, Gates.removing(4, decode={1})), model, tmp_path)
+    spoil_config(tmp_path / "decode", change)
+    forge(tmp_path / "decode")
+    with pytest.raises(ModelError, match=words):
+        load_stage(tmp_path / "decode", "decode")
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     model = tiny_model("llama")
     export(make_plan(model, Gates.dense(4)), model, tmp_path)
@@ -114,9 +146,13 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     tensors = load_file(path)
     tensors.pop("model.layers.2.mlp.up_proj.weight")
     save_file(tensors, path)
+    with pytest.raises(ModelError, match=r"model\.safetensors is not the file that export wrote"):
+        load_stage(tmp_path / "decode", "decode")
+    forge(tmp_path / "decode")
     with pytest.raises(ModelError, match=r"layers\.2\.mlp\.up_proj"):
         load_stage(tmp_path / "decode", "decode")
     path.write_bytes(b"\x80\x04pickle?")
+    forge(tmp_path / "decode")
     with pytest.raises(ModelError, match="cannot load"):
         load_stage(tmp_path / "decode", "decode")
 

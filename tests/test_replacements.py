@@ -25,7 +25,6 @@ from pdtrim.stage.forward import Pair, forward
 from pdtrim.stage.replaced import pair_of
 
 GATES = Gates.removing(4, prefill={1, 2}, decode={2})
-FILE = "plan.blocks/decode-01.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +49,11 @@ def with_blocks(model, folder, blocks):
     )
 
 
+def file_of(folder, layer=1):
+    (found,) = (folder / "plan.blocks").glob(f"decode-{layer:02d}-*.safetensors")
+    return found
+
+
 def decode_plan(model, folder, seed=1):
     weights = new_weights(model, seed, "mlp.down_proj.weight", "self_attn.o_proj.weight")
     return with_blocks(model, folder, {"decode": {1: weights}})
@@ -60,8 +64,8 @@ def test_a_block_comes_back_as_it_was_written(model, tmp_path):
     weights["mlp.down_proj.weight"] = weights["mlp.down_proj.weight"].bfloat16()
     plan = with_blocks(model, tmp_path, {"decode": {1: weights, 3: weights}})
     assert [(r.layer, r.merged, r.weights) for r in plan.replacements] == [
-        (1, (1, 2), FILE),
-        (3, (3,), "plan.blocks/decode-03.safetensors"),
+        (layer, merged, file_of(tmp_path, layer).relative_to(tmp_path).as_posix())
+        for layer, merged in ((1, (1, 2)), (3, (3,)))
     ]
     back = load_blocks(plan, model, tmp_path)
     assert back["prefill"] == {} and set(back["decode"]) == {1, 3}
@@ -177,7 +181,7 @@ def make_folder(path):
 def test_a_spoilt_file_is_refused_in_one_line(model, tmp_path, spoil, words):
     folder = tmp_path / "plans"
     plan = decode_plan(model, folder)
-    spoil(folder / FILE)
+    spoil(file_of(folder))
     for use in (
         lambda: pair_of(plan, model, folder),
         lambda: export(plan, model, tmp_path / "pair", blocks=folder),
@@ -187,7 +191,7 @@ def test_a_spoilt_file_is_refused_in_one_line(model, tmp_path, spoil, words):
             use()
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "pair").exists()
-    with pytest.raises(PlanError, match=r"decode-01\.safetensors.*which folder"):
+    with pytest.raises(PlanError, match=r"decode-01-\w{12}\.safetensors.*which folder"):
         export(plan, model, tmp_path / "pair")
 
 
@@ -207,7 +211,7 @@ class Bomb:
 )
 def test_a_file_that_is_no_block_is_refused(model, tmp_path, data, words):
     plan = decode_plan(model, tmp_path)
-    (tmp_path / FILE).write_bytes(data)
+    file_of(tmp_path).write_bytes(data)
     entry = plan.replacements[0].model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
     with pytest.raises(PlanError, match=words):
         load_blocks(plan.model_copy(update={"replacements": (entry,)}), model, tmp_path)
@@ -261,5 +265,5 @@ def test_the_command_exports_the_blocks_beside_the_plan(tmp_path, tiny_folder):
     done = CliRunner().invoke(app, [*map(str, arguments), "--dtype", "float32", "--json"])
     assert done.exit_code == 0, done.output
     exported = load_pair(tmp_path / "pair")[0].decode.block(1).module.mlp.down_proj.weight
-    written = load_file(tmp_path / "plans" / FILE)["mlp.down_proj.weight"]
+    written = load_file(file_of(tmp_path / "plans"))["mlp.down_proj.weight"]
     assert torch.equal(exported, written)

@@ -10,6 +10,8 @@ import typer
 from pdtrim.cli.common import Device, Dtype, Json, ModelName, out, print_json, progress_of, say_of
 from pdtrim.cli.work import Work
 from pdtrim.errors import PdtrimError
+from pdtrim.keep.files import sweep
+from pdtrim.keep.folder import output_file
 
 app = typer.Typer()
 
@@ -53,6 +55,7 @@ def _removal(metric: str, prefill: str, decode: str, blocks: int) -> dict[str, A
     epilog="Example: pdtrim plan smollm2 -o plan.json --prefill-remove 8 --decode-remove 0"
 )
 def plan(
+    context: typer.Context,
     model: ModelName,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the plan.")],
     method: Annotated[
@@ -126,6 +129,7 @@ def plan(
     from pdtrim.search.kv_menu import parse_budget
     from pdtrim.search.link import LinkBudget
 
+    context.with_resource(output_file(output))
     if method not in METHODS:
         raise PdtrimError(f"unknown method '{method}': use one of {', '.join(METHODS)}")
     mode = mode or METHODS[method].default_mode
@@ -184,6 +188,7 @@ def plan(
     epilog="Example: pdtrim distill plan.json -o trained.json --text text.jsonl --blocks all"
 )
 def distill(
+    context: typer.Context,
     plan_file: Annotated[Path, typer.Argument(help="A plan.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the new plan.")],
     text: Annotated[
@@ -231,6 +236,7 @@ def distill(
 
     if output.resolve() == plan_file.resolve():
         raise PdtrimError("-o names the plan itself: give the trained one a name of its own")
+    context.with_resource(output_file(output))
     progress, say = progress_of(as_json), say_of(as_json)
     loaded = PrunePlan.load(plan_file)
     dense = base_model(loaded, source=model, dtype=dtype, device=device)
@@ -248,6 +254,7 @@ def distill(
         say=say,
     )
     checkpoint = output.with_name(f"{output.stem}.training.safetensors")
+    sweep(checkpoint)
     if checkpoint.exists():
         say(f"going on from {checkpoint}")
     rule = SetRule(reading=merge or ("pairs" if blocks == "pairs" else "none"))

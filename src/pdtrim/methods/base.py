@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
+from pdtrim.keep.settings import Settings
 from pdtrim.models.model import Model
-from pdtrim.models.replacements import save_blocks
+from pdtrim.models.replacements import save_with_blocks
 from pdtrim.plan import (
     STAGES,
     Gates,
@@ -20,7 +20,6 @@ from pdtrim.plan import (
     Mode,
     Provenance,
     PrunePlan,
-    Replacement,
     Stage,
     Widths,
 )
@@ -168,14 +167,10 @@ class Method(ABC):
         started = time.perf_counter()
         record = None
         if journal is not None:
-            record = Journal(journal, self._search_hash(model, calibration, target))
+            record = Journal(journal, self._settings(model, calibration, target))
         found = self.search(model, calibration, target, progress=progress, journal=record)
-        replaced: tuple[Replacement, ...] = ()
         if any(found.blocks.values()):
-            place = _need_place(output, f"method '{self.name}'")
-            name = f"{place.stem}.blocks"
-            stands_for = merged_layers(found.gates)
-            replaced = save_blocks(found.blocks, stands_for, place.parent, name)
+            _need_place(output, f"method '{self.name}'")
         provenance = Provenance(
             method=self.name,
             mode=target.mode,
@@ -193,32 +188,32 @@ class Method(ABC):
                 "model": model.ref,
                 "gates": found.gates,
                 "kv": found.kv,
-                "replacements": replaced,
                 "block_size": target.block_size,
                 "widths": found.widths,
                 "provenance": provenance,
             },
             source=f"method '{self.name}'",
         )
-        if output is not None:
-            plan.save(output)
-        return plan
+        if output is None:
+            return plan
+        return save_with_blocks(plan, found.blocks, merged_layers(found.gates), output)
 
-    def _search_hash(self, model: Model, calibration: Calibration, target: Target) -> str:
-        """SHA-256 (hex) of everything that the search's measurements depend on."""
-        parts = (
-            self,
-            target,
-            model.fingerprint,
-            model.dtype,
-            model.device,
-            calibration.hash,
-            calibration.search.prompt_BP.shape,
-            calibration.search.continuation_BC.shape,
-            len(calibration.rerank),
-            versions(),
-        )
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+    def _settings(self, model: Model, calibration: Calibration, target: Target) -> Settings:
+        """Everything that the search's measurements depend on."""
+        return {
+            "method": repr(self),
+            "target": asdict(target),
+            "model": model.fingerprint,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+            "text": {
+                "sha256": calibration.hash,
+                "prompts": list(calibration.search.prompt_BP.shape),
+                "continuations": list(calibration.search.continuation_BC.shape),
+                "rerank": len(calibration.rerank),
+            },
+            "versions": versions(),
+        }
 
 
 def _need_place(output: Path | None, what: str) -> Path:

@@ -20,7 +20,7 @@ from pdtrim.errors import PlanError
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods.sets import SetRule, merges, similarity
 from pdtrim.models.model import Model
-from pdtrim.models.replacements import load_blocks, save_blocks
+from pdtrim.models.replacements import load_blocks, save_with_blocks
 from pdtrim.plan import Gates, PrunePlan
 from pdtrim.progress import Progress, silent
 from pdtrim.repair.apply import Blocks
@@ -129,17 +129,9 @@ def save_trained(plan: PrunePlan, trained: Trained, path: Path) -> PrunePlan:
         update={
             "gates": trained.gates,
             "provenance": plan.provenance.model_copy(update={"distillation": trained.text}),
-            "replacements": save_blocks(
-                trained.blocks,
-                stands_for,
-                path.parent,
-                f"{path.stem}.blocks",
-            ),
         }
     )
-    made = PrunePlan.from_json(made.to_json())
-    made.save(path)
-    return made
+    return save_with_blocks(made, trained.blocks, stands_for, path)
 
 
 def with_slot(gates: Gates, layer: int, other: int) -> Gates:

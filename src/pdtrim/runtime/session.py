@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from pdtrim.errors import PdtrimError, RuntimeFailure
-from pdtrim.export import check_pair
+from pdtrim.export import check_pair, read_pair
 from pdtrim.models.checkpoint import read_stage_config
 from pdtrim.plan import STAGES, PrunePlan, Stage
 from pdtrim.stage.forward import Batch
@@ -135,9 +135,8 @@ class Session:
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
-        _, self.plan = read_stage_config(folder / "prefill", "prefill")
-        config, decode_plan = read_stage_config(folder / "decode", "decode")
-        check_pair(self.plan.digest, decode_plan.digest)
+        configs, self.plan = read_pair(folder)
+        config = configs["decode"]
         self.max_tokens = int(config.get("max_position_embeddings") or 1 << 20)
         self.vocab_size = int(config["vocab_size"])
         self.folder = folder
