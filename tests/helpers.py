@@ -5,7 +5,10 @@ Shapes: B batch, T tokens, E hidden width, H query heads, G KV heads, D head wid
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -110,6 +113,20 @@ def make_plan(
             search_block_tokens=0,
         ),
     )
+
+
+def forge(folder: Path) -> None:
+    """Give an altered checkpoint the digests of what is there now, as an attacker would."""
+    path = folder / "config.json"
+    data = json.loads(path.read_text())
+    entry = data["pdtrim"]
+    for name in entry["files"]:
+        entry["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    kept = {key: entry.pop(key, None) for key in ("config_sha256", "pair")}
+    text = json.dumps(data, sort_keys=True)
+    kept["config_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    entry.update(kept)
+    path.write_text(json.dumps(data))
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ def test_what_is_on_disk_is_not_measured_again(measured, config, monkeypatch):
     path = next((folder / "cells").glob("*hybrid*"))
     text = path.read_text()
     path.write_text("{}")
-    with pytest.raises(PdtrimError, match="hybrid.json is damaged"):
+    with pytest.raises(PdtrimError, match=r"hybrid\.json is damaged"):
         ablate(model, config, folder)
     path.write_text(text)
 

@@ -8,9 +8,9 @@ import pdtrim.search.objective as objective_module
 from helpers import random_batch, tiny_model
 from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PdtrimError, PlanError
+from pdtrim.keep.journal import Journal
 from pdtrim.methods import Paper, PDTrim, Target
 from pdtrim.search.anneal import Annealing
-from pdtrim.keep.journal import Journal
 from pdtrim.search.objective import Objective
 from pdtrim.search.state import Removal
 
@@ -142,7 +142,7 @@ def test_other_searches_and_other_files_are_refused(model, tmp_path):
     before = path.read_bytes()
     with pytest.raises(PdtrimError, match=r'with target\.search "greedy", now it is "hybrid"'):
         plan_of(model, "hybrid", path)
-    with pytest.raises(PdtrimError, match=r'was made with model "\w+", now it is "\w+"'):
+    with pytest.raises(PdtrimError, match=r"was made with model \w{12}\.\.\., now it is"):
         plan_of(tiny_model("llama", layers=6, seed=1), "greedy", path)
     with pytest.raises(PdtrimError, match="was made with method"):
         Paper().plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from pdtrim.versions import versions
 
 Settings = dict[str, Any]
 """All that a kept value depends on; nested ones are compared entry by entry."""
+
+HASH = re.compile("[0-9a-f]{64}")
 
 
 def plain(settings: Settings) -> Settings:
@@ -50,5 +53,7 @@ def _flat(settings: Settings) -> Settings:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, str) and HASH.fullmatch(value):
+        return f"{value[:12]}..."
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -53,7 +53,7 @@ class Entry(Frozen):
     Attributes:
         layers: dense layer of each slot.
         files: SHA-256 of each file beside the config, by its path below the folder.
-        config_sha256: of the config without this entry.
+        config_sha256: of the config with this entry, without this field and ``pair``.
         pair: the same in both stages of one export and in no others.
     """
 
@@ -98,10 +98,10 @@ def save_stage(model: Model, plan: PrunePlan, stage: Stage, folder: Path) -> Non
         "stage": stage,
         "layers": list(layers),
         "plan_digest": plan.digest,
-        "files": {name: sha256_of(folder / name) for name in file_names(folder)},
-        "config_sha256": _digest(config),
+        "files": {name: sha256_of(folder / name) for name in sorted(file_names(folder))},
         "plan": plan.to_json(),
     }
+    config["pdtrim"]["config_sha256"] = _digest(config)
     write_json(folder / CONFIG, config)
 
 
@@ -189,7 +189,8 @@ def read_stage(folder: Path, stage: Stage) -> StageConfig:
         made = Entry.model_validate(entry)
     except ValidationError as error:
         raise ModelError(f"{path}: {first_problem(error)}; export it again") from error
-    if made.config_sha256 != _digest(data):
+    own = {key: value for key, value in entry.items() if key not in ("config_sha256", "pair")}
+    if made.config_sha256 != _digest({**data, "pdtrim": own}):
         raise ModelError(f"{path} is not the file that export wrote: export it again")
     return StageConfig(data=data, plan=plan, entry=made)
 
