@@ -17,8 +17,9 @@ from pdtrim.evaluate.handover import measured_plan_bytes
 from pdtrim.evaluate.quality import Variant, measure_quality
 from pdtrim.evaluate.run import EvalConfig, evaluate
 from pdtrim.export import export, load_pair
+from pdtrim.keep.files import CannotWrite
 from pdtrim.models.loading import load_model
-from pdtrim.models.replacements import load_blocks, save_blocks
+from pdtrim.models.replacements import load_blocks, save_blocks, save_with_blocks
 from pdtrim.plan import Gates, PrunePlan
 from pdtrim.runtime.session import Session
 from pdtrim.stage.forward import Pair, forward
@@ -267,3 +268,67 @@ def test_the_command_exports_the_blocks_beside_the_plan(tmp_path, tiny_folder):
     exported = load_pair(tmp_path / "pair")[0].decode.block(1).module.mlp.down_proj.weight
     written = load_file(file_of(tmp_path / "plans"))["mlp.down_proj.weight"]
     assert torch.equal(exported, written)
+
+
+# what is beside the plan
+
+
+def save_at(model, path, seed):
+    blocks = {"decode": {1: new_weights(model, seed, "mlp.down_proj.weight")}}
+    return save_with_blocks(make_plan(model, GATES), blocks, {}, path)
+
+
+def loaded(model, path):
+    plan = PrunePlan.load(path)
+    return load_blocks(plan, model, path.parent)["decode"][1]["mlp.down_proj.weight"]
+
+
+def test_a_new_plan_takes_the_old_ones_blocks_away_but_not_another_plans(model, tmp_path):
+    path = tmp_path / "plan.json"
+    save_at(model, path, 1)
+    first = loaded(model, path)
+    (tmp_path / "plan.blocks" / "notes.txt").write_text("mine")
+    (tmp_path / "best.json").write_bytes(path.read_bytes())
+    save_at(model, path, 2)
+    assert torch.equal(loaded(model, tmp_path / "best.json"), first)
+    save_at(model, path, 3)
+    assert torch.equal(loaded(model, tmp_path / "best.json"), first)
+    assert len(list((tmp_path / "plan.blocks").iterdir())) == 3  # of best, of plan, and the notes
+    (tmp_path / "best.json").unlink()
+    (tmp_path / "plan.blocks" / "notes.txt").unlink()
+    make_plan(model, GATES).save(path)  # the blocks of a plan that is gone are nobody's to remove
+    assert len(list((tmp_path / "plan.blocks").iterdir())) == 2
+
+
+def test_a_plan_that_cannot_be_written_leaves_the_old_one_with_its_blocks(
+    model, tmp_path, monkeypatch
+):
+    path = tmp_path / "plan.json"
+    old = save_at(model, path, 1)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def full(*_):
+        raise CannotWrite("no space")
+
+    for owner in ("pdtrim.plan.write_json", "pdtrim.models.replacements.write_bytes"):
+        with monkeypatch.context() as patch, pytest.raises(CannotWrite):
+            patch.setattr(owner, full)
+            save_at(model, path, 2)
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert PrunePlan.load(path) == old
+    with monkeypatch.context() as patch, pytest.raises(CannotWrite):
+        patch.setattr("pdtrim.plan.write_json", full)
+        save_at(model, tmp_path / "new" / "plan.json", 2)
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_plan_that_names_other_peoples_files_does_not_have_them_removed(model, tmp_path):
+    path = tmp_path / "plan.json"
+    plan = save_at(model, path, 1)
+    theirs = tmp_path / "models" / "decode-01.safetensors"
+    theirs.parent.mkdir()
+    theirs.write_text("mine")
+    entry = plan.replacements[0].model_copy(update={"weights": "models/decode-01.safetensors"})
+    plan.model_copy(update={"replacements": (entry,)}).save(path)
+    save_at(model, path, 2)
+    assert theirs.read_text() == "mine"

@@ -22,7 +22,7 @@ from pdtrim.evaluate.kv_suite import KvSuiteConfig, run_suite
 from pdtrim.evaluate.quality import Quality, Variant, measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
 from pdtrim.keep.settings import Settings, package_versions
-from pdtrim.keep.store import once
+from pdtrim.keep.store import claim, once
 from pdtrim.keep.tensors import ids_digest
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods.dense import dense_plan
@@ -128,7 +128,7 @@ def sweep(
         continuation_tokens=config.lengths.continuation,
         limit=config.limit,
     )
-    keep = _Cells(folder=folder, settings=_settings(model, config, batch) if folder else {})
+    keep = _Cells.at(folder, model, config, batch)
     plans = {"dense": dense_plan(model), **_plans(model, config, keep, progress)}
     policies = {name: HandoverPolicy.of(plan) for name, plan in plans.items()}
     pair = Pair.dense(model)
@@ -207,6 +207,15 @@ class _Cells:
 
     folder: Path | None
     settings: Settings
+
+    @classmethod
+    def at(cls, folder: Path | None, model: Model, config: SweepConfig, batch: Batch) -> _Cells:
+        """The cells of a folder, which other settings may not share."""
+        if folder is None:
+            return cls(folder=None, settings={})
+        settings = _settings(model, config, batch)
+        claim(folder / "settings.json", settings)
+        return cls(folder=folder, settings=settings)
 
     def once(self, name: str, kind: Any, make: Callable[[], T], **more: Any) -> T:
         """What the folder holds under a name, or else what ``make`` returns, then written there.
