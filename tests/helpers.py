@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, E hidden width, H query heads, G KV heads, D head wid
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from pathlib import Path
 
@@ -135,6 +137,20 @@ def with_files(
     """The plan with weights of its own, written below a folder."""
     trim = TrimPlan.of(plan, blocks, merged=merged)
     return save_blocks(trim.plan, trim.files, folder, "plan.blocks")
+
+
+def forge(folder: Path) -> None:
+    """Give an altered checkpoint the digests of what is there now, as an attacker would."""
+    path = folder / "config.json"
+    data = json.loads(path.read_text())
+    entry = data["pdtrim"]
+    for name in entry["files"]:
+        entry["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    kept = {key: entry.pop(key, None) for key in ("config_sha256", "pair")}
+    text = json.dumps(data, sort_keys=True)
+    kept["config_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    entry.update(kept)
+    path.write_text(json.dumps(data))
 
 
 @torch.no_grad()

@@ -1,8 +1,10 @@
 """The ablation: every row on a tiny model, the table, and going on after an interruption."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from pdtrim.cli import app
@@ -72,9 +74,49 @@ def test_what_is_on_disk_is_not_measured_again(measured, config, monkeypatch):
     path = next((folder / "cells").glob("*hybrid*"))
     text = path.read_text()
     path.write_text("{}")
-    with pytest.raises(PdtrimError, match="not a cell"):
+    with pytest.raises(PdtrimError, match=r"hybrid\.json is damaged"):
         ablate(model, config, folder)
     path.write_text(text)
+
+
+def test_cells_of_another_model_text_or_number_are_refused(
+    measured, config, tiny_folder, tiny_text, tmp_path
+):
+    model, folder, cells = measured
+    other_text = tmp_path / "words.txt"
+    other_text.write_text(tiny_text.read_text()[5:])
+    other_model = load_model(str(tiny_folder), dtype="float32")
+    with torch.no_grad():
+        other_model.network.model.norm.weight[0] += 1
+    for words, changed, changes in (
+        ("limit 2, now it is 1", model, {"limit": 1}),
+        ("model ", other_model, {}),
+        ("dtype ", load_model(str(tiny_folder)), {}),
+        (r"texts\.a ", model, {"texts": {"a": str(other_text)}}),
+        ("calibration ", model, {"calibration": "self"}),
+        ("budget 12, now it is 13", model, {"budget": 13}),
+        (
+            r"lengths\.prompt 24, now it is 25",
+            model,
+            {"lengths": Lengths(prompt=25, continuation=8)},
+        ),
+    ):
+        with pytest.raises(PdtrimError, match=rf"settings\.json was made with {words}") as told:
+            ablate(changed, replace(config, **changes), folder)
+        assert "\n" not in str(told.value)
+    one = replace(config, seeds=(1,), only=("mode",))
+    assert ablate(model, one, folder) == [c for c in cells if c.seed == 1 and "mode" in c.group]
+
+
+def test_a_calibration_text_that_has_changed_is_refused(tiny_folder, config, tiny_text, tmp_path):
+    model = load_model(str(tiny_folder), dtype="float32")
+    text = tmp_path / "words.txt"
+    text.write_text(tiny_text.read_text())
+    config = replace(config, calibration=str(text), seeds=(0,), only=("mode",))
+    ablate(model, config, tmp_path / "out")
+    text.write_text(tiny_text.read_text() + " w1")
+    with pytest.raises(PdtrimError, match="made with calibration_sha256"):
+        ablate(model, config, tmp_path / "out")
 
 
 def test_the_table_has_means_and_spreads():

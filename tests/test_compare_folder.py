@@ -15,7 +15,8 @@ from pdtrim.bench.stages import StageTimes
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.compare.records import Comparison, PairFacts
 from pdtrim.evaluate.compare.run import compare, measure_part
-from pdtrim.evaluate.compare.store import claim, once
+from pdtrim.keep.lock import lock
+from pdtrim.keep.store import claim, once
 from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates, PrunePlan
 from pdtrim.report.compare import markdown, plot_compare, table
@@ -45,7 +46,7 @@ def test_a_file_is_made_once_and_only_by_its_settings(tmp_path):
         once(path, PairFacts, {"a": 2}, lambda: pytest.fail("made again"))
     for text in ("{", "[]", "{}", '{"settings": {"a": 1}, "value": {}}', '{"settings": {"a": 1}}'):
         path.write_text(text)
-        with pytest.raises(PdtrimError, match="not a file of a comparison"):
+        with pytest.raises(PdtrimError, match="damaged or not a kept measurement"):
             once(path, PairFacts, {"a": 1}, lambda: pytest.fail("made again"))
     claim(tmp_path / "claim", {"a": 1})
     claim(tmp_path / "claim", {"a": 1})
@@ -166,6 +167,28 @@ def test_other_settings_are_refused_in_one_line(compared, model):
         compare(model, replace(config, remove=0.5), folder, run=Runner())
     with pytest.raises(PdtrimError, match=r"made with text\.\w+ \d+, now it is"):
         compare(model, replace(config, sequences=3), folder, run=Runner())
+
+
+def test_items_that_have_changed_are_refused(model, tiny_text, tmp_path):
+    items = tmp_path / "data" / "piqa" / "test.jsonl"
+    items.parent.mkdir(parents=True)
+    items.write_text("{}\n")
+    config = config_of(tiny_text, methods=(), tasks=("piqa",), data=str(tmp_path / "data"))
+    compare(model, config, tmp_path / "out", run=Runner())
+    items.write_text("{}\n{}\n")
+    with pytest.raises(PdtrimError, match=r"piqa\.json was made with files\.test\.jsonl"):
+        compare(model, config, tmp_path / "out", run=Runner())
+
+
+def test_two_processes_do_not_make_the_same_part(model, tiny_text, tmp_path):
+    config = config_of(tiny_text, methods=("shortgpt",), tasks=("piqa",))
+    (tmp_path / "cells").mkdir()
+    with lock(tmp_path / "cells" / ".shortgpt-seed0.lock", "it"):
+        measure_part(model, config, tmp_path, ["dense"], run=Runner())
+        with pytest.raises(PdtrimError, match=r"shortgpt-seed0 in .* is being written by process"):
+            measure_part(model, config, tmp_path, ["shortgpt"], run=Runner())
+    measure_part(model, config, tmp_path, ["shortgpt"], run=Runner())
+    assert sorted(p.name for p in (tmp_path / "cells").iterdir()) == ["dense", "shortgpt-seed0"]
 
 
 def test_an_interruption_loses_the_cell_in_work_only(model, tiny_text, tmp_path):

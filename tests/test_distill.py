@@ -15,7 +15,7 @@ from pdtrim.distill.schedule import rate_share, rows_of
 from pdtrim.distill.student import Descent
 from pdtrim.distill.train import DistillConfig, distill
 from pdtrim.distill.trainable import trainable_layers
-from pdtrim.errors import PlanError
+from pdtrim.errors import PdtrimError, PlanError
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.replace import swap_blocks
 from pdtrim.plan import Gates, LayerKV
@@ -267,18 +267,23 @@ def test_another_runs_checkpoint_is_refused(model, text, tmp_path):
     distill(model, GATES, None, data, held_out, config, checkpoint=file)
     flipped = Batch(prompt_BP=data.prompt_BP.flip(0), continuation_BC=data.continuation_BC.flip(0))
     kept = HandoverPolicy(rules=(first_last(1, 2), *(LayerKV(),) * 3))
-    others = [
-        (model, GATES, None, data, held_out, dataclasses.replace(config, seed=1), {}),
-        (model, Gates.removing(4, decode={1}), None, data, held_out, config, {}),
-        (model, GATES, kept, data, held_out, config, {}),
-        (model, GATES, None, flipped, held_out, config, {}),
-        (model, GATES, None, data, data[:4], config, {}),
-        (tiny_model("llama", seed=1), GATES, None, data, held_out, config, {}),
-        (model, GATES, None, data, held_out, config, {"start": {1: perturbed(model, 1)}}),
-        (model, GATES, None, data, held_out, config, {"prefill": tiny_model("llama", seed=1)}),
-    ]
-    for *args, more in others:
-        with pytest.raises(PlanError, match="another run"):
+    seed = dataclasses.replace(config, seed=1)
+    other = tiny_model("llama", seed=1)
+    others = {
+        "seed 0, now it is 1": (model, GATES, None, data, held_out, seed, {}),
+        r"gates\.": (model, Gates.removing(4, decode={1}), None, data, held_out, config, {}),
+        "kv": (model, GATES, kept, data, held_out, config, {}),
+        "text": (model, GATES, None, flipped, held_out, config, {}),
+        "held_out": (model, GATES, None, data, data[:4], config, {}),
+        "model": (other, GATES, None, data, held_out, config, {}),
+        "merged_blocks": (
+            *(model, GATES, None, data, held_out, config),
+            {"start": {1: perturbed(model, 1)}},
+        ),
+        "prefill null": (model, GATES, None, data, held_out, config, {"prefill": other}),
+    }
+    for key, (*args, more) in others.items():
+        with pytest.raises(PdtrimError, match=f"was made with {key}"):
             distill(*args, checkpoint=file, **more)
     distill(
         model,
@@ -293,13 +298,13 @@ def test_another_runs_checkpoint_is_refused(model, text, tmp_path):
     first, second = ({1: perturbed(model, 1, seed=seed)} for seed in (0, 1))
     other = tmp_path / "other.safetensors"
     distill(model, GATES, None, data, held_out, config, start=first, checkpoint=other)
-    with pytest.raises(PlanError, match="another run"):
+    with pytest.raises(PdtrimError, match="made with merged_blocks"):
         distill(model, GATES, None, data, held_out, config, start=second, checkpoint=other)
     save_file({"x": torch.zeros(1)}, file)
-    with pytest.raises(PlanError, match="not a training checkpoint"):
+    with pytest.raises(PdtrimError, match=r"not a file of schema 'pdtrim\.distill/2'"):
         distill(model, GATES, None, data, held_out, config, checkpoint=file)
     file.write_bytes(b"{")
-    with pytest.raises(PlanError, match="cannot read"):
+    with pytest.raises(PdtrimError, match="cannot read"):
         distill(model, GATES, None, data, held_out, config, checkpoint=file)
 
 

@@ -20,7 +20,6 @@ from pdtrim.methods.baselines.width import WidthMethod
 from pdtrim.models.model import Model
 from pdtrim.models.replace import swap_blocks
 from pdtrim.plan import Gates
-from pdtrim.progress import silent
 from pdtrim.search.anneal import Annealing, anneal
 from pdtrim.search.evolution import Evolution, evolution
 from pdtrim.search.goal import Goal
@@ -223,4 +222,4 @@ def test_no_method_plans_on_scores_that_are_no_numbers(name, layer):
     shares = Target(metric="parameters", mode="unified", prefill_share=0.1, decode_share=0.1)
     target = shares if issubclass(METHODS[name], WidthMethod) else blocks
     with pytest.raises(PdtrimError, match="NaN or infinite"):
-        METHODS[name]().search(model, text, target, progress=silent, journal=None)
+        METHODS[name]().plan(model, text, target)

@@ -7,10 +7,10 @@ import pytest
 import pdtrim.search.objective as objective_module
 from helpers import random_batch, tiny_model
 from pdtrim.calibration.batches import Calibration
-from pdtrim.errors import PlanError
+from pdtrim.errors import PdtrimError, PlanError
+from pdtrim.keep.journal import Journal
 from pdtrim.methods import Paper, PDTrim, Target
 from pdtrim.search.anneal import Annealing
-from pdtrim.search.journal import Journal
 from pdtrim.search.objective import Objective
 from pdtrim.search.state import Removal
 
@@ -94,7 +94,7 @@ def test_streams_are_made_again_only_if_the_search_stands_on_them(model, tmp_pat
     changed = dense.remove("decode", 4)
 
     def run(last):
-        objective = Objective(model, batch, journal=Journal(tmp_path / "j", "x"))
+        objective = Objective(model, batch, journal=Journal(tmp_path / "j", {"search": "x"}))
         objective.stand_on(objective.measure(dense))
         measured = [objective.measure(state) for state in (changed, last)]
         return objective.spent, [m.loss_n.tolist() for m in measured]
@@ -115,12 +115,12 @@ def test_streams_are_made_again_only_if_the_search_stands_on_them(model, tmp_pat
 
 def test_a_torn_last_line_is_dropped(tmp_path):
     path = tmp_path / "deep" / "journal"
-    journal = Journal(path, "a")
+    journal = Journal(path, {"search": "a"})
     numbers = [0.1, 1e-9, 3.0]
     for key in range(3):
         assert journal.once({"key": key}, lambda: numbers) == numbers
     path.write_bytes(path.read_bytes()[:-5])
-    journal = Journal(path, "a")
+    journal = Journal(path, {"search": "a"})
     calls = []
     for key in range(4):
         assert journal.once({"key": key}, lambda: calls.append(1) or numbers) == numbers
@@ -130,9 +130,9 @@ def test_a_torn_last_line_is_dropped(tmp_path):
 
 def test_a_journal_torn_in_its_header_begins_anew(tmp_path):
     path = tmp_path / "journal"
-    Journal(path, "a")
+    Journal(path, {"search": "a"})
     path.write_bytes(path.read_bytes()[:7])
-    assert Journal(path, "b").once({"key": 0}, lambda: [1.0]) == [1.0]
+    assert Journal(path, {"search": "b"}).once({"key": 0}, lambda: [1.0]) == [1.0]
     assert len(path.read_text().splitlines()) == 2
 
 
@@ -140,11 +140,11 @@ def test_other_searches_and_other_files_are_refused(model, tmp_path):
     path = tmp_path / "journal"
     plan_of(model, "greedy", path)
     before = path.read_bytes()
-    with pytest.raises(PlanError, match="belongs to another search"):
+    with pytest.raises(PdtrimError, match=r'with target\.search "greedy", now it is "hybrid"'):
         plan_of(model, "hybrid", path)
-    with pytest.raises(PlanError, match="belongs to another search"):
+    with pytest.raises(PdtrimError, match=r"was made with model \w{12}\.\.\., now it is"):
         plan_of(tiny_model("llama", layers=6, seed=1), "greedy", path)
-    with pytest.raises(PlanError, match="belongs to another search"):
+    with pytest.raises(PdtrimError, match="was made with method"):
         Paper().plan(
             model,
             calibration_of(model),
@@ -155,11 +155,11 @@ def test_other_searches_and_other_files_are_refused(model, tmp_path):
     text = tmp_path / "text"
     text.write_text("not a journal\n")
     with pytest.raises(PlanError, match="no journal"):
-        Journal(text, "a")
-    journal = Journal(tmp_path / "other", "a")
+        Journal(text, {"search": "a"})
+    journal = Journal(tmp_path / "other", {"search": "a"})
     journal.once({"key": 1}, lambda: [0.5])
     with pytest.raises(PlanError, match="asks for"):
-        Journal(tmp_path / "other", "a").once({"key": 2}, lambda: [0.5])
+        Journal(tmp_path / "other", {"search": "a"}).once({"key": 2}, lambda: [0.5])
 
 
 def test_measured_times_are_replayed(model, tmp_path, monkeypatch):

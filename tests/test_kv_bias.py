@@ -1,4 +1,4 @@
-"""Key biases neither cost a codec its quality nor go astray; pairs that none can hold are refused."""
+"""Key biases cost no quality and go nowhere astray; pairs that no codec holds are refused."""
 
 import pytest
 import torch

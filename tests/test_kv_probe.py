@@ -6,15 +6,15 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from pdtrim.kv.codecs.coder import Coder
-from test_coder import biased_model
 
 from helpers import first_last, make_plan
 from pdtrim.errors import PlanError
 from pdtrim.evaluate import kv_probe
 from pdtrim.evaluate.kv_probe import ProbeConfig, check_codecs
 from pdtrim.kv.codecs import parse_codec
+from pdtrim.models.block import Block
 from pdtrim.plan import Gates, LayerKV
+from test_kv_bias import biased_model
 
 RUINOUS = "int2:rotate=true,first=0,recent=0"
 SMALL = ProbeConfig(needles=2, tokens=200, kl=0.2)
@@ -47,7 +47,7 @@ def test_key_biases_are_no_reason_to_refuse(model):
 
 def test_a_codec_that_ruins_the_model_is_refused_with_one_that_does_not(model, monkeypatch):
     """No random model finds a needle, so that needles alone would let it pass."""
-    monkeypatch.setattr(Coder, "centred", property(lambda self: False))
+    monkeypatch.setattr(Block, "kv_bias", lambda self: None)
     with pytest.raises(PlanError) as caught:
         check_codecs(model, plan_of(model, RUINOUS), SMALL)
     message = str(caught.value)

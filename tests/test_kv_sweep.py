@@ -1,5 +1,8 @@
 """The sweep of KV policies, and its picture."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from pdtrim.errors import PdtrimError
@@ -18,8 +21,8 @@ def model(tiny_folder):
 
 
 @pytest.fixture(scope="module")
-def result(model, tiny_text):
-    config = SweepConfig(
+def config(tiny_text):
+    return SweepConfig(
         text=str(tiny_text),
         calibration=str(tiny_text),
         lengths=Lengths(prompt=129, continuation=8),
@@ -27,7 +30,40 @@ def result(model, tiny_text):
         probes=0,
         budgets=(3.0,),
     )
-    return sweep(model, config)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("sweep")
+
+
+@pytest.fixture(scope="module")
+def result(model, config, folder):
+    return sweep(model, config, folder)
+
+
+def test_what_is_there_is_not_measured_again(result, model, config, folder, tmp_path, monkeypatch):
+    for name in ("measure_quality", "loopback_bytes", "load_calibration", "allocate"):
+        monkeypatch.setattr(f"pdtrim.evaluate.kv_sweep.{name}", lambda *_, **__: pytest.fail())
+    assert sweep(model, config, folder) == result
+    other_text = tmp_path / "words.txt"
+    other_text.write_text(Path(config.text).read_text()[5:])
+    for words, changes in (
+        ("limit 2, now it is 1", {"limit": 1}),
+        ("seed 0, now it is 1", {"seed": 1}),
+        (r"lengths\.continuation 8, now it is 7", {"lengths": Lengths(prompt=129, continuation=7)}),
+        ("text ", {"text": str(other_text)}),
+    ):
+        with pytest.raises(PdtrimError, match=rf"settings\.json was made with {words}"):
+            sweep(model, replace(config, **changes), folder)
+    with pytest.raises(PdtrimError, match="made with dtype"):
+        sweep(load_model(model.name, dtype="float32"), config, folder)
+    cell = folder / "cells" / "quality.json"
+    before = cell.read_bytes()
+    cell.write_bytes(before.replace(b"1", b"2", 1))
+    with pytest.raises(PdtrimError, match=r"quality\.json is damaged"):
+        sweep(model, config, folder)
+    cell.write_bytes(before)
 
 
 def test_every_family_is_measured_at_real_bytes(result):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import first_last, make_plan, pair_of, random_batch, trim_of
+from helpers import first_last, forge, make_plan, pair_of, random_batch, trim_of
 from narrow_models import BIASES, GATES, G, L, biases, grouped, narrow_plan, width, widths
 from pdtrim.bundle import export
 from pdtrim.errors import ModelError, PlanError
@@ -84,6 +84,7 @@ def test_weights_of_another_width_are_refused(model, tmp_path):
     lying = narrow_plan(model, given=other)
     data["pdtrim"] |= {"plan": lying.to_json(), "plan_digest": lying.digest}
     path.write_text(json.dumps(data))
+    forge(folder / "decode")
     with pytest.raises(ModelError, match=r"does not fit its plan: see 'model\.layers\.0"):
         load_stage(folder / "decode", "decode")
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
 from helpers import make_plan, pair_of, random_batch, tiny_model, trim_of, with_files
-from pdtrim.bundle import export
+from pdtrim.bundle import TrimPlan, export
 from pdtrim.calibration.batches import text_batch
 from pdtrim.cli import app
 from pdtrim.errors import PlanError
@@ -18,6 +18,7 @@ from pdtrim.evaluate.handover import measured_plan_bytes
 from pdtrim.evaluate.quality import Variant, measure_quality
 from pdtrim.evaluate.run import EvalConfig, evaluate
 from pdtrim.exported import load_pair
+from pdtrim.keep.files import CannotWrite
 from pdtrim.models.loading import load_model
 from pdtrim.models.replacements import FilesInFolder, save_blocks
 from pdtrim.plan import Gates, PrunePlan
@@ -25,7 +26,6 @@ from pdtrim.runtime.session import Session
 from pdtrim.stage.forward import Pair, forward
 
 GATES = Gates.removing(4, prefill={1, 2}, decode={2})
-FILE = "plan.blocks/decode-01.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,11 @@ def with_blocks(model, folder, blocks):
     return with_files(plan, blocks, folder, merged=merged)
 
 
+def file_of(folder, layer=1):
+    (found,) = (folder / "plan.blocks").glob(f"decode-{layer:02d}-*.safetensors")
+    return found
+
+
 def decode_plan(model, folder, seed=1):
     weights = new_weights(model, seed, "mlp.down_proj.weight", "self_attn.o_proj.weight")
     return with_blocks(model, folder, {"decode": {1: weights}})
@@ -58,8 +63,8 @@ def test_a_block_comes_back_as_it_was_written(model, tmp_path):
     weights["mlp.down_proj.weight"] = weights["mlp.down_proj.weight"].bfloat16()
     plan = with_blocks(model, tmp_path, {"decode": {1: weights, 3: weights}})
     assert [(r.layer, r.merged, r.weights) for r in plan.replacements] == [
-        (1, (1, 2), FILE),
-        (3, (3,), "plan.blocks/decode-03.safetensors"),
+        (layer, merged, file_of(tmp_path, layer).relative_to(tmp_path).as_posix())
+        for layer, merged in ((1, (1, 2)), (3, (3,)))
     ]
     back = trim_of(plan, tmp_path).blocks(model)
     assert back["prefill"] == {} and set(back["decode"]) == {1, 3}
@@ -175,7 +180,7 @@ def make_folder(path):
 def test_a_spoilt_file_is_refused_in_one_line(model, tmp_path, spoil, words):
     folder = tmp_path / "plans"
     plan = decode_plan(model, folder)
-    spoil(folder / FILE)
+    spoil(file_of(folder))
     for use in (
         lambda: pair_of(plan, model, folder),
         lambda: trim_of(plan, folder).export(model, tmp_path / "pair"),
@@ -185,7 +190,7 @@ def test_a_spoilt_file_is_refused_in_one_line(model, tmp_path, spoil, words):
             use()
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "pair").exists()
-    with pytest.raises(PlanError, match=r"decode-01\.safetensors.*open the plan file"):
+    with pytest.raises(PlanError, match=r"decode-01-\w{12}\.safetensors.*open the plan file"):
         export(plan, model, tmp_path / "pair")
 
 
@@ -205,7 +210,7 @@ class Bomb:
 )
 def test_a_file_that_is_no_block_is_refused(model, tmp_path, data, words):
     plan = decode_plan(model, tmp_path)
-    (tmp_path / FILE).write_bytes(data)
+    file_of(tmp_path).write_bytes(data)
     entry = plan.replacements[0].model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
     with pytest.raises(PlanError, match=words):
         trim_of(plan.model_copy(update={"replacements": (entry,)}), tmp_path).blocks(model)
@@ -259,5 +264,68 @@ def test_the_command_exports_the_blocks_beside_the_plan(tmp_path, tiny_folder):
     done = CliRunner().invoke(app, [*map(str, arguments), "--dtype", "float32", "--json"])
     assert done.exit_code == 0, done.output
     exported = load_pair(tmp_path / "pair")[0].decode.block(1).module.mlp.down_proj.weight
-    written = load_file(tmp_path / "plans" / FILE)["mlp.down_proj.weight"]
+    written = load_file(file_of(tmp_path / "plans"))["mlp.down_proj.weight"]
     assert torch.equal(exported, written)
+
+
+# what is beside the plan
+
+
+def save_at(model, path, seed):
+    blocks = {"decode": {1: new_weights(model, seed, "mlp.down_proj.weight")}}
+    return TrimPlan.of(make_plan(model, GATES), blocks).save(path).plan
+
+
+def loaded(model, path):
+    return TrimPlan.open(path).blocks(model)["decode"][1]["mlp.down_proj.weight"]
+
+
+def test_a_new_plan_takes_the_old_ones_blocks_away_but_not_another_plans(model, tmp_path):
+    path = tmp_path / "plan.json"
+    save_at(model, path, 1)
+    first = loaded(model, path)
+    (tmp_path / "plan.blocks" / "notes.txt").write_text("mine")
+    (tmp_path / "best.json").write_bytes(path.read_bytes())
+    save_at(model, path, 2)
+    assert torch.equal(loaded(model, tmp_path / "best.json"), first)
+    save_at(model, path, 3)
+    assert torch.equal(loaded(model, tmp_path / "best.json"), first)
+    assert len(list((tmp_path / "plan.blocks").iterdir())) == 3  # of best, of plan, and the notes
+    (tmp_path / "best.json").unlink()
+    (tmp_path / "plan.blocks" / "notes.txt").unlink()
+    make_plan(model, GATES).save(path)  # the blocks of a plan that is gone are nobody's to remove
+    assert len(list((tmp_path / "plan.blocks").iterdir())) == 2
+
+
+def test_a_plan_that_cannot_be_written_leaves_the_old_one_with_its_blocks(
+    model, tmp_path, monkeypatch
+):
+    path = tmp_path / "plan.json"
+    old = save_at(model, path, 1)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def full(*_):
+        raise CannotWrite("no space")
+
+    for owner in ("pdtrim.plan.write_json", "pdtrim.models.replacements.write_bytes"):
+        with monkeypatch.context() as patch, pytest.raises(CannotWrite):
+            patch.setattr(owner, full)
+            save_at(model, path, 2)
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert PrunePlan.load(path) == old
+    with monkeypatch.context() as patch, pytest.raises(CannotWrite):
+        patch.setattr("pdtrim.plan.write_json", full)
+        save_at(model, tmp_path / "new" / "plan.json", 2)
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_plan_that_names_other_peoples_files_does_not_have_them_removed(model, tmp_path):
+    path = tmp_path / "plan.json"
+    plan = save_at(model, path, 1)
+    theirs = tmp_path / "models" / "decode-01.safetensors"
+    theirs.parent.mkdir()
+    theirs.write_text("mine")
+    entry = plan.replacements[0].model_copy(update={"weights": "models/decode-01.safetensors"})
+    plan.model_copy(update={"replacements": (entry,)}).save(path)
+    save_at(model, path, 2)
+    assert theirs.read_text() == "mine"

@@ -222,6 +222,19 @@ def test_what_is_missing_here_is_said_before_anything_starts(pair, monkeypatch):
     check_runnable(config)
 
 
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_altered_weights_are_not_served(tmp_path, monkeypatch, stage):
+    pair = export_tiny(tmp_path / "pair")
+    monkeypatch.setattr(launch, "find_spec", lambda name: object())
+    monkeypatch.setattr(launch, "find_router", lambda: "vllm-router")
+    weights = pair / stage / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 4
+    weights.write_bytes(data)
+    with pytest.raises(ModelError, match=rf"{stage}/model\.safetensors is not the file"):
+        check_runnable(ServeConfig(pair=pair, port=launch.free_port()))
+
+
 def test_the_router_is_found_beside_python_before_the_path(tmp_path, monkeypatch):
     for place in ("bin", "path"):
         (tmp_path / place).mkdir()

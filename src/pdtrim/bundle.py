@@ -22,6 +22,7 @@ from pdtrim.models.replacements import (
     FilesInMemory,
     encode_blocks,
     load_blocks,
+    replacing,
     save_blocks,
 )
 from pdtrim.plan import PrunePlan, Stage
@@ -110,6 +111,8 @@ class TrimPlan:
     def save(self, path: str | Path) -> TrimPlan:
         """Write the plan file, with the replaced blocks in a folder beside it.
 
+        What was there stays as it is until the new plan is whole.
+
         Returns:
             The same plan, its weights in these files.
 
@@ -119,8 +122,10 @@ class TrimPlan:
         path = Path(path)
         if self.exported is not None:
             raise PlanError(f"{self.exported} is an exported pair: copy the folder instead")
-        plan = save_blocks(self.plan, self.files, path.parent, f"{path.stem}.blocks")
-        plan.save(path)
+        name = f"{path.stem}.blocks"
+        with replacing(path, name):
+            plan = save_blocks(self.plan, self.files, path.parent, name)
+            plan.save(path)
         return TrimPlan(plan=plan, files=FilesInFolder(folder=path.parent))
 
     def export(self, model: Model, folder: str | Path) -> Path:

@@ -20,6 +20,7 @@ from pdtrim.calibration.batches import CalibrationConfig, load_calibration, text
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.quality import Variant, measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
+from pdtrim.keep.files import write_text
 from pdtrim.methods import Method, Paper, PDTrim, Target
 from pdtrim.methods.dense import dense_plan
 from pdtrim.models.loading import load_model
@@ -86,7 +87,6 @@ def run_demo(
 ) -> Result:
     """Plan, export, run and measure each row beside ``dense``; write ``result.json``."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     say("1/4 loading SmolLM2-135M-Instruct")
     model = load_model(MODEL)
     held_out = _held_out(model, folder)
@@ -163,9 +163,7 @@ def _held_out(model: Model, folder: Path) -> Batch:
     parts = []
     for name, texts in (("squad", _squad()), ("lambada", _lambada())):
         path = folder / f"held-out-{name}.jsonl"
-        with path.open("w", encoding="utf-8") as lines:
-            for text in texts:
-                lines.write(json.dumps({"text": text}) + "\n")
+        write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
         parts.append(
             text_batch(
                 model,

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pdtrim.errors import PlanError, border
+from pdtrim.keep.files import write_json
 from pdtrim.kv.codecs import Codec, Raw
 from pdtrim.kv.selectors import Duo, Full, Gate, Selector
 from pdtrim.reading.json_text import read_json
@@ -385,10 +386,8 @@ class PrunePlan(Frozen):
         return self.model_dump(mode="json", by_alias=True)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        """Write the plan as JSON, whole or not at all."""
+        write_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> PrunePlan:

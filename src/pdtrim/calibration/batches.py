@@ -12,11 +12,8 @@ import hashlib
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pdtrim.calibration.self_text import write_text
@@ -27,8 +24,6 @@ from pdtrim.models.model import Model
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.forward import Batch
 
-PARTS = ("search", "rerank", "fit")
-SIDES = ("prompt_BP", "continuation_BC")
 SECTION = 8  # sequences; longer documents are shuffled in sections of this many
 SPARE = 4  # read this many times the tokens needed, so that a seed has a choice
 
@@ -95,42 +90,6 @@ def load_calibration(
     return Calibration(
         search=parts[0], rerank=parts[1], fit=parts[2], source=config.source, hash=digest
     )
-
-
-def save_calibration(calibration: Calibration, config: CalibrationConfig, path: Path) -> None:
-    """Write the packed text, so that a search that was interrupted goes on with the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"{part}.{side}": getattr(getattr(calibration, part), side).contiguous()
-        for part in PARTS
-        for side in SIDES
-    }
-    about = {"source": calibration.source, "hash": calibration.hash, "config": repr(config)}
-    save_file(tensors, path, metadata=about)
-
-
-def saved_calibration(config: CalibrationConfig, path: Path) -> Calibration | None:
-    """What :func:`save_calibration` wrote for this config; None if there is no such file.
-
-    Raises:
-        CalibrationError: a file of another config, or none of ours.
-    """
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if about.get("config") != repr(config):
-            raise CalibrationError(f"{path} holds the text of other options: delete it")
-        search, rerank, fit = (
-            Batch(**{side: tensors[f"{part}.{side}"] for side in SIDES}) for part in PARTS
-        )
-        return Calibration(
-            search=search, rerank=rerank, fit=fit, source=about["source"], hash=about["hash"]
-        )
-    except (SafetensorError, OSError, KeyError) as error:
-        raise CalibrationError(f"{path} is no packed text: delete it") from error
 
 
 def text_batch(

@@ -12,13 +12,14 @@ from pdtrim.cli.common import (
     Dtype,
     Json,
     ModelName,
-    need_folder_place,
     out,
     print_json,
     progress_of,
     say_of,
 )
 from pdtrim.errors import PdtrimError
+from pdtrim.keep.files import write_text
+from pdtrim.keep.folder import output_folder
 
 app = typer.Typer()
 
@@ -29,6 +30,7 @@ TASKS = "piqa,winogrande,hellaswag,boolq,arc_easy,arc_challenge,openbookqa"
     epilog="Example: pdtrim compare smollm2 --remove 0.2 --data hub --limit 500 -o out/compare"
 )
 def compare(
+    context: typer.Context,
     model: ModelName,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder; what is there is kept.")],
     remove: Annotated[
@@ -100,8 +102,8 @@ def compare(
     )
     part = [name.strip() for name in only.split(",")] if only else []
     parts_of(config, part)  # a typing mistake should not wait for the model
+    context.with_resource(output_folder(output, "comparison", shared=bool(part)))
     progress, say = progress_of(as_json), say_of(as_json)
-    need_folder_place(output)
     with progress("loading the model", 1):
         dense = load_model(model, dtype=dtype, device=device)
     if part:
@@ -109,7 +111,7 @@ def compare(
         return
     result = run(dense, config, output, progress=progress, say=say)
     result.save(output / "result.json")
-    (output / "table.md").write_text(markdown(result), encoding="utf-8")
+    write_text(output / "table.md", markdown(result))
     wrote = "result.json, table.md"
     try:
         plot_compare(result, output / "compare.png")

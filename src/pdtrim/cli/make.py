@@ -12,7 +12,6 @@ from pdtrim.cli.common import (
     Dtype,
     Json,
     ModelName,
-    need_file_place,
     need_folder_place,
     out,
     print_json,
@@ -21,6 +20,8 @@ from pdtrim.cli.common import (
 )
 from pdtrim.cli.work import Work
 from pdtrim.errors import PdtrimError
+from pdtrim.keep.files import sweep
+from pdtrim.keep.folder import output_file
 
 app = typer.Typer()
 
@@ -64,6 +65,7 @@ def _removal(metric: str, prefill: str, decode: str, blocks: int) -> dict[str, A
     epilog="Example: pdtrim plan smollm2 -o plan.json --prefill-remove 8 --decode-remove 0"
 )
 def plan(
+    context: typer.Context,
     model: ModelName,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the plan.")],
     method: Annotated[
@@ -141,12 +143,12 @@ def plan(
     from pdtrim.search.kv_menu import parse_budget
     from pdtrim.search.link import LinkBudget
 
+    context.with_resource(output_file(output))
     if method not in METHODS:
         raise PdtrimError(f"unknown method '{method}': use one of {', '.join(METHODS)}")
     mode = mode or METHODS[method].default_mode
     if mode not in ("projected", "subset", "unified"):
         raise PdtrimError(f"unknown mode '{mode}': use projected, subset or unified")
-    need_file_place(output)
     work = Work(output.with_name(f"{output.stem}.search"), resume=resume)
     parse_budget(kv)  # a typing mistake should not wait for the model
     text = CalibrationConfig(
@@ -203,6 +205,7 @@ def plan(
     epilog="Example: pdtrim distill plan.json -o trained.json --text text.jsonl --blocks all"
 )
 def distill(
+    context: typer.Context,
     plan_file: Annotated[Path, typer.Argument(help="A plan.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the new plan.")],
     text: Annotated[
@@ -250,7 +253,7 @@ def distill(
 
     if output.resolve() == plan_file.resolve():
         raise PdtrimError("-o names the plan itself: give the trained one a name of its own")
-    need_file_place(output)
+    context.with_resource(output_file(output))
     progress, say = progress_of(as_json), say_of(as_json)
     loaded = TrimPlan.open(plan_file)
     dense = base_model(loaded.plan, source=model, dtype=dtype, device=device)
@@ -268,6 +271,7 @@ def distill(
         say=say,
     )
     checkpoint = output.with_name(f"{output.stem}.training.safetensors")
+    sweep(checkpoint)
     if checkpoint.exists():
         say(f"going on from {checkpoint}")
     rule = SetRule(reading=merge or ("pairs" if blocks == "pairs" else "none"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,14 +12,14 @@ from pdtrim.cli.common import (
     Dtype,
     Json,
     ModelName,
-    need_file_place,
-    need_folder_place,
     out,
     print_json,
     progress_of,
     say_of,
 )
 from pdtrim.errors import PdtrimError
+from pdtrim.keep.files import write_json, write_text
+from pdtrim.keep.folder import output_file, output_folder
 
 app = typer.Typer()
 
@@ -31,6 +30,7 @@ app = typer.Typer()
     " | pdtrim eval plan.json --tasks piqa,arc_easy --data olmo --limit 100",
 )
 def evaluate(
+    context: typer.Context,
     target: Annotated[Path, typer.Argument(help="A plan, or an exported pair's folder.")],
     text: Annotated[
         str | None, typer.Option(help="Held-out text: FILE.txt, FILE.jsonl or hub:NAME.")
@@ -73,7 +73,7 @@ def evaluate(
     if (text is None) == (tasks is None):
         raise PdtrimError("give one of --text and --tasks")
     if output is not None:
-        need_file_place(output)
+        context.with_resource(output_file(output))
     if text is None:
         _evaluate_tasks(
             target,
@@ -132,6 +132,7 @@ def _evaluate_tasks(
 
 @app.command(epilog="Example: pdtrim demo -o out/demo")
 def demo(
+    context: typer.Context,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all it makes.")],
     seed: Annotated[int, typer.Option()] = 0,
     as_json: Json = False,
@@ -140,7 +141,7 @@ def demo(
     from pdtrim.demo import run_demo
     from pdtrim.report.table import table
 
-    need_folder_place(output)
+    context.with_resource(output_folder(output, "demo"))
     result = run_demo(output, seed=seed, progress=progress_of(as_json), say=say_of(as_json))
     if as_json:
         print_json(result.to_json())
@@ -154,6 +155,7 @@ def demo(
 
 @app.command(epilog="Example: pdtrim kv-sweep smollm2 --text held_out.jsonl -o out/kv")
 def kv_sweep(
+    context: typer.Context,
     model: ModelName,
     text: Annotated[str, typer.Option(help="Held-out text: FILE.txt, FILE.jsonl or hub:NAME.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all it makes.")],
@@ -184,11 +186,11 @@ def kv_sweep(
         probes=probes,
         seed=seed,
     )
-    need_folder_place(output)
+    context.with_resource(output_folder(output, "sweep of KV policies"))
     dense = load_model(model, dtype=dtype, device=device)
-    result = sweep(dense, config, progress=progress_of(as_json))
+    result = sweep(dense, config, output, progress=progress_of(as_json))
     result.save(output / "result.json")
-    (output / "table.md").write_text(markdown(result), encoding="utf-8")
+    write_text(output / "table.md", markdown(result))
     plot_kv(result, output / "kv")
     if as_json:
         print_json(result.to_json())
@@ -201,6 +203,7 @@ def kv_sweep(
 
 @app.command(epilog="Example: pdtrim ablate smollm2 --text held_out.jsonl -o out/ablation")
 def ablate(
+    context: typer.Context,
     model: ModelName,
     text: Annotated[list[str], typer.Option(help="Held-out text; give it again for more.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder; what is there is kept.")],
@@ -249,7 +252,7 @@ def ablate(
         train_steps=train_steps,
         fit=fit_sequences,
     )
-    need_folder_place(output)
+    context.with_resource(output_folder(output, "ablation"))
     dense = load_model(model, dtype=dtype, device=device)
     cells = run(dense, config, output, progress=progress_of(as_json), say=say_of(as_json))
     made = {
@@ -259,8 +262,8 @@ def ablate(
         "host": host(),
         "cells": [cell.model_dump() for cell in cells],
     }
-    (output / "result.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    (output / "table.md").write_text(markdown(cells), encoding="utf-8")
+    write_json(output / "result.json", made)
+    write_text(output / "table.md", markdown(cells))
     if as_json:
         print_json(made)
     else:
@@ -278,6 +281,7 @@ def _named(sources: list[str]) -> dict[str, str]:
 
 @app.command(epilog="Example: pdtrim sensitivity smollm2 --text held_out.jsonl -o out/blocks")
 def sensitivity(
+    context: typer.Context,
     model: ModelName,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all it makes.")],
     text: Annotated[str, typer.Option(help="FILE.txt, FILE.jsonl, hub:NAME, or self.")] = "self",
@@ -297,7 +301,7 @@ def sensitivity(
     from pdtrim.search.sensitivity import WAYS
     from pdtrim.search.sensitivity import sensitivity as measure
 
-    need_folder_place(output)
+    context.with_resource(output_folder(output, "sensitivity"))
     progress = progress_of(as_json)
     dense = load_model(model, dtype=dtype, device=device)
     config = CalibrationConfig(
@@ -312,8 +316,7 @@ def sensitivity(
     kl_WL = measure(
         dense, load_calibration(dense, config, progress=progress).search, progress=progress
     )
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "table.md").write_text(sensitivity_table(kl_WL, tuple(WAYS)), encoding="utf-8")
+    write_text(output / "table.md", sensitivity_table(kl_WL, tuple(WAYS)))
     title = f"{dense.name}: KL of losing one block"
     plot_sensitivity(kl_WL, tuple(WAYS), output / "blocks.png", title=title)
     if as_json:

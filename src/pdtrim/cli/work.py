@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from pdtrim.cli.common import err
 from pdtrim.errors import PdtrimError
+from pdtrim.keep.files import CannotWrite
+from pdtrim.keep.folder import claim, is_there, remove
+
+WHAT = "search under way"
+NAMES = ("journal.jsonl", "text.safetensors")
 
 
 class Work:
     """``PLAN.search``, gone when the search has ended; kept when it is interrupted.
 
     Raises:
-        PdtrimError: an interrupted search is there and is not to be resumed.
+        PdtrimError: an interrupted search is there and is not to be resumed, or the folder is not
+            one of ours.
     """
 
     def __init__(self, folder: Path, *, resume: bool) -> None:
-        if folder.exists() and not resume:
+        self.folder = folder
+        self.resumed = is_there(folder, WHAT)
+        if self.resumed and not resume:
             raise PdtrimError(
                 f"{folder} holds an interrupted search: add --resume to go on, or delete it"
             )
-        self.folder = folder
-        self.resumed = folder.exists()
 
     @property
     def journal(self) -> Path:
@@ -33,21 +38,12 @@ class Work:
 
     def text(self, model: Any, config: Any, progress: Any) -> Any:
         """The calibration text, read or written once."""
-        from pdtrim.calibration.batches import (
-            load_calibration,
-            save_calibration,
-            saved_calibration,
-        )
+        from pdtrim.calibration.kept import kept_calibration
 
-        path = self.folder / "text.safetensors"
-        saved = saved_calibration(config, path)
-        if saved is not None:
-            return saved
-        text = load_calibration(model, config, progress=progress)
-        save_calibration(text, config, path)
-        return text
+        return kept_calibration(model, config, self.folder / "text.safetensors", progress=progress)
 
     def __enter__(self) -> Work:
+        claim(self.folder, WHAT)
         return self
 
     def __exit__(
@@ -56,9 +52,12 @@ class Work:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        elif issubclass(kind, KeyboardInterrupt) and self.journal.exists():
-            err.print("interrupted: the same command with --resume goes on")
-        elif issubclass(kind, PdtrimError) and not self.resumed:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if kind is not None and issubclass(kind, KeyboardInterrupt) and self.journal.exists():
+            err.print("interrupted: the same command with --resume goes on", highlight=False)
+        elif kind is None or (not self.resumed and _is_mistake(kind)):
+            remove(self.folder, NAMES)
+
+
+def _is_mistake(kind: type[BaseException]) -> bool:
+    """Whether the search would end so again; a full disk is another matter."""
+    return issubclass(kind, PdtrimError) and not issubclass(kind, CannotWrite)

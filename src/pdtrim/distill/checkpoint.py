@@ -1,23 +1,21 @@
-"""A training run on disk: one safetensors file, its header holding what is not a tensor as JSON.
-
-One file, because two could not be replaced at once: a kill leaves the old state or the new one.
-"""
+"""A training run on disk: its tensors, its settings and where it stands, in one file."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
+from pydantic import Field
 from torch import Tensor
 
 from pdtrim.errors import PlanError
+from pdtrim.keep.settings import Settings
+from pdtrim.keep.tensors import load_kept, save_kept
+from pdtrim.records import Frozen
 
-SCHEMA = "pdtrim.distill/1"
+SCHEMA = "pdtrim.distill/2"
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 """Tensors by group (``weight``, ``mean``, ``square``, ``best``) and ``layer.name``."""
@@ -50,50 +48,59 @@ class Position:
     history: list[Point]
 
 
-def save(path: Path, run: str, position: Position, groups: Groups) -> None:
+class _State(Frozen):
+    """A position as a file holds it: the first evaluation is behind it."""
+
+    step: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    losses: tuple[float, ...]
+    history: tuple[Point, ...] = Field(min_length=1)
+
+
+def save(path: Path, settings: Settings, position: Position, groups: Groups) -> None:
     """Write a run's state in one move.
 
     Args:
-        run: hash of everything that decides the run's numbers.
+        settings: everything that decides the run's numbers.
     """
-    state = {"schema": SCHEMA, "run": run, **asdict(position)}
     tensors = {
-        f"{group}/{key}": tensor.contiguous()
+        f"{group}/{key}": tensor
         for group, members in groups.items()
         for key, tensor in members.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file(tensors, part, metadata={"state": json.dumps(state)})
-    os.replace(part, path)
+    save_kept(path, tensors, SCHEMA, settings, _State(**vars(position)))
 
 
-def load(path: Path, run: str) -> tuple[Position, dict[str, dict[str, Tensor]]]:
+def load(
+    path: Path, settings: Settings, masters: Mapping[str, Tensor], best: torch.dtype
+) -> tuple[Position, dict[str, dict[str, Tensor]]]:
     """Read a run's state, its tensors on the CPU.
 
+    Args:
+        masters: the weights that train, fp32: the file has to hold the like of each.
+        best: type of the best weights.
+
     Raises:
-        PlanError: not such a file, or of another run.
+        PdtrimError: not such a file, damaged, of a run of other settings, or of other tensors.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            state = json.loads((file.metadata() or {}).get("state", "{}"))
-            if not isinstance(state, dict) or state.get("schema") != SCHEMA:
-                raise PlanError(f"{path} is not a training checkpoint of schema '{SCHEMA}'")
-            if state["run"] != run:
-                raise PlanError(
-                    f"{path} is of another run: the model, gates, KV policy, text or settings"
-                    " differ; remove it or name another file"
-                )
-            groups: dict[str, dict[str, Tensor]] = {}
-            for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
-                group, _, key = name.partition("/")
-                groups.setdefault(group, {})[key] = file.get_tensor(name)
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise PlanError(f"cannot read the training checkpoint {path}: {error}") from error
+    state, tensors = load_kept(path, SCHEMA, settings, _State)
+    groups: dict[str, dict[str, Tensor]] = {"weight": {}, "mean": {}, "square": {}, "best": {}}
+    types = {"weight": torch.float32, "best": best}
+    if state.step:  # Adam has no averages before the first step
+        types |= {"mean": torch.float32, "square": torch.float32}
+    wanted = {f"{group}/{key}" for group in types for key in masters}
+    strange = sorted(wanted ^ tensors.keys())
+    for name in sorted(wanted & tensors.keys()):
+        group, _, key = name.partition("/")
+        tensor = groups[group][key] = tensors[name]
+        if tensor.dtype != types[group] or tensor.shape != masters[key].shape:
+            strange.append(name)
+    if strange:
+        raise PlanError(f"{path} does not fit this training: see '{strange[0]}'; delete it")
     position = Position(
-        step=state["step"],
-        seconds=state["seconds"],
-        losses=state["losses"],
-        history=[Point(**point) for point in state["history"]],
+        step=state.step,
+        seconds=state.seconds,
+        losses=list(state.losses),
+        history=list(state.history),
     )
     return position, groups

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-
-from torch import Tensor
 
 from pdtrim.distill.student import Compute, Descent
 from pdtrim.distill.trainable import Which
 from pdtrim.errors import PlanError
+from pdtrim.keep.settings import Settings
+from pdtrim.keep.tensors import ids_digest, tensors_digest
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.models.replace import Weights
@@ -96,29 +94,23 @@ class Job:
         if not len(self.data) or not len(self.held_out):
             raise PlanError("distillation needs at least 1 row of text and 1 held-out row")
 
-    def identity(self) -> str:
-        """SHA-256 (hex) of everything that decides the run's numbers."""
-        texts = (self.data, self.held_out)
-        ids = [ids for text in texts for ids in (text.prompt_BP, text.continuation_BC)]
-        settings = {k: v for k, v in asdict(self.config).items() if k not in FREE}
-        facts = {
-            "config": settings,
+    def settings(self) -> Settings:
+        """Everything that decides the run's numbers."""
+        return {
+            **{key: value for key, value in asdict(self.config).items() if key not in FREE},
             "gates": self.gates.model_dump(mode="json"),
             "kv": [rule.model_dump(mode="json") for rule in self.policy.rules],
             "block_size": self.policy.block_size,
-            "model": [self.model.fingerprint, str(self.model.dtype)],
+            "model": self.model.fingerprint,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
             "prefill": None if self.prefill is None else self.prefill.fingerprint,
-            "shapes": [list(part.shape) for part in ids],
+            "text": ids_digest(self.data.prompt_BP, self.data.continuation_BC),
+            "held_out": ids_digest(self.held_out.prompt_BP, self.held_out.continuation_BC),
+            "merged_blocks": tensors_digest(
+                {
+                    f"{layer}.{name}": tensor.float()
+                    for layer, weights in self.start.items()
+                    for name, tensor in weights.items()
+                }
+            ),
         }
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        for part in ids:
-            digest.update(_bytes(part.long()))
-        for layer, weights in sorted(self.start.items()):
-            for name, tensor in sorted(weights.items()):
-                digest.update(f"{layer}.{name}".encode())
-                digest.update(_bytes(tensor.float()))
-        return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().numpy().tobytes()

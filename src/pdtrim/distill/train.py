@@ -106,7 +106,7 @@ class _Run:
             decode=self.student.model,
         )
         self.checkpoint = checkpoint
-        self.identity = "" if checkpoint is None else job.identity()
+        self.settings = {} if checkpoint is None else job.settings()
         self.position = Position(step=0, seconds=0.0, losses=[], history=[])
         self.best: dict[str, Tensor] = {}
         if checkpoint is not None and checkpoint.exists():
@@ -217,11 +217,12 @@ class _Run:
         if self.checkpoint is not None:
             here = Position(**{**vars(self.position), "seconds": self._seconds})
             groups = {**self.student.state(), "best": self.best}
-            save(self.checkpoint, self.identity, here, groups)
+            save(self.checkpoint, self.settings, here, groups)
         self._saved = time.monotonic()
 
     def _resume(self, path: Path) -> None:
-        self.position, groups = load(path, self.identity)
+        masters, best = self.student.masters, self.job.model.dtype
+        self.position, groups = load(path, self.settings, masters, best)
         self.student.load(groups, self.position.step)
         self.best = groups["best"]
 

@@ -3,33 +3,28 @@
 Every row runs on the same calibration text and, where it searches, with the same budget of
 block-tokens; its KL is measured on held-out texts. A cell (a row and a seed) is written to disk as
 soon as it is measured, and is not measured again: an interrupted run goes on, and runs of different
-seeds may share a folder.
+seeds may share a folder. A folder of another model, text or number is refused.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from pdtrim.bundle import TrimPlan
-from pdtrim.calibration.batches import (
-    Calibration,
-    CalibrationConfig,
-    load_calibration,
-    text_batch,
-)
+from pdtrim.calibration.batches import Calibration, CalibrationConfig, text_batch
+from pdtrim.calibration.kept import kept_calibration, source_digest
 from pdtrim.distill.job import DistillConfig
-from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.quality import Variant, measure_quality
+from pdtrim.keep.settings import Settings, package_versions
+from pdtrim.keep.store import claim, once
+from pdtrim.keep.tensors import ids_digest
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods.base import Method, Search, Target
 from pdtrim.methods.paper import Paper
@@ -108,9 +103,9 @@ def ablate(
     """Every row with every seed, in order; those found in ``folder`` are not run again.
 
     Raises:
-        PdtrimError: unreadable text, or a cell on disk that is not one.
+        PdtrimError: unreadable text, or a folder of other settings or with a damaged cell.
     """
-    held_out = {
+    held_out: dict[str, Batch] = {
         name: text_batch(
             model,
             source,
@@ -120,33 +115,56 @@ def ablate(
         )
         for name, source in config.texts.items()
     }
+    settings = settings_of(model, config, held_out)
+    claim(folder / "settings.json", settings)
     cells = []
     for seed in config.seeds:
-        bench = Bench(model, config, seed, folder, progress)
+        bench = Bench(model, config, seed, folder, progress, settings)
         for group, name, make in rows(bench):
             if not any(words in f"{group}, {name}" for words in config.only):
                 continue
+
+            def cell(
+                seed: int = seed,
+                group: str = group,
+                name: str = name,
+                make: Callable[[], Made] = make,
+            ) -> Cell:
+                started = time.perf_counter()
+                made = make()
+                cell = Cell(
+                    group=group,
+                    name=name,
+                    seed=seed,
+                    kl=measure(model, made, held_out),
+                    block_tokens=made.block_tokens,
+                    seconds=round(time.perf_counter() - started, 1),
+                    removed=made.removed,
+                )
+                found = ", ".join(f"{text} {kl:.4f}" for text, kl in cell.kl.items())
+                say(f"seed {seed}, {group}, {name}: KL {found}")
+                return cell
+
             path = folder / "cells" / f"{_slug(f'{seed} {group} {name}')}.json"
-            if path.is_file():
-                cells.append(_read(path))
-                continue
-            started = time.perf_counter()
-            made = make()
-            cell = Cell(
-                group=group,
-                name=name,
-                seed=seed,
-                kl=measure(model, made, held_out),
-                block_tokens=made.block_tokens,
-                seconds=round(time.perf_counter() - started, 1),
-                removed=made.removed,
-            )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(cell.model_dump_json(indent=1) + "\n", encoding="utf-8")
-            cells.append(cell)
-            found = ", ".join(f"{text} {kl:.4f}" for text, kl in cell.kl.items())
-            say(f"seed {seed}, {group}, {name}: KL {found}")
+            cells.append(once(path, Cell, {**settings, "row": [group, name, seed]}, cell))
     return cells
+
+
+def settings_of(model: Model, config: AblationConfig, held_out: Mapping[str, Batch]) -> Settings:
+    """All that the cells of a folder depend on; its seeds and its choice of rows may differ."""
+    asked = {k: v for k, v in asdict(config).items() if k not in ("texts", "seeds", "only")}
+    return {
+        **asked,
+        "model": model.fingerprint,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "calibration_sha256": source_digest(config.calibration),
+        "texts": {
+            name: ids_digest(text.prompt_BP, text.continuation_BC)
+            for name, text in held_out.items()
+        },
+        "versions": package_versions(),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,17 +206,23 @@ class Bench:
     """A model with one seed's calibration text; plans are made once and kept in the folder."""
 
     def __init__(
-        self, model: Model, config: AblationConfig, seed: int, folder: Path, progress: Progress
+        self,
+        model: Model,
+        config: AblationConfig,
+        seed: int,
+        folder: Path,
+        progress: Progress,
+        settings: Settings,
     ) -> None:
         self.model, self.config, self.seed = model, config, seed
-        self.folder, self.progress = folder, progress
+        self.folder, self.progress, self.settings = folder, progress, settings
         self.policy = HandoverPolicy.full(model.num_layers)
 
     @cached_property
     def text(self) -> Calibration:
         """Text of the search, of the choices after it, and of repairs and training."""
         config = self.config
-        return load_calibration(
+        return kept_calibration(
             self.model,
             CalibrationConfig(
                 source=config.calibration,
@@ -209,6 +233,7 @@ class Bench:
                 fit=config.fit,
                 seed=self.seed,
             ),
+            self.folder / "text" / f"seed{self.seed}.safetensors",
             progress=self.progress,
         )
 
@@ -226,6 +251,8 @@ class Bench:
     def plan(self, name: str, method: Method, target: Target) -> TrimPlan:
         """A plan, from the folder if it is there."""
         path = self.folder / "plans" / f"{_slug(f'{self.seed} {name}')}.json"
+        made_by = {"method": repr(method), "target": asdict(target), **self.settings}
+        claim(path.with_name(f"{path.stem}.settings.json"), made_by)
         if path.is_file():
             return TrimPlan.open(path)
         target = replace(target, repair="none")  # repairs are rows of their own
@@ -352,10 +379,3 @@ def spread(values: list[float]) -> str:
 def _slug(text: str) -> str:
     """A file name that every system takes."""
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
-
-
-def _read(path: Path) -> Cell:
-    try:
-        return Cell.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
-        raise PdtrimError(f"{path} is not a cell of an ablation: delete it") from error

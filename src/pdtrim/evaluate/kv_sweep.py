@@ -6,28 +6,38 @@ must be fitted come from calibration text of another source. Bytes cross a real 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from pdtrim.calibration.batches import CalibrationConfig, load_calibration, text_batch
+from pdtrim.calibration.kept import kept_calibration, source_digest
 from pdtrim.evaluate.handover import Loopback, loopback_bytes
 from pdtrim.evaluate.kv_checks import sanity
 from pdtrim.evaluate.kv_suite import KvSuiteConfig, run_suite
-from pdtrim.evaluate.quality import Variant, measure_quality
+from pdtrim.evaluate.quality import Quality, Variant, measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
+from pdtrim.keep.settings import Settings, package_versions
+from pdtrim.keep.store import claim, once
+from pdtrim.keep.tensors import ids_digest
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods.dense import dense_plan
 from pdtrim.models.model import Model
-from pdtrim.plan import PrunePlan
+from pdtrim.plan import LayerKV, PrunePlan
 from pdtrim.progress import Progress, silent
+from pdtrim.records import Frozen
 from pdtrim.search.kv_budget import allocate
 from pdtrim.search.kv_menu import STEPS, KVBudget, default_menu, parse_budget
 from pdtrim.search.kv_request import KVRequest
 from pdtrim.search.objective import dense_trace
 from pdtrim.stage.cost import Lengths
 from pdtrim.stage.forward import Batch, Pair
+
+T = TypeVar("T")
 
 WIRE_PROMPTS = 2
 SANITY = ("first_last@2.5x", "random@2.5x")
@@ -88,8 +98,29 @@ def default_policies(head_dim: int, tokens: int, num_layers: int) -> dict[str, s
     return policies
 
 
-def sweep(model: Model, config: SweepConfig, *, progress: Progress = silent) -> Result:
-    """Rows ``dense`` and one a policy; retrieval and decode's cache bytes in ``metrics``."""
+class _Tokens(Frozen):
+    """A policy's quality, a number a sequence."""
+
+    kl: tuple[float, ...]
+    nll: tuple[float, ...]
+
+
+def sweep(
+    model: Model,
+    config: SweepConfig,
+    folder: Path | None = None,
+    *,
+    progress: Progress = silent,
+) -> Result:
+    """Rows ``dense`` and one a policy; retrieval and decode's cache bytes in ``metrics``.
+
+    Args:
+        folder: where each fitted policy and each of the three measurements is kept once it is
+            there, so that an interrupted sweep goes on.
+
+    Raises:
+        PdtrimError: unreadable text, or a folder of other settings or with a damaged cell.
+    """
     batch = text_batch(
         model,
         config.text,
@@ -97,22 +128,34 @@ def sweep(model: Model, config: SweepConfig, *, progress: Progress = silent) -> 
         continuation_tokens=config.lengths.continuation,
         limit=config.limit,
     )
-    plans = {"dense": dense_plan(model), **_plans(model, config, progress)}
+    keep = _Cells.at(folder, model, config, batch)
+    plans = {"dense": dense_plan(model), **_plans(model, config, keep, progress)}
     policies = {name: HandoverPolicy.of(plan) for name, plan in plans.items()}
     pair = Pair.dense(model)
     variants = {name: Variant.of(plan, pair) for name, plan in plans.items()}
-    qualities = measure_quality(model, variants, batch, progress=progress)
+    digests = [f"{name} {plan.digest}" for name, plan in plans.items()]
+    qualities = _qualities(model, variants, batch, digests, keep, progress)
     metrics: dict[str, dict[str, float]] = {name: {} for name in plans}
     problems: list[str] = []
     if config.probes:
         suite = KvSuiteConfig(probes=config.probes, tokens=config.lengths.prompt, seed=config.seed)
         policies["full"] = policies.pop("dense")
-        found = run_suite(pair, plans["dense"].gates, policies, suite, progress=progress)
+        found = keep.once(
+            "retrieval",
+            dict[str, dict[str, float]],
+            lambda: dict(run_suite(pair, plans["dense"].gates, policies, suite, progress=progress)),
+            plans=digests,
+        )
         metrics = {**found, "dense": found["full"]}
         kls = {name: quality.kl for name, quality in qualities.items()}
         kls["full"] = kls["dense"]
         problems = sanity(found, kls, first_last=SANITY[0], random=SANITY[1])
-    sizes = _bytes(model, plans, batch, progress)
+    sizes = keep.once(
+        "bytes",
+        dict[str, Loopback],
+        lambda: _bytes(model, plans, batch, progress),
+        plans=digests,
+    )
     rows = tuple(
         make_row(
             name,
@@ -158,20 +201,85 @@ def markdown(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _plans(model: Model, config: SweepConfig, progress: Progress) -> dict[str, PrunePlan]:
-    text = load_calibration(
-        model,
-        CalibrationConfig(
-            source=config.calibration,
-            prompt_tokens=config.lengths.prompt,
-            continuation_tokens=min(128, config.lengths.continuation),
-            search=4,
-            rerank=0,
-            fit=0,
-            seed=config.seed,
-        ),
-        progress=progress,
+@dataclass(frozen=True, kw_only=True)
+class _Cells:
+    """What a sweep keeps; nothing without a folder."""
+
+    folder: Path | None
+    settings: Settings
+
+    @classmethod
+    def at(cls, folder: Path | None, model: Model, config: SweepConfig, batch: Batch) -> _Cells:
+        """The cells of a folder, which other settings may not share."""
+        if folder is None:
+            return cls(folder=None, settings={})
+        settings = _settings(model, config, batch)
+        claim(folder / "settings.json", settings)
+        return cls(folder=folder, settings=settings)
+
+    def once(self, name: str, kind: Any, make: Callable[[], T], **more: Any) -> T:
+        """What the folder holds under a name, or else what ``make`` returns, then written there.
+
+        Args:
+            more: settings of this value alone.
+        """
+        if self.folder is None:
+            return make()
+        path = self.folder / "cells" / f"{name}.json"
+        return once(path, kind, {**self.settings, **more}, make)
+
+
+def _settings(model: Model, config: SweepConfig, batch: Batch) -> Settings:
+    """All that a sweep's numbers depend on."""
+    return {
+        **{key: value for key, value in asdict(config).items() if key != "text"},
+        "model": model.fingerprint,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "calibration_sha256": source_digest(config.calibration),
+        "text": ids_digest(batch.prompt_BP, batch.continuation_BC),
+        "versions": package_versions(),
+    }
+
+
+def _qualities(
+    model: Model,
+    variants: dict[str, Variant],
+    batch: Batch,
+    plans: list[str],
+    keep: _Cells,
+    progress: Progress,
+) -> dict[str, Quality]:
+    def measure() -> dict[str, _Tokens]:
+        found = measure_quality(model, variants, batch, progress=progress)
+        return {
+            name: _Tokens(kl=tuple(q.kl_n.tolist()), nll=tuple(q.nll_n.tolist()))
+            for name, q in found.items()
+        }
+
+    kept = keep.once("quality", dict[str, _Tokens], measure, plans=plans)
+    return {
+        name: Quality(kl_n=torch.tensor(q.kl), nll_n=torch.tensor(q.nll))
+        for name, q in kept.items()
+    }
+
+
+def _plans(
+    model: Model, config: SweepConfig, keep: _Cells, progress: Progress
+) -> dict[str, PrunePlan]:
+    asked = CalibrationConfig(
+        source=config.calibration,
+        prompt_tokens=config.lengths.prompt,
+        continuation_tokens=min(128, config.lengths.continuation),
+        search=4,
+        rerank=0,
+        fit=0,
+        seed=config.seed,
     )
+    if keep.folder is None:
+        text = load_calibration(model, asked, progress=progress)
+    else:
+        text = kept_calibration(model, asked, keep.folder / "text.safetensors", progress=progress)
     wanted = default_policies(model.head_dim, config.lengths.prompt - 1, model.num_layers)
     for compression in config.budgets:
         wanted[f"budget@{compression:g}x"] = KVBudget(compression=compression).text
@@ -180,15 +288,20 @@ def _plans(model: Model, config: SweepConfig, progress: Progress) -> dict[str, P
     dense = dense_plan(model)
     sample = text.search.to(model.device)
     trace = dense_trace(model, sample)
+
+    def fit(policy: str) -> tuple[LayerKV, ...]:
+        budget = parse_budget(policy)
+        if budget is None:
+            return KVRequest.parse(policy).resolve(model, sample, trace)
+        menu = default_menu(model.head_dim, budget.codecs)
+        return allocate(model, sample, budget.compression, menu=menu).rules
+
     plans = {}
     with progress("fitting policies", len(wanted)) as advance:
-        for name, policy in wanted.items():
-            budget = parse_budget(policy)
-            if budget is None:
-                rules = KVRequest.parse(policy).resolve(model, sample, trace)
-            else:
-                menu = default_menu(model.head_dim, budget.codecs)
-                rules = allocate(model, sample, budget.compression, menu=menu).rules
+        for number, (name, policy) in enumerate(wanted.items()):
+            rules = keep.once(
+                f"policy{number:03d}", tuple[LayerKV, ...], partial(fit, policy), policy=policy
+            )
             provenance = dense.provenance.model_copy(
                 update={
                     "method": policy,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.quality import Quality
+from pdtrim.keep.files import write_json
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates, PrunePlan
@@ -94,9 +94,7 @@ class Result(Frozen):
 
     def save(self, path: str | Path) -> None:
         """Write the result as JSON."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Result:

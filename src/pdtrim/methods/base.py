@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pdtrim.bundle import TrimPlan
 from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
+from pdtrim.keep.settings import Settings
 from pdtrim.models.model import Model
 from pdtrim.models.replace import Blocks
 from pdtrim.plan import (
@@ -169,7 +169,7 @@ class Method(ABC):
         started = time.perf_counter()
         record = None
         if journal is not None:
-            record = Journal(journal, self._search_hash(model, calibration, target))
+            record = Journal(journal, self._settings(model, calibration, target))
         found = self.search(model, calibration, target, progress=progress, journal=record)
         provenance = Provenance(
             method=self.name,
@@ -194,18 +194,19 @@ class Method(ABC):
         plan = PrunePlan.from_json(data, source=f"method '{self.name}'")
         return TrimPlan.of(plan, found.blocks, merged=merged_layers(found.gates))
 
-    def _search_hash(self, model: Model, calibration: Calibration, target: Target) -> str:
-        """SHA-256 (hex) of everything that the search's measurements depend on."""
-        parts = (
-            self,
-            target,
-            model.fingerprint,
-            model.dtype,
-            model.device,
-            calibration.hash,
-            calibration.search.prompt_BP.shape,
-            calibration.search.continuation_BC.shape,
-            len(calibration.rerank),
-            versions(),
-        )
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+    def _settings(self, model: Model, calibration: Calibration, target: Target) -> Settings:
+        """Everything that the search's measurements depend on."""
+        return {
+            "method": repr(self),
+            "target": asdict(target),
+            "model": model.fingerprint,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+            "text": {
+                "sha256": calibration.hash,
+                "prompts": list(calibration.search.prompt_BP.shape),
+                "continuations": list(calibration.search.continuation_BC.shape),
+                "rerank": len(calibration.rerank),
+            },
+            "versions": versions(),
+        }

@@ -2,7 +2,9 @@
 
 A stage's folder is a Hugging Face model folder: ``config.json``, ``model.safetensors``, tokenizer.
 Blocks that the stage runs anything of get the slots 0, 1, ... in order; the config's key
-``pdtrim`` holds the stage, the plan, its digest and each slot's dense layer. If all slots are whole
+``pdtrim`` (:class:`Entry`) holds the stage, the plan, its digest, each slot's dense layer, and the
+SHA-256 of every file beside the config and of the config itself, which are checked before the
+weights are loaded: one altered bit is refused. If all slots are whole
 blocks it is a plain checkpoint that transformers loads. Otherwise its model type is
 ``pdtrim_<family>``, which transformers does not know: loaded as a plain model it would get random
 weights for the parts that are missing, and the config has no word for a width of each layer.
@@ -10,14 +12,17 @@ weights for the parts that are missing, and the config has no word for a width o
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -28,6 +33,8 @@ from transformers import (
 )
 
 from pdtrim.errors import ModelError, PlanError, border
+from pdtrim.keep.files import sha256_of, write_json
+from pdtrim.keep.tensors import write_tensors
 from pdtrim.kv.bias import KVBias, Table
 from pdtrim.models.families import family_named, family_of
 from pdtrim.models.loading import ATTENTION, check_finite, quiet
@@ -35,40 +42,97 @@ from pdtrim.models.model import Model
 from pdtrim.models.narrow import narrow
 from pdtrim.models.rope import check_rope
 from pdtrim.models.tokenizers import load_tokenizer
-from pdtrim.plan import MAX_PLAN_BYTES, Gates, LayerKV, PrunePlan, Stage
+from pdtrim.plan import MAX_PLAN_BYTES, Gates, LayerKV, PrunePlan, Sha256, Stage
 from pdtrim.reading.json_text import read_json
+from pdtrim.records import Frozen, first_problem
 
 WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
 PREFIX = "pdtrim_"
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+class Entry(Frozen):
+    """What pdtrim writes into the config of a stage's checkpoint.
+
+    Attributes:
+        layers: dense layer of each slot.
+        files: SHA-256 of each file beside the config, by its path below the folder.
+        config_sha256: of the config with this entry, without this field and ``pair``.
+        pair: the same in both stages of one export and in no others.
+    """
+
+    stage: Stage
+    layers: tuple[int, ...]
+    plan_digest: str
+    plan: dict[str, Any]
+    files: dict[str, Sha256]
+    config_sha256: Sha256
+    pair: Sha256 | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """The config of a stage's checkpoint: the network's part, and pdtrim's."""
+
+    data: dict[str, Any]
+    plan: PrunePlan
+    entry: Entry
 
 
 def save_stage(model: Model, plan: PrunePlan, stage: Stage, folder: Path) -> None:
-    """Write one stage of a plan.
+    """Write one stage of a plan into a new folder.
 
     Args:
         model: what the stage runs (``stage/replaced.py``), with all of the dense model's layers.
+
+    Raises:
+        PdtrimError: the system refuses to write.
     """
     layers = plan.gates.layers(stage)
     kept = {layer: held_parts(model.config, plan.gates, plan.kv, stage, layer) for layer in layers}
     tensors = _stage_tensors(model, kept)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config = _stage_config(model, plan, stage)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    folder.mkdir(parents=True)
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     generation_config(model.network).save_pretrained(folder)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
+    config = json.loads(json.dumps(_stage_config(model, plan, stage)))
+    config["pdtrim"] = {
+        "stage": stage,
+        "layers": list(layers),
+        "plan_digest": plan.digest,
+        "files": {name: sha256_of(folder / name) for name in sorted(file_names(folder))},
+        "plan": plan.to_json(),
+    }
+    config["pdtrim"]["config_sha256"] = _digest(config)
+    write_json(folder / CONFIG, config)
+
+
+def seal(folders: Mapping[Stage, Path]) -> None:
+    """Write into both stages of one export that they belong together."""
+    configs = {
+        stage: read_json(folder / CONFIG, limit=2 * MAX_PLAN_BYTES)
+        for stage, folder in folders.items()
+    }
+    pair = _digest({stage: config["pdtrim"]["files"] for stage, config in configs.items()})
+    for stage, config in configs.items():
+        config["pdtrim"]["pair"] = pair
+        write_json(folders[stage] / CONFIG, config)
 
 
 def load_stage(folder: str | Path, stage: Stage, *, device: str = "cpu") -> tuple[Model, PrunePlan]:
     """Read one stage's checkpoint and the plan inside it.
 
     Raises:
-        ModelError: not such a folder, the other stage's, or weights that do not fit the plan.
+        ModelError: not such a folder, the other stage's, a file that is not the one that export
+            wrote, or weights that do not fit the plan.
         PlanError: the plan inside is invalid, its digest wrong, or a width beyond the model's.
     """
     folder = Path(folder)
-    data, plan = read_stage_config(folder, stage)
+    found = read_stage(folder, stage)
+    check_files(folder, found.entry)
+    data, plan = dict(found.data), found.plan
     layers = plan.gates.layers(stage)
     data["model_type"] = str(data["model_type"]).removeprefix(PREFIX)
     dtype = getattr(torch, str(data.get("dtype")), None)
@@ -99,8 +163,19 @@ def load_stage(folder: str | Path, stage: Stage, *, device: str = "cpu") -> tupl
 
 
 def read_stage_config(folder: Path, stage: Stage) -> tuple[dict[str, Any], PrunePlan]:
-    """The config without pdtrim's entry, and the plan of that entry, its digest checked."""
-    path = folder / "config.json"
+    """The config without pdtrim's entry, and the plan of that entry; see :func:`read_stage`."""
+    found = read_stage(folder, stage)
+    return found.data, found.plan
+
+
+def read_stage(folder: Path, stage: Stage) -> StageConfig:
+    """The config of a stage's checkpoint, its own digest and the plan's checked.
+
+    Raises:
+        ModelError: not such a folder, the other stage's, from an older version, or altered.
+        PlanError: the plan inside is invalid, or its digest wrong.
+    """
+    path = folder / CONFIG
     if not path.is_file():
         raise ModelError(f"no {stage} checkpoint at {folder}: make one with 'pdtrim export'")
     data = read_json(path, limit=2 * MAX_PLAN_BYTES, kind=ModelError)
@@ -112,7 +187,51 @@ def read_stage_config(folder: Path, stage: Stage) -> tuple[dict[str, Any], Prune
     plan = PrunePlan.from_json(entry.get("plan"), source=str(path))
     if entry.get("plan_digest") != plan.digest:
         raise PlanError(f"{path}: the plan does not match its digest; export it again")
-    return data, plan
+    if "files" not in entry:
+        raise ModelError(f"{folder} is from an older version, without digests: export it again")
+    try:
+        made = Entry.model_validate(entry)
+    except ValidationError as error:
+        raise ModelError(f"{path}: {first_problem(error)}; export it again") from error
+    own = {key: value for key, value in entry.items() if key not in ("config_sha256", "pair")}
+    if made.config_sha256 != _digest({**data, "pdtrim": own}):
+        raise ModelError(f"{path} is not the file that export wrote: export it again")
+    return StageConfig(data=data, plan=plan, entry=made)
+
+
+def check_files(folder: Path, entry: Entry) -> None:
+    """Compare every file beside a config with the digest that the config has of it.
+
+    Raises:
+        ModelError: a file that is missing or altered, or further weights, which an engine that
+            reads all weights of a folder would take for the stage's.
+    """
+    present = file_names(folder)
+    for name in present:
+        if name not in entry.files and name.endswith(WEIGHT_ENDINGS):
+            raise ModelError(f"{folder / name} was not written by export: move it away")
+    for name, digest in entry.files.items():
+        if name not in present:
+            raise ModelError(f"{folder / name} is gone: export it again")
+        try:
+            found = sha256_of(folder / name)
+        except OSError as error:
+            raise ModelError(f"cannot read {folder / name}: {error.strerror}") from error
+        if found != digest:
+            raise ModelError(
+                f"{folder / name} is not the file that export wrote (its SHA-256 differs):"
+                " export it again"
+            )
+
+
+def file_names(folder: Path) -> set[str]:
+    """Paths of the files below a stage's folder, without its config."""
+    files = (path for path in folder.rglob("*") if not path.is_dir())
+    return {path.relative_to(folder).as_posix() for path in files} - {CONFIG}
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def generation_config(network: Any) -> GenerationConfig:
@@ -215,12 +334,6 @@ def _stage_config(model: Model, plan: PrunePlan, stage: Stage) -> dict[str, Any]
     ):
         config["model_type"] = PREFIX + config["model_type"]
         config["architectures"] = ["PDTrim" + config["architectures"][0]]
-    config["pdtrim"] = {
-        "stage": stage,
-        "layers": list(layers),
-        "plan_digest": plan.digest,
-        "plan": plan.to_json(),
-    }
     return config
 
 

@@ -1,30 +1,36 @@
 """Write and read a plan's replaced blocks: one safetensors file a stage and layer.
 
 Until a plan is saved its files are in memory; then they lie below the plan's folder,
-``NAME/decode-07.safetensors``. The plan holds the path and the SHA-256 of each, so its digest
-covers the weights. A plan may come from anywhere: before a file is read its place and size are
-checked, and before it is parsed its hash. Nothing is unpickled.
+``NAME/decode-07-0123456789ab.safetensors``, the last part being the begin of the file's SHA-256: a
+new plan's files never replace those of the old one, which stays whole until the new plan file is in
+its place. The plan holds the path and the SHA-256 of each, so its digest covers the weights. A plan
+may come from anywhere: before a file is read its place and size are checked, and before it is
+parsed its hash. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pdtrim.errors import PlanError
+from pdtrim.errors import PdtrimError, PlanError
 from pdtrim.finite import finite
+from pdtrim.keep.files import sha256_of, write_bytes
 from pdtrim.models.model import Model
 from pdtrim.models.narrow import outline
 from pdtrim.models.replace import Blocks, Weights
 from pdtrim.plan import PrunePlan, Replacement, Stage
 
+FILE_NAME = re.compile(r"(prefill|decode)-\d+(-[0-9a-f]{12})?\.safetensors")
 HEADER_BYTES = 2**16
 """Room for the names and shapes of one block's parameters in a safetensors header."""
 MAX_BLOCK_BYTES = 2**34
@@ -84,7 +90,7 @@ def encode_blocks(
         merged: the layers that a block stands for; itself alone where it is not named.
 
     Raises:
-        PdtrimError: a parameter is NaN or infinite.
+        NotFinite: a parameter is NaN or infinite.
     """
     entries, files = [], {}
     for stage, of_stage in blocks.items():
@@ -122,11 +128,33 @@ def save_blocks(plan: PrunePlan, files: BlockFiles, folder: Path, name: str) -> 
     entries = []
     for item in plan.replacements:
         data = _checked(item, files, MAX_BLOCK_BYTES)
-        place = f"{name}/{item.stage}-{item.layer:02d}.safetensors"
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / place).write_bytes(data)
+        place = f"{name}/{item.stage}-{item.layer:02d}-{item.sha256[:12]}.safetensors"
+        if not _is_written(folder / place, item.sha256):
+            write_bytes(folder / place, data)
         entries.append(item.model_copy(update={"weights": place}))
     return plan.model_copy(update={"replacements": tuple(entries)})
+
+
+@contextlib.contextmanager
+def replacing(path: Path, name: str) -> Iterator[None]:
+    """Within it a plan file is replaced; afterwards block files go that the old plan named and no
+    plan in its folder, ``*.json``, names now.
+
+    If it fails, the block files that were added in it go instead.
+
+    Args:
+        path: of the plan file.
+        name: of the folder of its blocks.
+    """
+    before = _named(path, name)
+    there = set(_block_files(path.parent / name))
+    try:
+        yield
+    except BaseException:
+        _remove(set(_block_files(path.parent / name)) - there, path.parent / name)
+        raise
+    now = (_named(other, name) for other in path.parent.glob("*.json"))
+    _remove(before.difference(*now), path.parent / name)
 
 
 def load_blocks(plan: PrunePlan, model: Model, files: BlockFiles) -> Blocks:
@@ -170,6 +198,34 @@ def _read(
                 f" see '{name}', {part.dtype} {tuple(part.shape)}"
             )
     return weights
+
+
+def _is_written(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256_of(path) == digest
+
+
+def _named(path: Path, name: str) -> set[Path]:
+    """Files in the folder ``name`` that the plan file at ``path`` names; none without a plan."""
+    try:
+        plan = PrunePlan.load(path)
+    except PdtrimError:
+        return set()
+    named = (PurePosixPath(item.weights) for item in plan.replacements)
+    ours = (p for p in named if p.parent.as_posix() == name and FILE_NAME.fullmatch(p.name))
+    return {path.parent / place for place in ours}
+
+
+def _block_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if FILE_NAME.fullmatch(path.name)]
+
+
+def _remove(files: Iterable[Path], folder: Path) -> None:
+    for path in files:
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is not empty, or not there
+        folder.rmdir()
 
 
 def _bytes(folder: Path, name: str, largest: int) -> bytes:

@@ -15,6 +15,7 @@ from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.compare.records import Comparison, SystemRow
 from pdtrim.evaluate.compare.systems import SETTINGS
 from pdtrim.evaluate.statistics import Interval
+from pdtrim.keep.files import whole
 
 NONE = "-"
 """What stands where a number is missing."""
@@ -151,8 +152,8 @@ def plot_compare(result: Comparison, path: Path) -> Path:
         parse_math=False,
     )
     _legend(figure, parts, result)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with whole(path) as part:
+        figure.savefig(part, format="png")
     return path
 
 

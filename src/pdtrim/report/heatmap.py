@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from pdtrim.errors import PdtrimError
+from pdtrim.keep.files import whole
 
 FLOOR = 1e-4
 """The least KL that is told apart: the colours are on a log scale, and less is noise."""
@@ -50,6 +51,6 @@ def plot_sensitivity(kl_WL: Tensor, ways: Sequence[str], path: Path, *, title: s
             colour = "white" if dark else "black"
             axes.text(layer, way, text, ha="center", va="center", fontsize=6, color=colour)
     figure.colorbar(image, ax=axes, label="KL, nats a token", pad=0.01)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with whole(path) as part:
+        figure.savefig(part, format="png")
     return path

@@ -10,6 +10,7 @@ from typing import Any
 
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.result import Result, Row
+from pdtrim.keep.files import whole
 
 FLOOR = 1e-4
 """The least KL that is drawn: a log axis has no 0, and less is noise."""
@@ -118,9 +119,10 @@ def plot_kv(result: Result, path_stem: Path) -> tuple[Path, Path]:
             labelspacing=0.7,
         )
         png, svg = (path_stem.with_name(path_stem.name + end) for end in (".png", ".svg"))
-        png.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(png)
-        figure.savefig(svg, metadata={"Date": None})
+        with whole(png) as part:
+            figure.savefig(part, format="png")
+        with whole(svg) as part:
+            figure.savefig(part, format="svg", metadata={"Date": None})
     return png, svg
 
 

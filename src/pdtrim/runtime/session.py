@@ -22,8 +22,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pdtrim.calibration.tokens import encode
 from pdtrim.errors import PdtrimError
-from pdtrim.exported import check_pair
-from pdtrim.models.checkpoint import read_stage_config
+from pdtrim.exported import check_pair, read_pair
 from pdtrim.models.tokenizers import chat_text, load_tokenizer
 from pdtrim.plan import STAGES
 from pdtrim.reading.text import clean
@@ -79,9 +78,8 @@ class Session:
 
     def __init__(self, folder: str | Path, *, patience: Patience | None = None) -> None:
         folder = Path(folder)
-        _, self.plan = read_stage_config(folder / "prefill", "prefill")
-        config, decode_plan = read_stage_config(folder / "decode", "decode")
-        check_pair(self.plan.digest, decode_plan.digest)
+        configs, self.plan = read_pair(folder)
+        config = configs["decode"]
         self.max_tokens = int(config.get("max_position_embeddings") or 1 << 20)
         self.vocab_size = int(config["vocab_size"])
         self.folder = folder

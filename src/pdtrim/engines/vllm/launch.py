@@ -22,9 +22,9 @@ from pdtrim.engines.vllm.pages import check_servable, padding
 from pdtrim.engines.vllm.plugin import FAMILIES
 from pdtrim.engines.vllm.stage import ROLE_OF
 from pdtrim.errors import ModelError, PdtrimError, PlanError
-from pdtrim.exported import check_pair
-from pdtrim.models.checkpoint import read_stage_config
-from pdtrim.plan import STAGES, PrunePlan, Stage
+from pdtrim.exported import read_pair
+from pdtrim.models.checkpoint import check_files, read_stage
+from pdtrim.plan import STAGES, Stage
 from pdtrim.runtime.start import python_module
 
 LOOPBACK = "127.0.0.1"
@@ -117,7 +117,7 @@ def processes(config: ServeConfig, *, free_port: Callable[[], int]) -> list[Proc
         PlanError: the two come from different plans, or from one that vLLM cannot serve.
         PdtrimError: too few GPUs.
     """
-    configs, plan = _read_pair(config.pair)
+    configs, plan = read_pair(config.pair)
     block_size = config.block_size or (plan.block_size if plan.block_size > 1 else BLOCK_SIZE)
     check_servable(plan, block_size)
     if plan.model.family not in FAMILIES:
@@ -139,7 +139,7 @@ def processes(config: ServeConfig, *, free_port: Callable[[], int]) -> list[Proc
 
 def advice(config: ServeConfig) -> str | None:
     """What a plan could do better on vLLM, in a line; None if nothing."""
-    _, plan = _read_pair(config.pair)
+    _, plan = read_pair(config.pair)
     wasted = padding(plan)
     if not wasted:
         return None
@@ -150,8 +150,9 @@ def advice(config: ServeConfig) -> str | None:
 
 
 def check_runnable(config: ServeConfig) -> None:
-    """Raise PdtrimError if something is missing here, or the router's port is taken.
+    """Raise PdtrimError if something is missing or altered here, or the router's port is taken.
 
+    vLLM loads the checkpoints by itself, so their files are compared with their digests here, once.
     Another server on the port would answer in the router's place.
     """
     if find_spec("vllm") is None or find_router() is None:
@@ -165,6 +166,8 @@ def check_runnable(config: ServeConfig) -> None:
                 f"cannot listen on {config.host}:{config.port} ({error.strerror}): give another"
                 " --port or --host"
             ) from error
+    for stage in STAGES:
+        check_files(config.pair / stage, read_stage(config.pair / stage, stage).entry)
 
 
 def find_router() -> str | None:
@@ -178,13 +181,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
-
-
-def _read_pair(folder: Path) -> tuple[dict[Stage, dict[str, Any]], PrunePlan]:
-    prefill, plan = read_stage_config(folder / "prefill", "prefill")
-    decode, other = read_stage_config(folder / "decode", "decode")
-    check_pair(plan.digest, other.digest)
-    return {"prefill": prefill, "decode": decode}, plan
 
 
 def _distinct(free_port: Callable[[], int], *taken: int) -> Iterator[int]:

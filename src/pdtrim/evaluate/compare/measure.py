@@ -6,7 +6,8 @@ for each system and seed with one file a task, and beside them ``_pair.json`` an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,23 +16,22 @@ import torch
 
 from pdtrim.bench.stages import StageTimes, stage_times
 from pdtrim.bundle import TrimPlan
-from pdtrim.calibration.batches import (
-    Calibration,
-    CalibrationConfig,
-    load_calibration,
-    save_calibration,
-    saved_calibration,
-)
+from pdtrim.calibration.batches import Calibration, CalibrationConfig
+from pdtrim.calibration.kept import kept_calibration, text_settings
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.compare.records import PairFacts, Run
-from pdtrim.evaluate.compare.store import Settings, claim, once
 from pdtrim.evaluate.compare.systems import System
 from pdtrim.evaluate.handover import loopback_bytes
 from pdtrim.evaluate.quality import Variant
 from pdtrim.evaluate.tasks import TASKS
+from pdtrim.evaluate.tasks.folder import task_files
 from pdtrim.evaluate.tasks.run import BATCH_TOKENS, TasksConfig
 from pdtrim.evaluate.tasks.scores import TaskScores
 from pdtrim.exported import check_base
+from pdtrim.keep.files import sha256_of
+from pdtrim.keep.lock import lock
+from pdtrim.keep.settings import Settings, package_versions
+from pdtrim.keep.store import claim, once
 from pdtrim.methods import METHODS
 from pdtrim.methods.dense import dense_plan
 from pdtrim.models.model import Model
@@ -139,17 +139,30 @@ class Bench:
 
     def dense(self) -> Measured:
         """The dense model's measurements."""
-        trim = TrimPlan(plan=dense_plan(self.model))
-        return self._measured(DENSE, trim, Run(seed=0), timed=False)
+        with self._alone(DENSE):
+            trim = TrimPlan(plan=dense_plan(self.model))
+            return self._measured(DENSE, trim, Run(seed=0), timed=False)
 
     def system(self, system: System, seed: int) -> Measured:
         """A system's measurements with one seed; a method that refuses is a failed run.
 
         Raises:
-            PdtrimError: unreadable text or plan, files of other settings, or a task that cannot
-                be run.
+            PdtrimError: unreadable text or plan, files of other settings, a task that cannot be
+                run, or another process is at this system and seed.
         """
         name = f"{system.name}-seed{seed}"
+        with self._alone(name):
+            return self._system(system, seed, name)
+
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """Parts of a comparison may be made side by side, but each part by one process."""
+        cells = self.folder / "cells"
+        cells.mkdir(parents=True, exist_ok=True)
+        with lock(cells / f".{name}.lock", f"{name} in {self.folder}"):
+            yield
+
+    def _system(self, system: System, seed: int, name: str) -> Measured:
         if system.given:
             trim = TrimPlan.open(system.given[seed])
             check_base(self.model, trim.plan)
@@ -182,11 +195,7 @@ class Bench:
         if seed not in self.texts:
             config = self.config.text(seed)
             path = self.folder / "text" / f"seed{seed}.safetensors"
-            text = saved_calibration(config, path)
-            if text is None:
-                text = load_calibration(self.model, config, progress=self.progress)
-                save_calibration(text, config, path)
-            self.texts[seed] = text
+            self.texts[seed] = kept_calibration(self.model, config, path, progress=self.progress)
         return self.texts[seed]
 
     def _plan(self, system: System, seed: int, path: Path) -> TrimPlan | str:
@@ -197,7 +206,7 @@ class Bench:
                 **self._of_model(),
                 "method": system.method,
                 "target": asdict(system.target(seed)),
-                "text": asdict(self.config.text(seed)),
+                "text": text_settings(self.model, self.config.text(seed)),
             },
         )
         if path.is_file():
@@ -245,7 +254,7 @@ class Bench:
 
         # tasks first: data that cannot be read should not wait for calibration text
         scores = {task: self._cell(cells, task, variant, own) for task in self.config.tasks}
-        text = asdict(self.config.text(self.config.seeds[0]))
+        text = text_settings(self.model, self.config.text(self.config.seeds[0]))
         pair_facts = once(cells / "_pair.json", PairFacts, {**own, "text": text}, facts)
         taken = None
         if timed:
@@ -268,14 +277,15 @@ class Bench:
 
     def _cell(self, cells: Path, task: str, variant: Variant, own: Settings) -> TaskScores:
         config = self.config
-        data = config.data
-        if Path(data).is_dir():
-            data = str(Path(data).resolve())
+        data, place = config.data, Path(config.data)
+        if place.is_dir():
+            data = str(place.resolve())
         settings = {
             **own,
             "device": self.model.device.type,
             "task": task,
             "data": data,
+            "files": {path.name: sha256_of(path) for path in task_files(place, task)},
             "limit": config.limit,
             "shots": config.shots,
             "batch_tokens": config.batch_tokens,
@@ -291,6 +301,7 @@ class Bench:
         return {
             "model": self.model.fingerprint,
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            "versions": package_versions(),
         }
 
 

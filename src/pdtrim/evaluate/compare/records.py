@@ -5,7 +5,6 @@ Scores are shares of 1, as the tasks report them. Scores of single items stay in
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from pdtrim.bench.stages import StageTimes
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.compare.systems import Setting
 from pdtrim.evaluate.statistics import Interval
+from pdtrim.keep.files import write_json
 from pdtrim.reading.json_text import read_json
 from pdtrim.records import Frozen, first_problem
 
@@ -151,9 +151,7 @@ class Comparison(Frozen):
 
     def save(self, path: str | Path) -> None:
         """Write the result as JSON."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:

@@ -40,6 +40,12 @@ def read_folder(folder: str, task: str) -> Rows:
     )
 
 
+def task_files(folder: Path, task: str) -> list[Path]:
+    """Files of a data folder that hold rows of a task; none where there is no such folder."""
+    place = folder / FOLDERS.get(task, task)
+    return [place / name for name in (*ITEMS, *SHOTS) if (place / name).is_file()]
+
+
 def _read(path: Path, layout: Callable[[Row], Row]) -> list[Row]:
     check_size(path)
     rows = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from pdtrim.evaluate.tasks.definitions import check_name
 from pdtrim.evaluate.tasks.run import TasksConfig, need_lm_eval, run_task
 from pdtrim.evaluate.tasks.scores import TaskScores
 from pdtrim.exported import base_model
+from pdtrim.keep.files import write_json
 from pdtrim.progress import Progress, silent
 from pdtrim.records import Frozen
 from pdtrim.versions import host, versions
@@ -55,8 +55,7 @@ class TasksResult(Frozen):
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_json(path, self.to_json())
 
 
 def evaluate_tasks(

@@ -1,0 +1,1 @@
+"""What is kept on disk: whole files, marked folders, locks, and work that resumes."""
