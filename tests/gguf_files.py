@@ -32,7 +32,7 @@ def write_gguf(path, model, *, keys=None, tensors=None, leave_out=(), kind=None)
     for key, value in (keys or {}).items():
         add = {float: writer.add_float32, str: writer.add_string, int: writer.add_uint32}
         add[type(value)](key, value)
-    architecture = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}[arch]
+    architecture = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     for name, weight in model.network.state_dict().items():
         if name in leave_out or (name == "lm_head.weight" and config.tie_word_embeddings):

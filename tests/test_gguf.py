@@ -61,6 +61,17 @@ def test_a_files_logits_are_those_of_its_model(tmp_path, name):
     torch.testing.assert_close(logits(read, batch), logits(made, batch), atol=1e-3, rtol=0)
 
 
+def test_wide_heads_and_special_tokens_are_the_files(tmp_path):
+    made = tiny_model("qwen3", tie_word_embeddings=True)
+    assert made.head_dim == 16 != made.config.hidden_size // made.config.num_attention_heads
+    keys = {"qwen3.attention.key_length": 16, "tokenizer.ggml.padding_token_id": 3}
+    read = load_model(str(write_gguf(tmp_path / "m", made, keys=keys)), dtype="float32")
+    batch = random_batch(made, prompt=60, new=6)
+    torch.testing.assert_close(logits(read, batch), logits(made, batch), atol=1e-3, rtol=0)
+    own = read.network.generation_config
+    assert (own.bos_token_id, own.eos_token_id, own.pad_token_id) == (1, 2, 3)
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "F16"])
 def test_quantised_weights_are_the_packages_exactly(tmp_path, kind):
     made = tiny_model("llama", hidden_size=64, intermediate_size=96)
@@ -85,6 +96,17 @@ REFUSED = {
         {"keys": {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 8.0}},
         "scales RoPE by 'longrope'",
     ),
+    "longrope without a factor": (
+        {"keys": {"llama.rope.scaling.type": "longrope"}},
+        "scales RoPE by 'longrope'",
+    ),
+    "half a scaling": ({"keys": {"llama.rope.scaling.factor": 4.0}}, "does not say how"),
+    "factors of another width": (
+        {"tensors": {FREQUENCIES: np.full(6, 2, dtype=np.float32)}},
+        "no set of 4 factors",
+    ),
+    "partial rotary": ({"keys": {"llama.attention.key_length": 16}}, "not all the same"),
+    "another architecture": ({"keys": {"general.architecture": "mamba"}}, "'mamba'"),
     "odd factors": (
         {"tensors": {FREQUENCIES: np.array([1.0, 3.0, 2.0, 5.0], dtype=np.float32)}},
         "factors that are not Llama 3's",

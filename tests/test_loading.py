@@ -6,11 +6,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from helpers import random_batch, tiny_model
-from pdtrim.errors import ModelError, NotFinite
+from helpers import make_plan, random_batch, tiny_config, tiny_model
+from pdtrim.bundle import export
+from pdtrim.errors import ModelError, NotFinite, border
 from pdtrim.models.loading import load_model
 from pdtrim.models.mistral import MistralBlock
+from pdtrim.models.model import Model
 from pdtrim.plan import Gates
 from pdtrim.stage.forward import Pair, forward
 
@@ -124,7 +127,7 @@ SPOILT = {
     "untyped config": (config(model_type=None), "names no 'model_type'"),
     "pointer config": (put("config.json", POINTER), "git lfs pull"),
     "huge config": (config(hidden_size=10**9, head_dim=8), "different models|cannot load"),
-    "endless layers": (config(num_hidden_layers=10**9), "counts 1000000000 layers"),
+    "endless layers": (config(num_hidden_layers=10**9), "num_hidden_layers '1000000000'"),
     "dynamic rope": (
         config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
         "scales RoPE by 'dynamic'",
@@ -142,6 +145,24 @@ SPOILT = {
         ),
         "scales RoPE by 'longrope'",
     ),
+    "su": (config(rope_parameters={"rope_type": "su", "factor": 8.0}), "scales RoPE by 'su'"),
+    "a factor of zero": (
+        config(rope_parameters={"rope_type": "linear", "factor": 0, "rope_theta": 1e4}),
+        "positive number as factor",
+    ),
+    "llama3 without its factors": (
+        config(rope_parameters={"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}),
+        "positive number as|low_freq_factor",
+    ),
+    "partial rotary": (config(partial_rotary_factor=0.5), "a part of each head"),
+    "a width as text": (config(vocab_size="64"), "vocab_size '64' is not a whole number"),
+    "a negative width": (config(intermediate_size=-1), "intermediate_size '-1'"),
+    "uneven heads": (config(num_key_value_heads=3), "do not share 3 KV heads"),
+    "another activation": (config(hidden_act="nonsense"), "nonsense"),
+    "an infinite epsilon": (config(rms_norm_eps=1e400), "rms_norm_eps|is not valid JSON"),
+    "an end of text": (config(eos_token_id=["x"]), "eos_token_id"),
+    "cut special tokens": (put("generation_config.json", "{"), "generation_config.json"),
+    "list of special tokens": (put("generation_config.json", "[]"), "is no object"),
     "pad beyond": (config(pad_token_id=64), "pad_token_id 64 is beyond the vocabulary"),
     "cut tokenizer": (cut("tokenizer.json"), "not valid JSON"),
     "pointer tokenizer": (put("tokenizer.json", POINTER), "git lfs pull"),
@@ -263,3 +284,83 @@ def test_a_strangers_attention_is_not_fetched(spoilt):
     edit(spoilt, attn_implementation="someone/kernel", _attn_implementation="someone/kernel")
     model = load_model(str(spoilt), dtype="float32")
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("window", [0, -1, "8", 2.5])
+def test_a_window_that_is_no_number_of_tokens_is_refused(tmp_path, window):
+    tiny_model("mistral").network.save_pretrained(tmp_path)
+    edit(tmp_path, sliding_window=window)
+    with pytest.raises(ModelError, match="sliding_window"):
+        load_model(str(tmp_path))
+
+
+def test_a_mistral_that_transformers_takes_for_another_is_refused(tmp_path):
+    tiny_model("mistral").network.save_pretrained(tmp_path)
+    edit(tmp_path, layer_types=["full_attention"] * 4)
+    with pytest.raises(ModelError, match="Ministral"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_model_in_memory_is_held_to_the_same_ropes(kind):
+    config = tiny_config("llama", layers=1)
+    config.rope_parameters = {**config.rope_parameters, "rope_type": kind, "factor": 2.0}
+    if kind == "longrope":
+        config.rope_parameters |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    network = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ModelError, match=f"RoPE by '{kind}'"):
+        Model(network)
+
+
+def test_keys_that_act_are_left_out_of_a_config(spoilt):
+    """A stranger's config can ask for a kernel of the hub, another file, other outputs."""
+    before = load_model(str(spoilt), dtype="float32")
+    edit(
+        spoilt,
+        attn_implementation="kernels-community/flash-attn",
+        _attn_implementation="flash_attention_2",
+        auto_map={"AutoModelForCausalLM": "evil.Model"},
+        transformers_weights="other.safetensors",
+        return_dict=False,
+        output_hidden_states=True,
+        torch_dtype="nonsense",
+        per_layer_config={"0": {"hidden_size": 7}},
+        fusion_config={"x": 1},
+        num_labels="x",
+    )
+    model = load_model(str(spoilt), dtype="float32")
+    assert model.config._attn_implementation == "sdpa"
+    assert model.fingerprint == before.fingerprint
+    for name in ("auto_map", "transformers_weights", "fusion_config"):
+        assert not hasattr(model.config, name)
+
+
+def test_only_special_tokens_of_a_generation_config_are_kept(spoilt, tmp_path):
+    """Llama 2 and Vicuna name a temperature without sampling, which transformers will not write."""
+    strange = {"eos_token_id": [2, 5], "bos_token_id": 1, "temperature": 0.9, "top_p": 0.6}
+    put("generation_config.json", json.dumps(strange))(spoilt)
+    model = load_model(str(spoilt), dtype="float32")
+    model.network.generation_config.temperature = 0.9  # as a model built in memory may have it
+    export(make_plan(model, Gates.dense(4)), model, tmp_path / "pair")
+    written = json.loads((tmp_path / "pair" / "decode" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [2, 5] and written["bos_token_id"] == 1
+    assert not {"temperature", "top_p"} & set(written)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (KeyError("low_freq_factor"), "m: KeyError: 'low_freq_factor'"),
+        (RuntimeError("Error in loading:\n\n\tsize mismatch for x\n"), "m: Error in loading"),
+        (MemoryError(), "m: MemoryError"),
+        (type("PanicException", (BaseException,), {})("index out of range"), "index out of range"),
+    ],
+)
+def test_any_exception_of_a_library_becomes_one_line(error, words):
+    with pytest.raises(ModelError, match=words), border(ModelError, "m"):
+        raise error
+
+
+def test_an_interrupt_is_no_error_of_the_model():
+    with pytest.raises(KeyboardInterrupt), border(ModelError, "m"):
+        raise KeyboardInterrupt

@@ -53,7 +53,9 @@ def border(kind: type[PdtrimError], where: str) -> Iterator[None]:
         yield
     except PdtrimError:
         raise
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a library in Rust that panics raises no Exception
         raise kind(f"{where}: {one_line(error)}") from error
 
 

@@ -25,9 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -36,11 +34,11 @@ from pdtrim.errors import ModelError, PlanError, border
 from pdtrim.keep.files import sha256_of, write_json
 from pdtrim.keep.tensors import write_tensors
 from pdtrim.kv.bias import KVBias, Table
+from pdtrim.models.configs import ATTENTION, TOKENS, config_of, generation_ids
 from pdtrim.models.families import family_named, family_of
-from pdtrim.models.loading import ATTENTION, check_finite, quiet
+from pdtrim.models.loading import check_finite, quiet
 from pdtrim.models.model import Model
 from pdtrim.models.narrow import narrow
-from pdtrim.models.rope import check_rope
 from pdtrim.models.tokenizers import load_tokenizer
 from pdtrim.plan import MAX_PLAN_BYTES, Gates, LayerKV, PrunePlan, Sha256, Stage
 from pdtrim.reading.json_text import read_json
@@ -94,7 +92,8 @@ def save_stage(model: Model, plan: PrunePlan, stage: Stage, folder: Path) -> Non
     tensors = _stage_tensors(model, kept)
     folder.mkdir(parents=True)
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    generation_config(model.network).save_pretrained(folder)
+    special = {name: getattr(model.network.generation_config, name, None) for name in TOKENS}
+    generation_ids(special, f"'{model.name}'").save_pretrained(folder)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
     config = json.loads(json.dumps(_stage_config(model, plan, stage)))
@@ -139,9 +138,7 @@ def load_stage(folder: str | Path, stage: Stage, *, device: str = "cpu") -> tupl
     if not isinstance(dtype, torch.dtype):
         raise ModelError(f"{folder / 'config.json'}: unknown dtype {data.get('dtype')!r}")
     with quiet(), border(ModelError, f"cannot load {folder}"):
-        family_named(data["model_type"])
-        config = AutoConfig.for_model(**data)
-        check_rope(config, str(folder))
+        config = config_of(data, str(folder))
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=ATTENTION
@@ -234,17 +231,6 @@ def _digest(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def generation_config(network: Any) -> GenerationConfig:
-    """What generation needs of a model's own settings: its special tokens.
-
-    Its sampling settings are left out: pdtrim's sampling is the user's, and some releases' settings
-    contradict each other, so that transformers refuses to write them.
-    """
-    own = network.generation_config
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return GenerationConfig(**{name: getattr(own, name, None) for name in names})
-
-
 def read_kv_bias(folder: Path, stage: Stage, layers: Iterable[int]) -> dict[int, KVBias]:
     """The biases of keys and values that a stage's checkpoint holds, by dense layer.
 
@@ -270,7 +256,7 @@ def stage_rope(folder: Path, stage: Stage, dtype: torch.dtype) -> Callable[[Tens
     """RoPE of a stage's checkpoint without its weights: positions ``[1, T]`` to cos and sin."""
     data, _ = read_stage_config(folder, stage)
     data["model_type"] = str(data["model_type"]).removeprefix(PREFIX)
-    config = AutoConfig.for_model(**data)
+    config = config_of(data, str(folder))
     with torch.device("meta"):
         network: Any = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
     rotary = type(network.model.rotary_emb)(config)

@@ -25,6 +25,7 @@ SCALARS = {
     **{10: "Q", 11: "q", 12: "d"},
 }
 STRING, ARRAY = 8, 9
+HEADS = "attention.head_count"
 FREQUENCIES = "rope_freqs.weight"
 """Factors that RoPE's frequencies are divided by."""
 MAX_STRING = 16 * 2**20
@@ -34,14 +35,38 @@ READ_TYPES = (
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
 )
 """Stored types whose values the ``gguf`` package gives back exactly."""
-KNOWN_KEYS = (
-    *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
-    *("attention.head_count", "attention.head_count_kv", "attention.key_length"),
-    *("attention.value_length", "attention.layer_norm_rms_epsilon", "attention.causal"),
-    *("rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor"),
-    *("rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scale_linear"),
+SIZES = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "vocab_size": "vocab_size",
+}
+FLOATS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta"}
+WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+"""All of them are the width of a head."""
+TOKENS = {
+    "tokenizer.ggml.bos_token_id": "bos_token_id",
+    "tokenizer.ggml.eos_token_id": "eos_token_id",
+    "tokenizer.ggml.padding_token_id": "pad_token_id",
+}
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+SCALING = (
+    *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
+    "rope.scale_linear",
 )
-"""Of an architecture, the keys that are understood; another could change what weights compute."""
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "attention.causal": (True,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.finetuned": (True, False),
+    "tensor_data_layout": ("Meta AI original pth",),
+    "use_parallel_residual": (False,),
+}
+"""Keys of an architecture that change nothing at these values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,21 +123,59 @@ class GgufHeader:
                 f"{self.path} stores weights as {odd[0]}, which is not read:"
                 f" quantise it as one of {', '.join(READ_TYPES)}"
             )
-        mine = f"{self.architecture}."
-        unknown = sorted(
-            key for key in self.keys if key.startswith(mine) and key[len(mine) :] not in KNOWN_KEYS
-        )
-        if unknown:
+        if self.architecture not in ARCHITECTURES:
             raise ModelError(
-                f"{self.path} says '{unknown[0]}' = {self.keys[unknown[0]]}, which pdtrim does not"
-                " know: it may change what the weights compute"
+                f"{self.path} holds the architecture '{self.architecture[:40]}', which is not read"
+                f" from GGUF: use one of {', '.join(ARCHITECTURES)}"
             )
+        mine = f"{self.architecture}."
+        known = {*SIZES, *FLOATS, *WIDTHS, *SCALING}
+        for key, value in sorted(self.keys.items()):
+            name = key.removeprefix(mine)
+            if key.startswith(mine) and name not in known and value not in NEUTRAL.get(name, ()):
+                raise ModelError(
+                    f"{self.path} says '{key[:120]}' = {str(value)[:40]}, which pdtrim does not"
+                    " know: it may change what the weights compute"
+                )
         blocks = {name.split(".")[1] for name in self.tensors if name.startswith("blk.")}
         counted = self.of_model("block_count")
         if blocks != {str(i) for i in range(int(counted or 0))}:
             raise ModelError(
                 f"{self.path} counts {counted} blocks, but holds the weights of {len(blocks)}"
             )
+
+    def config(self) -> dict[str, Any]:
+        """What a ``config.json`` would hold, RoPE's scaling left out.
+
+        Raises:
+            ModelError: a size that is missing, or heads whose keys, values and rotations differ in
+                width.
+        """
+        own = {key: self.of_model(key) for key in (*SIZES, *FLOATS, *WIDTHS)}
+        if own["vocab_size"] is None:
+            own["vocab_size"] = self.keys.get("tokenizer.ggml.tokens")  # a list's length
+        own["attention.head_count_kv"] = own["attention.head_count_kv"] or own[HEADS]
+        absent = [key for key in SIZES if own[key] is None]
+        if absent:
+            raise ModelError(f"{self.path} lacks the key '{self.architecture}.{absent[0]}'")
+        widths = {own[key] for key in WIDTHS if own[key] is not None}
+        if not widths and isinstance(own[HEADS], int) and own[HEADS]:
+            widths = {own["embedding_length"] // own[HEADS]}
+        if len(widths) != 1:
+            raise ModelError(
+                f"{self.path}: keys, values and rotations of a head are {sorted(widths)} wide, not"
+                " all the same"
+            )
+        tokens = {name: self.keys[key] for key, name in TOKENS.items() if key in self.keys}
+        found = {name: own[key] for key, name in (SIZES | FLOATS).items() if own[key] is not None}
+        return {
+            "model_type": self.architecture,
+            "rope_theta": 10_000.0,  # where a file names none
+            "tie_word_embeddings": "output.weight" not in self.tensors,
+            "head_dim": widths.pop(),
+            **found,
+            **tokens,
+        }
 
     def check_tensors(self, parameters: Iterable[str]) -> None:
         """Refuse tensors that the architecture does not have: transformers leaves them out.

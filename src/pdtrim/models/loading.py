@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from pdtrim.errors import ModelError, NotFinite, border
-from pdtrim.models.families import family_named, family_of
+from pdtrim.models.configs import ATTENTION, config_of, generation_ids, head_width
 from pdtrim.models.gguf import FREQUENCIES, is_gguf, read_gguf
 from pdtrim.models.model import Model
-from pdtrim.models.rope import check_rope, gguf_rope
+from pdtrim.models.rope import gguf_rope
 from pdtrim.models.stored import (
     Stored,
     check_names,
@@ -32,14 +32,12 @@ from pdtrim.models.stored import (
     refuse_differences,
 )
 from pdtrim.models.tokenizers import load_tokenizer
+from pdtrim.reading.json_text import read_json
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 HUB_FILES = ("*.json", "model*.safetensors", "tokenizer*", "*.model", "merges.txt", "*.jinja")
 """What is downloaded of a hub model: no pickles, no code."""
-MAX_LAYERS = 1000
-ATTENTION = "sdpa"
-"""Which of transformers' attentions runs, whatever a config asks for: some are downloaded code."""
 
 
 def load_model(
@@ -133,54 +131,44 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
             raise ModelError(f"{folder} holds an adapter: merge it into its base model first")
         raise ModelError(f"{folder} has no config.json: not a Hugging Face model folder")
     data = read_config(folder)
-    family_named(data["model_type"], data.get("architectures"))
     stored = read_headers(folder)
-    layers = data.get("num_hidden_layers", 0)
-    if not isinstance(layers, int) or not 0 <= layers <= MAX_LAYERS:
-        raise ModelError(f"{folder / 'config.json'} counts {str(layers)[:40]} layers: damaged")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    _check_config(config, str(folder))
+    config = config_of(data, str(folder))
     tied = bool(config.tie_word_embeddings)
     check_names(_expected(config), stored, str(folder), tied=tied)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, config=config)
+    special = generation_ids(_generation(folder, data), str(folder))
     network = _network(folder, config, dtype)
+    network.generation_config = special
     _check_head(folder, config, stored)
     return network, tokenizer
+
+
+def _generation(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What names the special tokens: ``generation_config.json``, or the config itself."""
+    path = folder / "generation_config.json"
+    data = read_json(path, kind=ModelError) if path.exists() else config
+    if not isinstance(data, dict):
+        raise ModelError(f"{path} is no object: it is damaged")
+    return data
 
 
 def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     header = read_gguf(path)
     header.check()
-    options: dict[str, Any] = {"gguf_file": path.name}
-    config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False, **options)
-    family_of(config)
-    rope = dict(config.rope_parameters or {})
-    scaled = gguf_rope(header, float(rope.get("rope_theta", 10_000.0)), _head_dim(config))
+    data = header.config()
+    config = config_of(data, str(path))
+    scaled = gguf_rope(header, float(data["rope_theta"]), head_width(config))
     if scaled is not None:
-        config.rope_parameters = scaled
-    _check_config(config, str(path))
+        config = config_of({**data, "rope_parameters": scaled}, str(path))
     header.check_tensors(_expected(config))
-    tokenizer = load_tokenizer(path.parent, **options)
+    options: dict[str, Any] = {"gguf_file": path.name}
+    tokenizer = load_tokenizer(path.parent, config=config, **options)
     options["quantization_config"] = GgufConfig(dequantize=True)
     # the frequencies are in the config now
     ignored = frozenset({FREQUENCIES})
-    return _network(path.parent, config, dtype, ignored=ignored, **options), tokenizer
-
-
-def _head_dim(config: PreTrainedConfig) -> int:
-    width = getattr(config, "head_dim", None)
-    return int(width or config.hidden_size // config.num_attention_heads)
-
-
-def _check_config(config: PreTrainedConfig, where: str) -> None:
-    check_rope(config, where)
-    vocabulary = int(config.vocab_size)
-    pad = config.pad_token_id
-    if pad is not None and not -vocabulary <= int(pad) < vocabulary:
-        raise ModelError(
-            f"{where}: pad_token_id {pad} is beyond the vocabulary of {vocabulary}: correct it in"
-            " config.json"
-        )
+    network = _network(path.parent, config, dtype, ignored=ignored, **options)
+    network.generation_config = generation_ids(data, str(path))
+    return network, tokenizer
 
 
 def _expected(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:

@@ -15,6 +15,7 @@ from pdtrim.errors import ModelError
 from pdtrim.finite import finite
 from pdtrim.models.block import Block, Rope
 from pdtrim.models.families import family_of
+from pdtrim.models.rope import check_rope
 from pdtrim.plan import BaseModelRef
 
 ARCHITECTURE_KEYS = (
@@ -49,7 +50,7 @@ class Model:
         num_layers: layers of the dense model, where ``layers`` is given.
 
     Raises:
-        ModelError: unsupported architecture.
+        ModelError: an unsupported architecture, or RoPE that is not understood.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Model:
         num_layers: int | None = None,
     ) -> None:
         family = family_of(network.config)
+        check_rope(network.config, f"'{name}'")
         modules = list(network.model.layers)
         layers = tuple(range(len(modules))) if layers is None else layers
         assert len(layers) == len(modules)

@@ -9,6 +9,7 @@ frequency, ``rope_freqs.weight``; the parameters are recovered from the factors 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,13 @@ from transformers import PreTrainedConfig
 from pdtrim.errors import ModelError
 from pdtrim.models.gguf import FREQUENCIES, GgufHeader
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+NUMBERS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+"""The scalings that are understood, and the numbers that each needs."""
 LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0
 """``low_freq_factor`` and ``high_freq_factor`` of every Llama 3 release."""
 
@@ -26,18 +33,28 @@ def check_rope(config: PreTrainedConfig, where: str) -> None:
     """Refuse RoPE that depends on a batch, differs between layers, or is not known.
 
     Raises:
-        ModelError: with the type and those that are known.
+        ModelError: with the type and those that are known, or the number that it lacks.
     """
     rope = getattr(config, "rope_parameters", None) or {}
+    if not isinstance(rope, Mapping):
+        raise ModelError(f"{where}: its rope parameters are no object")
     if any(isinstance(value, dict) for value in rope.values()):
         raise ModelError(f"{where} rotates its layers in different ways, which is not supported")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_TYPES:
+    if kind not in NUMBERS or rope.get("type", kind) != kind:
         raise ModelError(
-            f"{where} scales RoPE by '{kind}': only {', '.join(ROPE_TYPES)} give a token the same"
-            " angle in every batch; set another rope_type in config.json"
+            f"{where} scales RoPE by '{str(kind)[:40]}': only {', '.join(NUMBERS)} give a token the"
+            " same angle in every batch; set another rope_type in config.json"
         )
-    if float(rope.get("partial_rotary_factor") or 1.0) != 1.0:
+    for key in ("rope_theta", *NUMBERS[kind]):
+        value = rope.get(key)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ModelError(
+                f"{where}: the rope type '{kind}' needs a positive number as {key}, not"
+                f" {str(value)[:40]!r}"
+            )
+    parts = rope.get("partial_rotary_factor"), getattr(config, "partial_rotary_factor", None)
+    if any(part not in (None, 1) for part in parts):
         raise ModelError(f"{where} rotates a part of each head only, which is not supported")
 
 
@@ -50,23 +67,26 @@ def gguf_rope(header: GgufHeader, theta: float, head_dim: int) -> dict[str, Any]
     Raises:
         ModelError: a scaling that is not understood.
     """
-    dimensions = header.of_model("rope.dimension_count", head_dim)
-    if dimensions != head_dim:
-        raise ModelError(
-            f"{header.path} rotates {dimensions} of {head_dim} channels, which is not supported"
-        )
     stated = _stated(header, theta)
     if FREQUENCIES not in header.tensors:
         return stated
     if stated is not None:
         raise ModelError(f"{header.path} scales RoPE twice, by keys and by '{FREQUENCIES}'")
-    return llama3_of(header.floats(FREQUENCIES), theta, str(header.path))
+    factors_F = header.floats(FREQUENCIES)
+    if factors_F.shape != (head_dim // 2,):
+        raise ModelError(f"{header.path}: '{FREQUENCIES}' is no set of {head_dim // 2} factors")
+    return llama3_of(factors_F, theta, str(header.path))
 
 
 def _stated(header: GgufHeader, theta: float) -> dict[str, Any] | None:
-    kind = header.of_model("rope.scaling.type", "linear")
-    factor = header.of_model("rope.scaling.factor", header.of_model("rope.scale_linear", 0.0))
-    if kind == "none" or not factor or factor == 1.0:
+    linear = header.of_model("rope.scale_linear", 0.0)  # older files' way
+    kind = header.of_model("rope.scaling.type", "linear" if linear else "none")
+    factor = header.of_model("rope.scaling.factor", linear)
+    if kind == "none":
+        if factor not in (0, 1):
+            raise ModelError(f"{header.path} scales RoPE by {factor}, but does not say how")
+        return None
+    if kind in ("linear", "yarn") and factor in (0, 1):
         return None
     if kind == "linear":
         return {"rope_type": "linear", "rope_theta": theta, "factor": float(factor)}

@@ -13,6 +13,7 @@ from pdtrim.reading.json_text import read_json
 
 WHOLE = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 """Any one of these carries a vocabulary; ``tokenizer_config.json`` alone does not."""
+WORD = "pdtrim"
 
 
 def load_tokenizer(folder: str | Path, **options: Any) -> PreTrainedTokenizerBase | None:
@@ -46,13 +47,22 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """A prompt as the user's turn in the tokenizer's chat template, ready for the answer.
 
     Raises:
-        ModelError: a template that fails, or several of which none is the default.
+        ModelError: a template that fails, that leaves the prompt out, or several of which none is
+            the default.
     """
     where = "the model's chat template cannot be used; give the prompt raw (--raw)"
     with border(ModelError, where):
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        text = _rendered(tokenizer, prompt)
+        # a template that trims or escapes keeps a plain word; one that drops it drops any prompt
+        if prompt.strip() not in text and WORD not in _rendered(tokenizer, WORD):
+            raise ModelError(f"{where}: it leaves the prompt out")
+    return text
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
     if not isinstance(text, str):
-        raise ModelError(f"{where}: it gives no text")
+        raise TypeError("it gives no text")
     return text
