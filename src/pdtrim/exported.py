@@ -63,6 +63,10 @@ def check_base(model: Model, plan: PrunePlan) -> None:
             f"'{model.name}' is not the model of this plan: fingerprint"
             f" {model.fingerprint[:12]}, the plan has {plan.model.fingerprint[:12]}"
         )
+    for key in ("family", "num_layers", "num_kv_heads", "head_dim"):
+        own, stated = getattr(model.ref, key), getattr(plan.model, key)
+        if own != stated:
+            raise PlanError(f"the plan was altered: it says {key} {stated}, the model has {own}")
 
 
 def write_pair(pair: Pair, plan: PrunePlan, folder: Path) -> Path:

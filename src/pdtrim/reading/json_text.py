@@ -60,14 +60,16 @@ def parse_json(data: bytes | str, *, where: str, kind: type[PdtrimError] = Pdtri
         where: what an error calls the text.
 
     Raises:
-        PdtrimError: not JSON, nested too deeply, a number that is not finite or too long, or a key
-            that an object has twice.
+        PdtrimError: not JSON, nested too deeply, a number that is not finite or too long, half a
+            surrogate pair, or a key that an object has twice.
     """
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data.removeprefix("\ufeff")
         made = json.loads(
             text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float
         )
+        if "\\u" in text:  # an escape can be half a character, which no text can hold
+            json.dumps(made, ensure_ascii=False).encode()
     except RecursionError:
         raise kind(f"{where} is no JSON that pdtrim takes: nested too deeply") from None
     except ValueError as error:  # JSON's own errors, UnicodeDecodeError, numbers too long

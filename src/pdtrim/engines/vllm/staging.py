@@ -140,6 +140,8 @@ class Form:
             at += size
 
     def _sizes(self, staged: Tensor, nonce: bytes) -> list[int]:
+        if staged.numel() < self.start:
+            raise WireError(f"it holds {staged.numel()} bytes, which is less than its own head")
         found, tokens, rest, claimed = HEAD.unpack(_host(staged[: HEAD.size]))
         if found != nonce:
             raise WireError("it holds another request's KV: the lease had ended")
