@@ -62,7 +62,8 @@ def test_a_system_asks_its_method_for_shares_of_parameters():
     assert (target.metric, target.mode, target.seed) == ("parameters", "unified", 7)
     assert (target.search, target.repair) == ("hybrid", "best")
     assert (target.prefill_share, target.decode_share) == (0.2, 0.2)
-    assert planned_systems(("sleb",), 0.2)[0].target(0).repair == "none"
+    assert planned_systems(("sleb",), 0.2)[0].target(0).repair is None  # its own: none
+    assert METHODS["sleb"].default_repair == "none"
     assert planned_systems(("shortgpt+pdtrim",), 0.2)[0].target(0).repair == "best"
 
 

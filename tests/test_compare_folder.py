@@ -276,7 +276,7 @@ def test_the_result_file_is_read_back(compared, tmp_path):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(PdtrimError):
             Comparison.load(tmp_path / "bad.json")
-    with pytest.raises(PdtrimError, match="no readable result"):
+    with pytest.raises(PdtrimError, match="no file at"):
         Comparison.load(tmp_path / "none.json")
 
 

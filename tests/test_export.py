@@ -252,7 +252,7 @@ def killed_at(monkeypatch, number):
         real(source, target)
 
     monkeypatch.setattr(os, "rename", rename)
-    monkeypatch.setattr("pdtrim.export.shutil.rmtree", lambda *_, **__: None)
+    monkeypatch.setattr("pdtrim.exported.shutil.rmtree", lambda *_, **__: None)
     monkeypatch.setattr(Path, "rmdir", lambda _: None)
 
 
@@ -274,7 +274,9 @@ def test_a_killed_export_leaves_the_old_pair_the_new_one_or_a_refusal(
         assert number in (1, 2, 3)
         assert re.search("no (prefill|decode) checkpoint|different plans", str(error))
     with monkeypatch.context() as patch, pytest.raises(PdtrimError):
-        patch.setattr("pdtrim.export.save_stage", full_disk)  # the next one fails before it writes
+        patch.setattr(
+            "pdtrim.exported.save_stage", full_disk
+        )  # the next one fails before it writes
         export(new, model, folder)
     assert pair_files(folder) == before, "the old pair is back"
     export(new, model, folder)
@@ -309,7 +311,7 @@ def test_an_export_that_fails_at_a_rename_puts_the_old_pair_back(tmp_path, monke
 
 def test_a_failed_first_export_leaves_nothing(tmp_path, monkeypatch):
     model = tiny_model("llama")
-    monkeypatch.setattr("pdtrim.export.seal", full_disk)
+    monkeypatch.setattr("pdtrim.exported.seal", full_disk)
     with pytest.raises(PdtrimError, match="cannot write"):
         export(make_plan(model, Gates.dense(4)), model, tmp_path / "pair")
     assert not list(tmp_path.iterdir())

@@ -21,7 +21,6 @@ from pdtrim.keep import files
 from pdtrim.keep.files import (
     CannotWrite,
     check_ours,
-    read_json,
     sha256_of,
     sweep,
     whole,
@@ -214,20 +213,6 @@ def test_nothing_in_the_package_writes_in_another_way():
         if writes.search(path.read_text(encoding="utf-8"))
     }
     assert found == {*("keep/files.py", "keep/journal.py", "keep/tensors.py", "runtime/decode.py")}
-
-
-def test_json_is_read_within_bounds(tmp_path):
-    path = tmp_path / "x.json"
-    for text in ("{", "[" * 100_000, "\ud800".encode("utf-8", "surrogatepass"), b"\xff"):
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        with pytest.raises(PdtrimError, match=r"x\.json is not JSON") as told:
-            read_json(path)
-        assert "\n" not in str(told.value)
-    with pytest.raises(PdtrimError, match="larger than 3 bytes"):
-        path.write_text("[1, 2]")
-        read_json(path, largest=3)
-    with pytest.raises(PdtrimError, match="cannot read"):
-        read_json(tmp_path)
 
 
 def test_other_peoples_files_are_told_from_ours(plan, tmp_path):

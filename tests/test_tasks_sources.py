@@ -192,7 +192,7 @@ def test_missing_broken_and_large_files_are_refused(tmp_path, monkeypatch):
     with pytest.raises(PdtrimError, match="has no rows"):
         read_folder(str(tmp_path), "piqa")
     path.write_bytes(b'{"question": \xff}\n')
-    with pytest.raises(PdtrimError, match="line 1 is not a row"):
+    with pytest.raises(PdtrimError, match="line 1 is not valid JSON"):
         read_folder(str(tmp_path), "piqa")
     monkeypatch.setattr(rows, "MAX_BYTES", 10)
     with pytest.raises(PdtrimError, match="are not read"):

@@ -100,8 +100,10 @@ class KVRequest(Frozen):
         options: dict[str, str] = {}
         for item in rest.split(",") if colon else ():
             key, equals, value = item.partition("=")
-            if not equals or key in options:
-                raise PlanError(f"{said}: '{shortened(item)}' is not a new option=value")
+            if not equals:
+                raise PlanError(f"{said}: '{shortened(item)}' is not option=value")
+            if key in options:
+                raise PlanError(f"{said}: '{shortened(key)}' is given twice")
             if key == "name" or key in _PLACEHOLDER.get(name, {}):
                 raise PlanError(f"{said}: '{key}' is no option, it is found by pdtrim")
             options[key] = value

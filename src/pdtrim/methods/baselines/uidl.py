@@ -55,7 +55,6 @@ def angular_distance(flows: Sequence[Tensor], span: int) -> Tensor:
 
 def best_run(distance_S: Tensor, span: int, within: range) -> range:
     """The run of least distance that lies within a range of blocks; the first of equals."""
-    finite(distance_S, "the distance of a run of blocks")
     starts = range(within.start, within.stop - span + 1)
     start = min(starts, key=lambda place: float(distance_S[place]))
     return range(start, start + span)
@@ -107,7 +106,9 @@ def _run(flows: Sequence[Tensor], goal: Goal, stage: Stage, within: range) -> ra
     if not goal.needed(stage):
         return range(0)
     for span in range(max(goal.least(stage), 1), len(within) + 1):
-        distance_S = angular_distance(flows, span).mean(0)
+        distance_S = finite(
+            angular_distance(flows, span).mean(0), "the distance of a run of blocks"
+        )
         for start in range(len(distance_S)):
             if goal.lacking(range(start, start + span), stage):
                 distance_S[start] = torch.inf  # prefill's last block saves nothing
