@@ -1,5 +1,6 @@
 """Damage to bytes and to JSON, by a seeded generator: what a disk, a link or an attacker does."""
 
+import copy
 import json
 import random
 import struct
@@ -91,11 +92,11 @@ def damaged_json(data: bytes, rng: random.Random) -> bytes:
         if choice < 0.15 and isinstance(parent, dict):
             del parent[key]
         elif choice < 0.25 and isinstance(parent, dict):
-            parent[f"{key}x"] = parent[key]
+            parent[f"{key}x"] = copy.deepcopy(parent[key])
         elif choice < 0.35 and isinstance(parent, list):
-            parent.append(parent[key])
+            parent.append(copy.deepcopy(parent[key]))
         else:
-            parent[key] = rng.choice(VALUES)
+            parent[key] = copy.deepcopy(rng.choice(VALUES))
     text = json.dumps(made)
     if rng.random() < 0.05:
         text = text.replace("1", rng.choice(("1" * 5000, "[" * DEEP, "Infinity", "1e999")), 1)

@@ -275,8 +275,10 @@ def test_a_killed_export_leaves_the_old_pair_the_new_one_or_a_refusal(
         assert re.search("no (prefill|decode) checkpoint|different plans", str(error))
     with monkeypatch.context() as patch, pytest.raises(PdtrimError):
         patch.setattr(
-            "pdtrim.exported.save_stage", full_disk
-        )  # the next one fails before it writes
+            "pdtrim.exported.save_stage",
+            full_disk,
+            # the next one fails before it writes
+        )
         export(new, model, folder)
     assert pair_files(folder) == before, "the old pair is back"
     export(new, model, folder)
