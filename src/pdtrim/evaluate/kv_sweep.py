@@ -1,7 +1,7 @@
 """Quality against bytes for many KV policies on one model: what ``pdtrim kv-sweep`` does.
 
 No block is removed. All policies see the same prompts and the same target tokens; parameters that
-must be fitted come from calibration text of another source. Bytes cross a real loopback socket.
+must be fitted come from calibration text of another source. Bytes cross a real socket.
 """
 
 from __future__ import annotations
