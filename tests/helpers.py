@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,12 +23,13 @@ from transformers import (
 )
 
 from pdtrim.bundle import TrimPlan
+from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.kv.selectors import FirstLast
 from pdtrim.models.model import Model
 from pdtrim.models.replace import Blocks
 from pdtrim.models.replacements import FilesInFolder, FilesInMemory, save_blocks
 from pdtrim.plan import Gates, LayerKV, Provenance, PrunePlan
-from pdtrim.stage.forward import Batch, Pair
+from pdtrim.stage.forward import Batch, Pair, Trimmed
 
 SIZES = {
     "vocab_size": 97,
@@ -116,6 +118,13 @@ def make_plan(
             search_block_tokens=0,
         ),
     )
+
+
+def trimmed(model: Model | Pair, gates: Gates, policy: HandoverPolicy | None = None) -> Trimmed:
+    """A pair, or one model in both roles, under gates; everything travels if no policy is given."""
+    pair = model if isinstance(model, Pair) else Pair.dense(model)
+    whole = Trimmed.whole(pair, gates)
+    return whole if policy is None else replace(whole, policy=policy)
 
 
 def trim_of(plan: PrunePlan, folder: Path | None = None) -> TrimPlan:

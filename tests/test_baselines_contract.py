@@ -131,20 +131,20 @@ def test_the_kv_policy_goes_into_the_plan_and_not_into_the_ranking(model, calibr
 
 @each
 def test_targets_that_the_literature_does_not_know(model, calibration, method, tmp_path):
-    with pytest.raises(PlanError, match=f"'{method.name}' counts blocks"):
+    with pytest.raises(PlanError, match=f"'{method.name}' does not know metric"):
         plan_of(
             method, model, calibration, 0, 0, metric="flops", prefill_share=0.2, decode_share=0.2
         )
     repaired = Target(prefill_remove=1, decode_remove=1, mode="unified", repair="best")
-    with pytest.raises(PlanError, match=f"'{method.name}' repairs nothing"):
+    with pytest.raises(PlanError, match=f"'{method.name}' does not know repair"):
         method.plan(model, calibration, repaired)
     if method.name not in ("blockpruner", "evopress"):
-        with pytest.raises(PlanError, match=f"'{method.name}' removes whole blocks"):
+        with pytest.raises(PlanError, match=f"'{method.name}' does not know grain"):
             plan_of(method, model, calibration, 1, 1, grain="part")
 
 
 def test_taylor_has_no_ranking_for_a_stage(model, calibration):
-    with pytest.raises(PlanError, match=r"'shortened-taylor' cannot .* --mode unified or subset"):
+    with pytest.raises(PlanError, match="use mode unified or subset"):
         plan_of(ALL["shortened-taylor"], model, calibration, 1, 1, "projected")
 
 

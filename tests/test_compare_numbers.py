@@ -14,12 +14,11 @@ from pdtrim.evaluate.compare.records import PairFacts, Run
 from pdtrim.evaluate.compare.summary import summarise, task_infos
 from pdtrim.evaluate.compare.systems import System
 from pdtrim.evaluate.handover import loopback_bytes
-from pdtrim.evaluate.quality import Variant
 from pdtrim.evaluate.statistics import average_interval, paired_average
 from pdtrim.evaluate.tasks.scores import TaskScores
 from pdtrim.kv.codecs import Entropy
 from pdtrim.plan import Gates, LayerKV
-from pdtrim.stage.forward import Pair
+from pdtrim.stage.forward import Pair, Trimmed
 
 
 def scores_of(task="piqa", values=(0.0, 1.0), *, main="acc", ppl=20.0, items="h"):
@@ -211,12 +210,12 @@ def test_a_pair_that_runs_less_is_timed_beside_the_dense_one(monkeypatch):
 
         monkeypatch.setattr(name, counted)
     gates = Gates.removing(4, prefill={1}, decode={0, 1, 2})
-    small = Variant(pair=Pair.dense(model), gates=gates, policy=Variant.dense(model).policy)
-    times = stage_times(small, Variant.dense(model), prompt=9, new_tokens=3, repeats=2)
+    small = Trimmed(pair=Pair.dense(model), gates=gates, policy=Trimmed.dense(model).policy)
+    times = stage_times(small, Trimmed.dense(model), prompt=9, new_tokens=3, repeats=2)
     assert times.decode == pytest.approx(1 / 4, abs=0.01)
     assert times.prefill == pytest.approx(3 / 4, abs=0.01)
     assert times.dense_decode_s == pytest.approx(3 * 4 * 100, abs=2)
-    same = stage_times(Variant.dense(model), Variant.dense(model), prompt=9, repeats=1)
+    same = stage_times(Trimmed.dense(model), Trimmed.dense(model), prompt=9, repeats=1)
     assert (same.prefill, same.decode) == (1, 1)
     with pytest.raises(PdtrimError, match="a prompt of 2 tokens"):
         stage_times(small, small, prompt=1)

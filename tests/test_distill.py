@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from helpers import first_last, perturbed, random_batch, tiny_model
+from helpers import first_last, perturbed, random_batch, tiny_model, trimmed
 from pdtrim.distill import train
 from pdtrim.distill.loss import kl_of
 from pdtrim.distill.schedule import rate_share, rows_of
@@ -19,7 +19,7 @@ from pdtrim.errors import PdtrimError, PlanError
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.replace import swap_blocks
 from pdtrim.plan import Gates, LayerKV
-from pdtrim.stage.forward import Batch, Pair, forward, streams
+from pdtrim.stage.forward import Batch, Pair, Trimmed, forward
 
 DESCENT = Descent(steps=10, learning_rate=1e-3, warmup=0.1)
 CONFIG = DistillConfig(
@@ -153,7 +153,7 @@ def test_training_lowers_held_out_kl_of_the_pair_itself(model, compute, keep_den
     config = dataclasses.replace(
         CONFIG, steps=40, evaluate_every=10, compute=compute, keep_dense=keep_dense
     )
-    out = distill(model, gates, policy, data, held_out, config)
+    out = distill(model, trimmed(model, gates, policy), data, held_out, config)
     trained = Pair(prefill=model, decode=swap_blocks(model, out.blocks))
     near = {"abs": 1e-4 if compute == "float32" else 2e-2}
     before = whole_kl(Pair.dense(model), held_out, gates, policy)
@@ -170,7 +170,10 @@ def test_only_the_chosen_parts_change(model, text):
     before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
     flags = [p.requires_grad for p in model.network.parameters()]
     out = distill(
-        model, gates, None, *text, dataclasses.replace(CONFIG, which="neighbours", steps=2)
+        model,
+        trimmed(model, gates),
+        *text,
+        dataclasses.replace(CONFIG, which="neighbours", steps=2),
     )
     assert out.blocks.keys() == {0, 1, 3}
     for layer, weights in out.blocks.items():
@@ -189,15 +192,22 @@ def test_merged_blocks_start_from_their_weights_and_prefill_from_its_own(model, 
     start = {1: perturbed(model, 1)}
     prefill = swap_blocks(model, {0: perturbed(model, 0, seed=1)})
     config = dataclasses.replace(CONFIG, which="pairs", steps=1, learning_rate=1e-12)
-    out = distill(model, GATES, None, data, held_out, config, start=start, prefill=prefill)
+    out = distill(
+        model,
+        trimmed(Pair(prefill=prefill, decode=model), GATES),
+        data,
+        held_out,
+        config,
+        start=start,
+    )
     assert out.blocks.keys() == {1}
     for name, tensor in start[1].items():
         torch.testing.assert_close(out.blocks[1][name], tensor, atol=1e-8, rtol=0)
     pair = Pair(prefill=prefill, decode=swap_blocks(model, start))
     with torch.no_grad():
         ys = [
-            streams(Pair.dense(model), held_out, Gates.dense(4))[-1][1],
-            streams(pair, held_out, GATES)[-1][1],
+            Trimmed.dense(model).streams(held_out)[-1][1],
+            trimmed(pair, GATES).streams(held_out)[-1][1],
         ]
     assert out.held_out_before == pytest.approx(float(kl_of(model, *ys).mean()), rel=1e-5)
 
@@ -206,7 +216,7 @@ def test_small_updates_are_not_lost_in_bf16(text):
     model = tiny_model("llama")
     model.network.to(torch.bfloat16)
     config = dataclasses.replace(CONFIG, steps=40, compute="bfloat16", learning_rate=4e-5)
-    out = distill(model, GATES, None, *text, config)
+    out = distill(model, trimmed(model, GATES), *text, config)
     own = model.block(1).module.mlp.up_proj.weight
     step = own.abs() * 2**-8  # half of bf16's spacing is above one update
     moved = (out.blocks[1]["mlp.up_proj.weight"] != own) & (step > 4e-5 * 2)
@@ -216,10 +226,10 @@ def test_small_updates_are_not_lost_in_bf16(text):
 def test_the_seed_decides_the_weights(model, text):
     config = dataclasses.replace(CONFIG, steps=3)
     torch.manual_seed(1)
-    first = distill(model, GATES, None, *text, config)
+    first = distill(model, trimmed(model, GATES), *text, config)
     torch.manual_seed(2)
-    assert_same(first, distill(model, GATES, None, *text, config))
-    other = distill(model, GATES, None, *text, dataclasses.replace(config, seed=1))
+    assert_same(first, distill(model, trimmed(model, GATES), *text, config))
+    other = distill(model, trimmed(model, GATES), *text, dataclasses.replace(config, seed=1))
     with pytest.raises(AssertionError):
         assert_same(first, other)
 
@@ -228,7 +238,7 @@ def test_accumulated_micro_batches_equal_one_batch(model, text):
     """The first moment after one step is the gradient: a rounding error cannot hide in it."""
     together = dataclasses.replace(CONFIG, steps=3, rows=4, learning_rate=1e-3)
     apart = dataclasses.replace(together, rows=2, accumulate=2)
-    a, b = (distill(model, GATES, None, *text, config) for config in (together, apart))
+    a, b = (distill(model, trimmed(model, GATES), *text, config) for config in (together, apart))
     assert_same(a, b, atol=2e-5, rtol=0)
     assert [p.train_kl for p in a.history[1:]] == pytest.approx(
         [p.train_kl for p in b.history[1:]], rel=1e-5
@@ -238,24 +248,28 @@ def test_accumulated_micro_batches_equal_one_batch(model, text):
 @pytest.mark.parametrize("where", ["progress", "say"])
 def test_a_killed_run_goes_on_to_the_same_weights(model, text, tmp_path, where):
     config = dataclasses.replace(CONFIG, rows=5, accumulate=2, weight_decay=0.1)
-    whole = distill(model, GATES, None, *text, config)
+    whole = distill(model, trimmed(model, GATES), *text, config)
     file = tmp_path / "run" / "state.safetensors"
     with pytest.raises(Killed):
         if where == "progress":
-            distill(model, GATES, None, *text, config, checkpoint=file, progress=killed_at(7))
+            distill(
+                model, trimmed(model, GATES), *text, config, checkpoint=file, progress=killed_at(7)
+            )
         else:
 
             def say(line):
                 if line.startswith("step 6"):  # evaluated, not yet saved
                     raise Killed
 
-            distill(model, GATES, None, *text, config, checkpoint=file, say=say)
+            distill(model, trimmed(model, GATES), *text, config, checkpoint=file, say=say)
     lines = []
-    resumed = distill(model, GATES, None, *text, config, checkpoint=file, say=lines.append)
+    resumed = distill(
+        model, trimmed(model, GATES), *text, config, checkpoint=file, say=lines.append
+    )
     assert not any(line.startswith("step 3") for line in lines)
     assert_same(resumed, whole)
     assert without_time(resumed.history) == without_time(whole.history)
-    again = distill(model, GATES, None, *text, config, checkpoint=file, say=pytest.fail)
+    again = distill(model, trimmed(model, GATES), *text, config, checkpoint=file, say=pytest.fail)
     assert_same(again, whole)
     assert [file.name] == [path.name for path in file.parent.iterdir()]
 
@@ -264,31 +278,34 @@ def test_another_runs_checkpoint_is_refused(model, text, tmp_path):
     data, held_out = text
     file = tmp_path / "state.safetensors"
     config = dataclasses.replace(CONFIG, steps=1)
-    distill(model, GATES, None, data, held_out, config, checkpoint=file)
+    distill(model, trimmed(model, GATES), data, held_out, config, checkpoint=file)
     flipped = Batch(prompt_BP=data.prompt_BP.flip(0), continuation_BC=data.continuation_BC.flip(0))
     kept = HandoverPolicy(rules=(first_last(1, 2), *(LayerKV(),) * 3))
     seed = dataclasses.replace(config, seed=1)
     other = tiny_model("llama", seed=1)
+    own = trimmed(model, GATES)
     others = {
-        "seed 0, now it is 1": (model, GATES, None, data, held_out, seed, {}),
-        r"gates\.": (model, Gates.removing(4, decode={1}), None, data, held_out, config, {}),
-        "kv": (model, GATES, kept, data, held_out, config, {}),
-        "text": (model, GATES, None, flipped, held_out, config, {}),
-        "held_out": (model, GATES, None, data, data[:4], config, {}),
-        "model": (other, GATES, None, data, held_out, config, {}),
-        "merged_blocks": (
-            *(model, GATES, None, data, held_out, config),
-            {"start": {1: perturbed(model, 1)}},
+        "seed 0, now it is 1": (model, own, data, held_out, seed, {}),
+        r"gates\.": (
+            *(model, trimmed(model, Gates.removing(4, decode={1})), data, held_out, config),
+            {},
         ),
-        "prefill null": (model, GATES, None, data, held_out, config, {"prefill": other}),
+        "kv": (model, trimmed(model, GATES, kept), data, held_out, config, {}),
+        "text": (model, own, flipped, held_out, config, {}),
+        "held_out": (model, own, data, data[:4], config, {}),
+        "model": (other, trimmed(other, GATES), data, held_out, config, {}),
+        "merged_blocks": (model, own, data, held_out, config, {"start": {1: perturbed(model, 1)}}),
+        "prefill null": (
+            *(model, trimmed(Pair(prefill=other, decode=model), GATES), data, held_out, config),
+            {},
+        ),
     }
     for key, (*args, more) in others.items():
         with pytest.raises(PdtrimError, match=f"was made with {key}"):
             distill(*args, checkpoint=file, **more)
     distill(
         model,
-        GATES,
-        HandoverPolicy.full(4),
+        trimmed(model, GATES, HandoverPolicy.full(4)),
         data,
         held_out,
         dataclasses.replace(config, max_seconds=1e6, checkpoint_seconds=5),
@@ -297,15 +314,17 @@ def test_another_runs_checkpoint_is_refused(model, text, tmp_path):
     )
     first, second = ({1: perturbed(model, 1, seed=seed)} for seed in (0, 1))
     other = tmp_path / "other.safetensors"
-    distill(model, GATES, None, data, held_out, config, start=first, checkpoint=other)
+    distill(model, trimmed(model, GATES), data, held_out, config, start=first, checkpoint=other)
     with pytest.raises(PdtrimError, match="made with merged_blocks"):
-        distill(model, GATES, None, data, held_out, config, start=second, checkpoint=other)
+        distill(
+            model, trimmed(model, GATES), data, held_out, config, start=second, checkpoint=other
+        )
     save_file({"x": torch.zeros(1)}, file)
     with pytest.raises(PdtrimError, match=r"not a file of schema 'pdtrim\.distill/2'"):
-        distill(model, GATES, None, data, held_out, config, checkpoint=file)
+        distill(model, trimmed(model, GATES), data, held_out, config, checkpoint=file)
     file.write_bytes(b"{")
     with pytest.raises(PdtrimError, match="cannot read"):
-        distill(model, GATES, None, data, held_out, config, checkpoint=file)
+        distill(model, trimmed(model, GATES), data, held_out, config, checkpoint=file)
 
 
 def test_an_early_stop_keeps_the_best_weights(model, text, tmp_path):
@@ -314,14 +333,16 @@ def test_an_early_stop_keeps_the_best_weights(model, text, tmp_path):
         CONFIG, steps=60, learning_rate=0.02, evaluate_every=1, patience=4, warmup=0.9
     )
     file = tmp_path / "state.safetensors"
-    out = distill(model, GATES, None, data, held_out, wild, checkpoint=file)
+    out = distill(model, trimmed(model, GATES), data, held_out, wild, checkpoint=file)
     kls = [point.held_out_kl for point in out.history]
     best = kls.index(min(kls))
     assert best > 0 and len(kls) == best + 1 + 4 < 60
     assert out.held_out_after == min(kls) < kls[-1]
     pair = Pair(prefill=model, decode=swap_blocks(model, out.blocks))
     assert whole_kl(pair, held_out, GATES) == pytest.approx(min(kls), abs=1e-4)
-    again = distill(model, GATES, None, data, held_out, wild, checkpoint=file, say=pytest.fail)
+    again = distill(
+        model, trimmed(model, GATES), data, held_out, wild, checkpoint=file, say=pytest.fail
+    )
     assert_same(again, out)
 
 
@@ -345,13 +366,15 @@ def test_training_time_counts_over_resumes(model, text, tmp_path, monkeypatch):
     file = tmp_path / "state.safetensors"
     config = dataclasses.replace(CONFIG, max_seconds=55)
     with pytest.raises(Killed):
-        distill(model, GATES, None, *text, config, checkpoint=file, progress=ticking(4))
+        distill(model, trimmed(model, GATES), *text, config, checkpoint=file, progress=ticking(4))
     clock[0] += 1000  # nobody trains
-    out = distill(model, GATES, None, *text, config, checkpoint=file, progress=ticking(-1))
+    out = distill(
+        model, trimmed(model, GATES), *text, config, checkpoint=file, progress=ticking(-1)
+    )
     assert [point.step for point in out.history] == [0, 3, 5]
     assert out.history[-1].seconds >= 55
     more = dataclasses.replace(config, max_seconds=None)
-    out = distill(model, GATES, None, *text, more, checkpoint=file)
+    out = distill(model, trimmed(model, GATES), *text, more, checkpoint=file)
     assert out.history[-1].step == CONFIG.steps
 
 
@@ -361,4 +384,4 @@ def test_settings_out_of_range_are_refused(model, text):
         with pytest.raises(PlanError):
             dataclasses.replace(CONFIG, **change)
     with pytest.raises(PlanError, match="1 row"):
-        distill(model, GATES, None, data, held_out[:0], CONFIG)
+        distill(model, trimmed(model, GATES), data, held_out[:0], CONFIG)

@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import first_last, perturbed, random_batch, tiny_model
+from helpers import first_last, perturbed, random_batch, tiny_model, trimmed
 from pdtrim.distill.loss import backward_kl, dense_stream
 from pdtrim.distill.student import Descent, Student, frozen
 from pdtrim.distill.train import DistillConfig
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.stage import attention
-from pdtrim.stage.forward import Pair, streams
+from pdtrim.stage.forward import Pair
 
 DESCENT = Descent(steps=10, learning_rate=1e-3, warmup=0.1)
 CONFIG = DistillConfig(
@@ -46,7 +46,7 @@ def test_gradients_equal_those_of_transformers(family, rule, kept):
     student = Student(model, base, Gates.dense(4), range(4), start, DESCENT)
     dense_BCE = dense_stream(base, batch)
     pair = Pair(prefill=base, decode=student.model)
-    kl = backward_kl(pair, batch, Gates.dense(4), policy, dense_BCE)
+    kl = backward_kl(trimmed(pair, Gates.dense(4), policy), batch, dense_BCE)
     student.collect()
 
     network = copy.deepcopy(model.network)
@@ -76,7 +76,7 @@ def test_prefills_side_is_not_recorded(model):
     batch = random_batch(model)
     base = frozen(model, torch.float32)
     student = Student(model, base, GATES, [1], {}, DESCENT)
-    trace = streams(Pair(prefill=base, decode=student.model), batch, GATES)
+    trace = trimmed(Pair(prefill=base, decode=student.model), GATES).streams(batch)
     assert not any(x.requires_grad for x, _ in trace)
     assert [y.requires_grad for _, y in trace] == [False, False, True, True, True]
     theirs, ours = (m.block(3).module.mlp.up_proj.weight for m in (model, student.model))

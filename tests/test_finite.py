@@ -7,14 +7,14 @@ import random
 import pytest
 import torch
 
-from helpers import perturbed, random_batch, tiny_model
+from helpers import perturbed, random_batch, tiny_model, trimmed
 from pdtrim.calibration.batches import Calibration
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.distill.job import DistillConfig
 from pdtrim.distill.merge import MergeConfig, merge
 from pdtrim.distill.train import distill
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.quality import Variant, measure_quality
+from pdtrim.evaluate.quality import measure_quality
 from pdtrim.methods import METHODS, Target
 from pdtrim.methods.baselines.width import WidthMethod
 from pdtrim.models.model import Model
@@ -29,6 +29,7 @@ from pdtrim.search.kv_budget import lagrangian
 from pdtrim.search.objective import Objective
 from pdtrim.search.sensitivity import sensitivity
 from pdtrim.search.state import Removal
+from pdtrim.stage.forward import Trimmed
 from pdtrim.stage.sampling import Sampler, Sampling
 
 BAD = (torch.nan, torch.inf, -torch.inf)
@@ -173,7 +174,7 @@ def test_sampling_that_makes_no_sense_is_refused_in_one_line(wrong):
 def test_measuring_refuses_a_variant_that_makes_no_numbers(value):
     model, batch = tiny_model("llama", layers=LAYERS), random_batch(tiny_model("llama"))
     with pytest.raises(PdtrimError, match="NaN or infinite"):
-        measure_quality(model, {"broken": Variant.dense(broken(value))}, batch)
+        measure_quality(model, {"broken": Trimmed.dense(broken(value))}, batch)
     with pytest.raises(PdtrimError, match="NaN or infinite"):
         sensitivity(broken(value), batch)
 
@@ -185,9 +186,9 @@ def test_a_training_ends_at_a_loss_that_is_no_number():
     data = [random_batch(model, rows=4, seed=seed) for seed in (1, 2)]
     config = DistillConfig(steps=30, learning_rate=1e25, warmup=0.0, compute="float32", rows=2)
     with pytest.raises(PdtrimError, match="NaN or infinite"):
-        distill(model, gates, None, *data, config)
+        distill(model, trimmed(model, gates), *data, config)
     with pytest.raises(PdtrimError, match="NaN or infinite"):
-        distill(broken(torch.nan), gates, None, *data, config)
+        distill(broken(torch.nan), trimmed(broken(torch.nan), gates), *data, config)
 
 
 def test_a_merge_ends_at_an_error_that_is_no_number():

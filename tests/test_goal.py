@@ -14,6 +14,7 @@ from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.kv.selectors import SnapKV
 from pdtrim.methods import Paper, PDTrim, Target
 from pdtrim.methods.baselines import UIDL
+from pdtrim.methods.problem import Problem
 from pdtrim.plan import STAGES, Gates, LayerKV
 from pdtrim.progress import silent
 from pdtrim.search.anneal import Annealing, random_state, swap
@@ -234,9 +235,10 @@ def test_prefills_run_passes_by_a_last_block_that_saves_nothing(model):
 def test_a_run_grows_until_it_saves_enough(model):
     goal = Goal(prefill_U=(0.0,) * 6, decode_U=(2.0, 1.0, 1.0, 2.0, 1.0, 1.0), decode_needed=4.0)
     assert goal.least("decode") == 2  # but no two neighbours save 4
-    chosen = UIDL().choose(
-        model, random_batch(model), Target(repair="none"), goal, progress=silent, journal=None
-    )
+    text, target = calibration_of(model), Target(repair="none", mode="unified")
+    problem = Problem.of(model, text, target, progress=silent, journal=None)
+    vars(problem)["goal"] = goal  # in place of the target's
+    chosen = UIDL().choose(problem)
     first = min(chosen.state.decode)
     assert goal.met(chosen.state) and chosen.state.decode == {first, first + 1, first + 2}
 
@@ -367,7 +369,7 @@ def test_what_cannot_be_met_is_said(model):
         PDTrim().plan(
             model, calibration_of(model), Target(repair="none", metric="flops", prefill_share=0.99)
         )
-    with pytest.raises(PlanError, match="whole blocks only"):
+    with pytest.raises(PlanError, match="does not know grain 'part'"):
         Paper().plan(
             model,
             calibration_of(model),

@@ -9,17 +9,18 @@ from baselines_naive import text_of
 from helpers import pair_of, tiny_model
 from pdtrim.bundle import TrimPlan
 from pdtrim.errors import PlanError
-from pdtrim.evaluate.quality import Variant, measure_quality
-from pdtrim.kv.policy import HandoverPolicy
+from pdtrim.evaluate.quality import measure_quality
 from pdtrim.methods import METHODS, Target
 from pdtrim.methods.baselines import FLAP, LLMPruner, ShortGPT
 from pdtrim.methods.flap_pdtrim import FLAPPDTrim
 from pdtrim.methods.llm_pruner_pdtrim import LLMPrunerPDTrim
 from pdtrim.methods.pdtrim import PDTrim
+from pdtrim.methods.problem import Problem
 from pdtrim.methods.shortgpt_pdtrim import ShortGPTPDTrim
 from pdtrim.progress import silent
 from pdtrim.search.anneal import Annealing
 from pdtrim.stage.cost import removed_parameters
+from pdtrim.stage.forward import Trimmed
 
 LAYERS = 8
 SHARES = Target(repair="none", metric="parameters", prefill_share=0.4, decode_share=0.3)
@@ -54,7 +55,7 @@ def test_the_ranking_is_paid_for(model, text):
     still = ShortGPTPDTrim(annealing=Annealing(steps=0)).plan(model, text, target).plan
     own = still.provenance.search_block_tokens - ranking
     assert ranking > 0 and own > 0
-    with pytest.raises(PlanError, match=r"does not pay ShortGPT's ranking"):
+    with pytest.raises(PlanError, match=r"does not reach the end of method 'shortgpt.pdtrim'"):
         tight = Target(repair="none", decode_remove=2, budget=ranking + own // 4)
         ShortGPTPDTrim().plan(model, text, tight)
 
@@ -89,8 +90,8 @@ def test_a_repaired_hybrid_is_written_read_and_better(model, text, tmp_path):
     found = measure_quality(
         model,
         {
-            "bare": Variant.of(bare, pair_of(bare, model, None)),
-            "repaired": Variant.of(plan, trim.pair(model)),
+            "bare": Trimmed.of(bare, pair_of(bare, model, None)),
+            "repaired": Trimmed.of(plan, trim.pair(model)),
         },
         text.rerank,
     )
@@ -101,7 +102,7 @@ def measured(model, text, plans):
     """Held-out KL of plans with their weights."""
     found = measure_quality(
         model,
-        {name: Variant.of(trim.plan, trim.pair(model)) for name, trim in plans.items()},
+        {name: Trimmed.of(trim.plan, trim.pair(model)) for name, trim in plans.items()},
         text.rerank,
     )
     return {name: quality.kl for name, quality in found.items()}
@@ -124,14 +125,8 @@ def test_flap_with_nothing_more_to_lose_is_flap_and_its_repair_is_better(model, 
 
 
 def test_the_search_behind_flap_sees_its_biases(model, text):
-    ground = FLAPPDTrim().ground(
-        model,
-        text,
-        SHARES,
-        HandoverPolicy.full(LAYERS),
-        progress=silent,
-        journal=None,
-    )
+    problem = Problem.of(model, text, SHARES, progress=silent, journal=None)
+    ground = FLAPPDTrim().ground(problem)
     biases = [
         (layer, name, weights[name])
         for layer, weights in ground.blocks["decode"].items()
@@ -163,12 +158,12 @@ def test_flap_narrows_what_both_lose_and_prefill_skips_the_rest(model, text):
 @pytest.mark.parametrize(
     ("name", "target", "what"),
     [
-        ("llm-pruner+pdtrim", Target(repair="none", decode_remove=2), "use --metric parameters"),
-        ("flap+pdtrim", replace(SHARES, grain="part"), "use --grain block"),
+        ("llm-pruner+pdtrim", Target(repair="none", decode_remove=2), "use metric parameters"),
+        ("flap+pdtrim", replace(SHARES, grain="part"), "use grain block"),
         (
             "shortgpt+pdtrim",
             Target(repair="none", decode_remove=2, search="greedy"),
-            "--search anneal",
+            "use search anneal",
         ),
     ],
 )

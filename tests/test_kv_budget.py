@@ -8,7 +8,7 @@ import torch
 from helpers import random_batch, tiny_model
 from pdtrim.calibration.recall import with_recall
 from pdtrim.errors import PlanError
-from pdtrim.evaluate.quality import Variant, measure_quality
+from pdtrim.evaluate.quality import measure_quality
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.search.kv_budget import (
@@ -21,7 +21,7 @@ from pdtrim.search.kv_budget import (
 )
 from pdtrim.search.kv_menu import KVBudget, default_menu, parse_budget
 from pdtrim.search.kv_request import KVRequest
-from pdtrim.stage.forward import Pair
+from pdtrim.stage.forward import Pair, Trimmed
 
 MENU = (
     "full+raw",
@@ -44,7 +44,7 @@ def text(model):
 
 
 def kl_of(model, batch, rules):
-    variant = Variant(
+    variant = Trimmed(
         pair=Pair.dense(model),
         gates=Gates.dense(4),
         policy=HandoverPolicy(rules=rules),

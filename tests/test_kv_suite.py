@@ -8,7 +8,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from helpers import first_last, reference_logits, tiny_model
+from helpers import first_last, reference_logits, tiny_model, trimmed
 from pdtrim.errors import ModelError, PdtrimError
 from pdtrim.evaluate.kv_suite import KvSuiteConfig, retrieval_scores, run_suite, summarize
 from pdtrim.evaluate.retrieval import Probe
@@ -94,7 +94,7 @@ def expected(model, probes, policy: str, *, hidden: bool, begin: tuple[int, ...]
 
 def scores(model, probes, policy=FULL, **how) -> list[int]:
     how = {"hidden": False, **how}
-    found = retrieval_scores(Pair.dense(model), DENSE, {"it": policy}, probes, **how)
+    found = retrieval_scores(trimmed(Pair.dense(model), DENSE), {"it": policy}, probes, **how)
     assert list(found) == ["it"] and set(found["it"].tolist()) <= {0, 1}
     return found["it"].tolist()
 
@@ -312,7 +312,7 @@ def test_the_suite_end_to_end(letters):
     Watched.shapes = []
     policies = {"ends": ENDS, "random": HandoverPolicy(rules=(LayerKV(selector=Random()),) * 4)}
     policies["watched"] = Watched(rules=WHOLE)
-    result = run_suite(Pair.dense(letters), DENSE, policies, config, Bar)
+    result = run_suite(trimmed(Pair.dense(letters), DENSE), policies, config, Bar)
     assert list(result) == ["full", "ends", "random", "watched"]
     assert sum(told) == pytest.approx(0) and min(told) == -2 * 3 * 4
     tasks_views = {f"{t}_{v}" for t in ("needle", "system") for v in ("visible", "hidden")}
@@ -330,7 +330,7 @@ def test_the_suite_end_to_end(letters):
     assert result["full"]["kept_at_most"] == result["watched"]["kept_at_most"] == 1
     share = float(np.mean([2 / n for n in hidden]))
     assert result["ends"]["kept_at_most"] == pytest.approx(share)
-    again = run_suite(Pair.dense(letters), DENSE, policies, config)
+    again = run_suite(trimmed(Pair.dense(letters), DENSE), policies, config)
     assert again == result
 
 
@@ -338,8 +338,8 @@ def test_shares_count_the_layers_that_hand_over(letters):
     config = KvSuiteConfig(tasks=("needle",), probes=2, tokens=200)
     gates = Gates.removing(LAYERS, prefill={3}, decode={3})
     half = HandoverPolicy(rules=(*ENDS.rules[:2], *FULL.rules[2:]))
-    one = run_suite(Pair.dense(letters), DENSE, {"it": half}, config)["it"]["kept_at_most"]
-    two = run_suite(Pair.dense(letters), gates, {"it": half}, config)["it"]["kept_at_most"]
+    one = run_suite(trimmed(Pair.dense(letters), DENSE), {"it": half}, config)["it"]["kept_at_most"]
+    two = run_suite(trimmed(Pair.dense(letters), gates), {"it": half}, config)["it"]["kept_at_most"]
     ends = 2 * one - 1
     assert 0 < ends < 0.05
     assert two == pytest.approx((2 * ends + 1) / 3)
@@ -352,14 +352,14 @@ def test_the_reference_sends_the_heads_that_decode_has(letters):
     places = (None, (1,), None, None)
     sent = HandoverPolicy(rules=(LayerKV(),) * LAYERS, places=places)
     found = run_suite(
-        pair, DENSE, {"it": sent}, KvSuiteConfig(tasks=("needle",), probes=2, tokens=200)
+        trimmed(pair, DENSE), {"it": sent}, KvSuiteConfig(tasks=("needle",), probes=2, tokens=200)
     )
     assert found["it"] == found["full"]
 
 
 def test_a_reference_that_drops_is_refused(letters):
     with pytest.raises(PdtrimError, match="every pair"):
-        run_suite(Pair.dense(letters), DENSE, {"full": ENDS})
+        run_suite(trimmed(Pair.dense(letters), DENSE), {"full": ENDS})
 
 
 @pytest.mark.parametrize(

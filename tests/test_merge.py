@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from helpers import random_batch, tiny_model
+from helpers import random_batch, tiny_model, trimmed
 from pdtrim.distill.merge import MergeConfig, better_slot, merge, observe
 from pdtrim.errors import PlanError
 from pdtrim.models.replace import swap_blocks
 from pdtrim.plan import Gates
-from pdtrim.stage.forward import Pair, streams
+from pdtrim.stage.forward import Pair, Trimmed
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +21,9 @@ def error_in_the_simulator(model, batch, first, slot, decode=None):
     other = 2 * first + 1 - slot
     gates = Gates.removing(model.num_layers, decode={other})
     with torch.no_grad():
-        target = streams(Pair.dense(model), batch, Gates.dense(model.num_layers))[first + 2][1]
+        target = Trimmed.dense(model).streams(batch)[first + 2][1]
         pair = Pair(prefill=model, decode=decode or model)
-        out = streams(pair, batch, gates)[first + 2][1]
+        out = trimmed(pair, gates).streams(batch)[first + 2][1]
     spread = target - target.mean((0, 1))
     return float((out - target).square().mean() / spread.square().mean())
 

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 
 from helpers import first_last, make_plan, random_batch, reference_logits, tiny_model
 from pdtrim.errors import PdtrimError, PlanError
-from pdtrim.evaluate.quality import Quality, Variant, measure_quality
+from pdtrim.evaluate.quality import Quality, measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.stage.cost import Lengths, stage_flops
-from pdtrim.stage.forward import Pair
+from pdtrim.stage.forward import Pair, Trimmed
 
 LENGTHS = Lengths(prompt=9, continuation=6)
 
@@ -30,7 +30,7 @@ def test_kl_and_nll_against_the_reference(model):
     plan = make_plan(model, gates)
     pair = Pair.dense(model)
     found = measure_quality(
-        model, {"dense": Variant.dense(model), "cut": Variant.of(plan, pair)}, batch
+        model, {"dense": Trimmed.dense(model), "cut": Trimmed.of(plan, pair)}, batch
     )
     p = F.log_softmax(reference_logits(model, batch, Gates.dense(4)), -1)
     q = F.log_softmax(reference_logits(model, batch, gates), -1)
@@ -46,7 +46,7 @@ def test_kl_and_nll_against_the_reference(model):
 def test_models_of_two_vocabularies_do_not_compare(model):
     other = tiny_model("llama", vocab_size=64)
     with pytest.raises(PlanError, match="vocabularies"):
-        measure_quality(model, {"other": Variant.dense(other)}, random_batch(other))
+        measure_quality(model, {"other": Trimmed.dense(other)}, random_batch(other))
 
 
 def test_operations_are_counted_by_hand(model):

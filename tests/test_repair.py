@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from helpers import first_last, random_batch, tiny_model
+from helpers import first_last, random_batch, tiny_model, trimmed
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.errors import PdtrimError
 from pdtrim.kv.policy import HandoverPolicy
@@ -13,7 +13,7 @@ from pdtrim.plan import Gates, LayerKV
 from pdtrim.repair import linear
 from pdtrim.repair.apply import KINDS, RIDGE, SHARED, best_repair, repair
 from pdtrim.search.objective import dense_trace
-from pdtrim.stage.forward import Pair, streams
+from pdtrim.stage.forward import Pair
 from pdtrim.stage.replaced import swap_pair
 
 
@@ -30,25 +30,26 @@ def held_out_kl(setting, blocks, pair=None):
     model, gates, policy, _, held_out = setting
     pair = swap_pair(pair or Pair.dense(model), blocks)
     with torch.no_grad():
-        y = streams(pair, held_out, gates, policy)[-1][1]
+        y = trimmed(pair, gates, policy).streams(held_out)[-1][1]
         return float(Teacher.of(model, held_out).kl(pair.decode, y).mean())
 
 
 def test_linear_lowers_kl_and_an_infinite_ridge_does_nothing(setting):
     model, gates, policy, fit, _ = setting
     none = held_out_kl(setting, {})
-    blocks = repair(model, gates, policy, fit, "linear")
+    blocks = repair(model, trimmed(model, gates, policy), fit, "linear")
     assert (set(blocks["prefill"]), set(blocks["decode"])) == ({1}, {2})
     assert held_out_kl(setting, blocks) < 0.97 * none
     with torch.no_grad():
         dense = dense_trace(model, fit)[4]
         bare, repaired = (
-            streams(swap_pair(Pair.dense(model), b), fit, gates, policy)[4] for b in ({}, blocks)
+            trimmed(swap_pair(Pair.dense(model), b), gates, policy).streams(fit)[4]
+            for b in ({}, blocks)
         )
     for side in (0, 1):  # the streams behind the cut, prefill's and decode's
         assert (repaired[side] - dense[side]).norm() < 0.95 * (bare[side] - dense[side]).norm()
     for kind in ("linear", "diagonal"):
-        same = repair(model, gates, policy, fit, kind, ridge=math.inf)
+        same = repair(model, trimmed(model, gates, policy), fit, kind, ridge=math.inf)
         for stage, layer in (("prefill", 1), ("decode", 2)):
             torch.testing.assert_close(
                 same[stage][layer]["mlp.down_proj.weight"],
@@ -60,13 +61,13 @@ def test_a_later_cut_is_fitted_with_the_earlier_repairs_in_place():
     model, gates = tiny_model("llama", layers=6), Gates.removing(6, prefill={2, 4}, decode={2, 4})
     policy = HandoverPolicy.full(6)
     fit = random_batch(model, rows=12, prompt=12, new=10, seed=1)
-    whole = repair(model, gates, policy, fit, "linear")
+    whole = repair(model, trimmed(model, gates, policy), fit, "linear")
     first = {stage: {1: whole[stage][1]} for stage in whole}
     pair = swap_pair(Pair.dense(model), first)
     with torch.no_grad():
         dense = dense_trace(model, fit)
         off = gates.model_copy(update={"decode_mlp": (True, True, False, False, False, True)})
-        y = streams(pair, fit, off, policy)[4][1].flatten(0, 1)  # layer 3 without its MLP
+        y = trimmed(pair, off, policy).streams(fit)[4][1].flatten(0, 1)  # layer 3 without its MLP
         m = model.block(3).mlp(y)
     w = linear.fit([(m, dense[5][1].flatten(0, 1) - y)], ridge=RIDGE)
     wanted = linear.fold({"mlp.down_proj.weight": model.block(3).module.mlp.down_proj.weight}, w)
@@ -84,13 +85,13 @@ def test_a_pair_with_other_weights_is_repaired_as_it_is(setting):
     spoilt = swap_pair(
         Pair.dense(model), {"decode": {2: {name: 3 * model.block(2).module.mlp.down_proj.weight}}}
     )
-    blocks = repair(model, gates, policy, fit, "linear", pair=spoilt)
+    blocks = repair(model, trimmed(spoilt, gates, policy), fit, "linear")
     assert held_out_kl(setting, blocks, spoilt) < 0.9 * held_out_kl(setting, {}, spoilt)
 
 
 def test_the_best_repair_is_chosen_on_held_out_text(setting):
     model, gates, policy, fit, held_out = setting
-    best = best_repair(model, gates, policy, fit, held_out)
+    best = best_repair(model, trimmed(model, gates, policy), fit, held_out)
     assert best.tried["prefill"]["none"] == pytest.approx(held_out_kl(setting, {}), rel=1e-5)
     assert best.kl == pytest.approx(held_out_kl(setting, best.blocks), rel=1e-5)
     for stage, tried in best.tried.items():
@@ -101,7 +102,7 @@ def test_the_best_repair_is_chosen_on_held_out_text(setting):
     # decode's repair is tried on prefill's
     assert best.tried["decode"]["none"] == min(best.tried["prefill"].values())
     assert best.kl == min(best.tried["decode"].values()) and best.text != "none"
-    alone = repair(model, gates, policy, fit, "linear", stages=("decode",))
+    alone = repair(model, trimmed(model, gates, policy), fit, "linear", stages=("decode",))
     assert alone["prefill"] == {} and alone["decode"]
 
 
@@ -112,18 +113,23 @@ def test_outputs_repairs_a_lone_attention_and_more_than_the_block_before_a_cut(s
     )
     for off, stages in ((lone, ("decode",)), (gates, ("prefill", "decode"))):
         own = (model, off, HandoverPolicy.full(6), *setting[3:])
-        blocks = repair(model, off, own[2], fit, "outputs", stages=stages)
-        old = repair(model, off, own[2], fit, "linear", stages=stages)
+        blocks = repair(model, trimmed(model, off, own[2]), fit, "outputs", stages=stages)
+        old = repair(model, trimmed(model, off, own[2]), fit, "linear", stages=stages)
         assert held_out_kl(own, blocks) < 0.98 * held_out_kl(own, old)
-    assert set(repair(model, lone, policy, fit, "outputs")["decode"]) == {2, 3, 4, 5}
-    assert set(repair(model, gates, policy, fit, "outputs")["decode"]) == {2, 4, 5}
+    assert set(repair(model, trimmed(model, lone, policy), fit, "outputs")["decode"]) == {
+        2,
+        3,
+        4,
+        5,
+    }
+    assert set(repair(model, trimmed(model, gates, policy), fit, "outputs")["decode"]) == {2, 4, 5}
 
 
 def test_one_set_of_weights_is_fitted_to_the_tokens_of_both_stages(setting):
     model, _, _, fit, _ = setting
     gates = Gates.removing(6, prefill={3}, decode={3})
     own = (model, gates, HandoverPolicy.full(6), *setting[3:])
-    blocks = repair(model, gates, own[2], fit, "shared")
+    blocks = repair(model, trimmed(model, gates, own[2]), fit, "shared")
     assert set(blocks["prefill"]) == {2, 4} and set(blocks["decode"]) == {2, 4, 5}
     for layer in (2, 4):
         for name, part in blocks["prefill"][layer].items():
@@ -131,7 +137,7 @@ def test_one_set_of_weights_is_fitted_to_the_tokens_of_both_stages(setting):
     # with less text than channels, twice the tokens are worth more than a fit of one's own
     few = fit[:3]
     kl = {
-        kind: held_out_kl(own, repair(model, gates, own[2], few, kind))
+        kind: held_out_kl(own, repair(model, trimmed(model, gates, own[2]), few, kind))
         for kind in ("outputs", "shared")
     }
     assert kl["shared"] < kl["outputs"]
@@ -141,7 +147,9 @@ def test_none_wins_where_repairs_hurt(setting):
     model, gates, policy, _, held_out = setting
     four_tokens = random_batch(model, rows=1, prompt=3, new=2)
     kinds = dict.fromkeys(("prefill", "decode"), ("diagonal", "linear"))
-    best = best_repair(model, gates, policy, four_tokens, held_out, kinds, ridge=1e-6)
+    best = best_repair(
+        model, trimmed(model, gates, policy), four_tokens, held_out, kinds, ridge=1e-6
+    )
     for tried in best.tried.values():
         assert tried["none"] < min(tried["diagonal"], tried["linear"])
     assert best.text == "none" and best.blocks == {"prefill": {}, "decode": {}}
@@ -153,18 +161,21 @@ def test_nothing_before_a_cut_and_nothing_removed_leave_the_weights_alone(settin
     start = Gates.removing(6, prefill={0}, decode={0})
     for gates in (start, Gates.dense(6)):
         for kind in ("diagonal", "linear"):
-            assert repair(model, gates, policy, fit, kind) == {"prefill": {}, "decode": {}}
+            assert repair(model, trimmed(model, gates, policy), fit, kind) == {
+                "prefill": {},
+                "decode": {},
+            }
     lone = Gates.removing(6, decode={3}).model_copy(
         update={"decode_mlp": (True, True, False, False, True, True)}
     )  # the block before the cut has no MLP to fold into
-    assert repair(model, lone, policy, fit, "linear")["decode"] == {}
+    assert repair(model, trimmed(model, lone, policy), fit, "linear")["decode"] == {}
 
 
 @pytest.mark.parametrize("kind,ridge", [("magic", 0.1), ("linear", 0.0), ("linear", math.nan)])
 def test_unknown_kinds_and_ridges_are_refused(setting, kind, ridge):
     model, gates, policy, fit, _ = setting
     with pytest.raises(PdtrimError, match=r"unknown repair|must be above 0"):
-        repair(model, gates, policy, fit, kind, ridge=ridge)
+        repair(model, trimmed(model, gates, policy), fit, kind, ridge=ridge)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -176,12 +187,12 @@ def test_kv_corrects_skipped_blocks_and_no_stream(family):
         random_batch(model, rows=24, prompt=24, new=4, seed=1),
         random_batch(model, rows=4),
     )
-    blocks = repair(model, gates, policy, fit, "kv")
+    blocks = repair(model, trimmed(model, gates, policy), fit, "kv")
     assert blocks["decode"] == {} and set(blocks["prefill"]) == {2, 3, 4}
     names = {name for weights in blocks["prefill"].values() for name in weights}
     assert names == {"self_attn.k_proj.weight", "self_attn.v_proj.weight"}
     before, after = Pair.dense(model), swap_pair(Pair.dense(model), blocks)
-    old, new = (streams(pair, held_out, gates, policy) for pair in (before, after))
+    old, new = (trimmed(pair, gates, policy).streams(held_out) for pair in (before, after))
     for (x_old, _), (x_new, _) in zip(old, new, strict=True):
         assert torch.equal(x_old, x_new), "prefill's stream is what it was"
     assert torch.equal(
@@ -191,15 +202,15 @@ def test_kv_corrects_skipped_blocks_and_no_stream(family):
     teacher = Teacher.of(model, held_out)
     kls = [float(teacher.kl(model, trace[-1][1]).mean()) for trace in (old, new)]
     assert kls[1] < 0.9 * kls[0]
-    same = repair(model, gates, policy, fit, "kv", kv_ridge=math.inf)
-    again = streams(swap_pair(Pair.dense(model), same), held_out, gates, policy)
+    same = repair(model, trimmed(model, gates, policy), fit, "kv", kv_ridge=math.inf)
+    again = trimmed(swap_pair(Pair.dense(model), same), gates, policy).streams(held_out)
     torch.testing.assert_close(again[-1][1], old[-1][1], atol=1e-5, rtol=1e-5)
 
 
 def test_linear_and_kv_go_together(setting):
     model, gates, policy, fit, _ = setting
-    both = repair(model, gates, policy, fit, "linear+kv", stages=("prefill",))
-    lone = repair(model, gates, policy, fit, "linear", stages=("prefill",))
+    both = repair(model, trimmed(model, gates, policy), fit, "linear+kv", stages=("prefill",))
+    lone = repair(model, trimmed(model, gates, policy), fit, "linear", stages=("prefill",))
     for layer, weights in lone["prefill"].items():
         for name, tensor in weights.items():
             assert torch.equal(both["prefill"][layer][name], tensor)

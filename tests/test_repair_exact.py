@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import normal, random_batch, tiny_model
+from helpers import normal, random_batch, tiny_model, trimmed
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.narrow import narrow_blocks
 from pdtrim.plan import Gates, Width
 from pdtrim.repair.apply import first_change, repair
 from pdtrim.search.objective import dense_trace
-from pdtrim.stage.forward import Pair, forward, streams
+from pdtrim.stage.forward import Pair, forward
 from pdtrim.stage.replaced import swap_pair
 
 WIDTH, INNER, HALF = 32, 48, 16
@@ -63,7 +63,7 @@ def test_a_repair_is_exact_where_its_form_fits(kind):
     if kind != "scalar":
         mlp_channels_only(model)
     fit = random_batch(model, rows=12, prompt=12, new=10, seed=1)
-    blocks = repair(model, CUT, FULL, fit, kind, ridge=1e-9)
+    blocks = repair(model, trimmed(model, CUT, FULL), fit, kind, ridge=1e-9)
     layer = 3 if kind == "scalar" else 1
     # prefill's layer 3 only makes K and V: a scalar behind the cut has nothing to divide there
     assert set(blocks["decode"]) == {layer}
@@ -80,14 +80,14 @@ def test_a_repair_is_exact_where_its_form_fits(kind):
 def test_scalar_keeps_the_mean_norm_behind_every_cut():
     model, gates = tiny_model("llama", layers=8), Gates.removing(8, prefill={1, 4}, decode={1, 4})
     policy, batch = HandoverPolicy.full(8), random_batch(tiny_model("llama"), rows=10)
-    blocks = repair(model, gates, policy, batch, "scalar")
+    blocks = repair(model, trimmed(model, gates, policy), batch, "scalar")
     assert {stage: sorted(blocks[stage]) for stage in blocks} == {
         "prefill": [2, 3, 5, 6],
         "decode": [2, 3, 5, 6, 7],
     }
     with torch.no_grad():
         dense = dense_trace(model, batch)
-        trace = streams(swap_pair(Pair.dense(model), blocks), batch, gates, policy)
+        trace = trimmed(swap_pair(Pair.dense(model), blocks), gates, policy).streams(batch)
     for side, stage in enumerate(("prefill", "decode")):
         for stop in (2, 5):  # the stream behind a cut is the dense one's over the gain
             new = blocks[stage][stop]["mlp.down_proj.weight"]
@@ -122,9 +122,9 @@ def test_what_stays_takes_over_what_went_where_it_can(kind):
     model, narrow = doubled()
     fit = random_batch(model, rows=16, prompt=12, new=10, seed=1)
     gates, start = Gates.dense(4), Pair.dense(narrow)
-    assert first_change(model, start, gates, "decode") == 1
-    assert first_change(model, Pair.dense(model), gates, "decode") is None
-    blocks = repair(model, gates, FULL, fit, kind, pair=start, outputs_ridge=1e-7)
+    assert first_change(model, trimmed(start, gates), "decode") == 1
+    assert first_change(model, trimmed(Pair.dense(model), gates), "decode") is None
+    blocks = repair(model, trimmed(start, gates, FULL), fit, kind, outputs_ridge=1e-7)
     # nothing is to be done before the first change, and prefill ends with the K and V of layer 3
     assert (set(blocks["prefill"]), set(blocks["decode"])) == ({1, 2}, {1, 2, 3})
     if kind == "shared":

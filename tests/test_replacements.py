@@ -15,7 +15,7 @@ from pdtrim.calibration.batches import text_batch
 from pdtrim.cli import app
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.handover import measured_plan_bytes
-from pdtrim.evaluate.quality import Variant, measure_quality
+from pdtrim.evaluate.quality import measure_quality
 from pdtrim.evaluate.run import EvalConfig, evaluate
 from pdtrim.exported import load_pair
 from pdtrim.keep.files import CannotWrite
@@ -23,7 +23,7 @@ from pdtrim.models.loading import load_model
 from pdtrim.models.replacements import FilesInFolder, save_blocks
 from pdtrim.plan import Gates, PrunePlan
 from pdtrim.runtime.session import Session
-from pdtrim.stage.forward import Pair, forward
+from pdtrim.stage.forward import Pair, Trimmed, forward
 
 GATES = Gates.removing(4, prefill={1, 2}, decode={2})
 
@@ -248,8 +248,8 @@ def test_eval_finds_the_blocks_beside_the_plan(tmp_path, tiny_folder, tiny_text,
         tmp_path / "plan.json", EvalConfig(text=str(tiny_text), dtype="float32", **lengths)
     ).rows[1]
     variants = {
-        "replaced": Variant.of(plan, pair_of(plan, model, tmp_path)),
-        "bare": Variant.of(plan, Pair.dense(model)),
+        "replaced": Trimmed.of(plan, pair_of(plan, model, tmp_path)),
+        "bare": Trimmed.of(plan, Pair.dense(model)),
     }
     wanted = measure_quality(model, variants, text_batch(model, str(tiny_text), **lengths))
     assert row.kl == pytest.approx(wanted["replaced"].kl, rel=1e-4)

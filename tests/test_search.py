@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import random_batch, tiny_model
+from helpers import random_batch, tiny_model, trimmed
 from pdtrim.calibration.batches import Calibration
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.errors import PlanError
@@ -20,7 +20,7 @@ from pdtrim.search.greedy import greedy
 from pdtrim.search.objective import BudgetSpent, Objective, cosine_loss, dense_trace
 from pdtrim.search.one_shot import one_shot
 from pdtrim.search.state import Removal
-from pdtrim.stage.forward import Pair, forward, streams
+from pdtrim.stage.forward import Pair, forward
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_the_teachers_kl_is_exact_when_it_keeps_all_but_one_token(model):
     y = dense_trace(model, batch)[-1][1]
     assert few.kl(model, y).abs().max() < 1e-5
     with torch.no_grad():
-        pruned = streams(Pair.dense(model), batch, gates)[-1][1]
+        pruned = trimmed(Pair.dense(model), gates).streams(batch)[-1][1]
     assert (few.kl(model, pruned) <= measured.loss_n + 1e-6).all()
     assert few.kl(model, pruned).mean() > 0.1 * measured.loss
 
@@ -305,7 +305,7 @@ def test_targets_that_no_plan_meets(model, target, words):
 
 
 def test_paper_refuses_the_mode_it_does_not_know(model):
-    with pytest.raises(PlanError, match="--mode subset"):
+    with pytest.raises(PlanError, match="use mode subset"):
         Paper().plan(
             model, calibration_of(model), Target(repair="none", prefill_remove=1, decode_remove=1)
         )

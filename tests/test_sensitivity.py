@@ -6,12 +6,12 @@ from typer.testing import CliRunner
 
 from helpers import random_batch, tiny_model
 from pdtrim.cli import app
-from pdtrim.evaluate.quality import Variant, measure_quality
+from pdtrim.evaluate.quality import measure_quality
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.report.heatmap import plot_sensitivity
 from pdtrim.report.table import sensitivity_table
 from pdtrim.search.sensitivity import WAYS, sensitivity
-from pdtrim.stage.forward import Pair
+from pdtrim.stage.forward import Pair, Trimmed
 
 
 def test_each_entry_is_the_kl_of_a_whole_run():
@@ -21,7 +21,7 @@ def test_each_entry_is_the_kl_of_a_whole_run():
     policy = HandoverPolicy.full(4)
     for way, gates_of in enumerate(WAYS.values()):
         for layer in range(4):
-            variant = Variant(pair=Pair.dense(model), gates=gates_of(4, layer), policy=policy)
+            variant = Trimmed(pair=Pair.dense(model), gates=gates_of(4, layer), policy=policy)
             whole = measure_quality(model, {"x": variant}, batch)["x"].kl
             assert float(kl_WL[way, layer]) == pytest.approx(whole, abs=2e-4), (way, layer)
     assert kl_WL[0, -1] == pytest.approx(0, abs=1e-5), "prefill's last block is dead work"

@@ -6,12 +6,20 @@ import random
 import pytest
 import torch
 
-from helpers import FAMILIES, first_last, random_batch, random_gates, reference_logits, tiny_model
+from helpers import (
+    FAMILIES,
+    first_last,
+    random_batch,
+    random_gates,
+    reference_logits,
+    tiny_model,
+    trimmed,
+)
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.search.objective import first_difference
 from pdtrim.stage import attention
-from pdtrim.stage.forward import Pair, forward, streams
+from pdtrim.stage.forward import Pair, forward
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,14 +85,14 @@ def test_resuming_a_trace_equals_running_from_the_start():
     model, rng = tiny_model("llama", layers=6), random.Random(3)
     batch, pair = random_batch(model), Pair.dense(model)
     old = random_gates(6, rng)
-    trace = streams(pair, batch, old)
+    trace = trimmed(pair, old).streams(batch)
     resumed_late = 0
     for _ in range(40):
         new = random_gates_after(old, rng.randrange(6), rng)
         start = first_difference(old, new)
         resumed_late += start > 0
-        again = streams(pair, batch, new, resume=trace, start=start)
-        fresh = streams(pair, batch, new)
+        again = trimmed(pair, new).streams(batch, resume=trace, start=start)
+        fresh = trimmed(pair, new).streams(batch)
         torch.testing.assert_close(again[-1][1], fresh[-1][1], atol=0, rtol=0)
         old, trace = new, again
     assert resumed_late > 5

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from helpers import first_last, make_plan, pair_of, random_gates, tiny_model
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.quality import Variant
 from pdtrim.evaluate.tasks import likelihood, ragged
 from pdtrim.evaluate.tasks.generation import generate_greedy
 from pdtrim.evaluate.tasks.likelihood import Query, score
@@ -19,7 +18,7 @@ from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.kv.selectors import SnapKV
 from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates, LayerKV, Width, Widths
-from pdtrim.stage.forward import Batch, Pair, forward
+from pdtrim.stage.forward import Batch, Pair, Trimmed, forward
 from pdtrim.stage.generate import prefill
 
 CLOSED = Gates(
@@ -34,7 +33,7 @@ INT4 = LayerKV(codec=Integer(k_bits=4, v_bits=4, group=4, first=1, recent=2))
 def variant_of(model, *, gates=None, rules=None):
     L = model.num_layers
     policy = HandoverPolicy(rules=rules) if rules else HandoverPolicy.full(L)
-    return Variant(pair=Pair.dense(model), gates=gates or Gates.dense(L), policy=policy)
+    return Trimmed(pair=Pair.dense(model), gates=gates or Gates.dense(L), policy=policy)
 
 
 def variants(model):
@@ -108,7 +107,7 @@ def test_only_the_heads_that_decode_has_are_handed_over(kv):
     narrow = Width.of(groups=(0, 3), neurons=range(40), num_neurons=48)
     widths = Widths(prefill=(None,) * 4, decode=(None, narrow, narrow, None))
     plan = plan.model_copy(update={"widths": widths})
-    variant = Variant.of(plan, pair_of(plan, model, None))
+    variant = Trimmed.of(plan, pair_of(plan, model, None))
     for query, one in zip(queries(), score(variant, queries(), batch_tokens=200), strict=True):
         assert one.total == pytest.approx(by_simulator(variant, query)[0], abs=2e-4)
 

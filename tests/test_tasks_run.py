@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from helpers import make_plan
 from pdtrim.cli import main
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.quality import Variant
 from pdtrim.evaluate.statistics import paired_difference
 from pdtrim.evaluate.tasks.lm import PDTrimLM
 from pdtrim.evaluate.tasks.run import TasksConfig, run_task
@@ -21,7 +20,7 @@ from pdtrim.evaluate.tasks.scores import TaskScores
 from pdtrim.evaluate.tasks.wikitext import spaced
 from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates
-from pdtrim.stage.forward import Pair
+from pdtrim.stage.forward import Pair, Trimmed
 from test_tasks import CLOSED
 from test_tasks_sources import write
 
@@ -38,12 +37,12 @@ def tiny(tiny_folder):
 
 @pytest.fixture(scope="module")
 def dense(tiny):
-    return Variant.dense(tiny)
+    return Trimmed.dense(tiny)
 
 
 @pytest.fixture(scope="module")
 def cut(tiny):
-    return Variant.of(make_plan(tiny, CLOSED), Pair.dense(tiny))
+    return Trimmed.of(make_plan(tiny, CLOSED), Pair.dense(tiny))
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +181,7 @@ def test_pruned_stages_change_the_perplexity_of_the_same_tokens(dense, cut, tiny
     a, b = (run_task(v, "wikitext", config(place, window_tokens=20)) for v in (dense, cut))
     assert a.items_hash == b.items_hash
     assert abs(a.metrics["ppl"] - b.metrics["ppl"]) > 0.01
-    decode_only = Variant.of(make_plan(tiny, Gates.removing(4, prefill={1})), Pair.dense(tiny))
+    decode_only = Trimmed.of(make_plan(tiny, Gates.removing(4, prefill={1})), Pair.dense(tiny))
     one = run_task(decode_only, "wikitext", config(place, window_tokens=20, limit=2))
     assert one.count == 2 and one.items["ppl"] != a.items["ppl"][:2]
 

@@ -6,18 +6,19 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from helpers import make_plan, pair_of, random_batch, tiny_model, trim_of, with_files
+from helpers import make_plan, pair_of, random_batch, tiny_model, trim_of, trimmed, with_files
 from pdtrim.cli import app
 from pdtrim.distill.job import DistillConfig
 from pdtrim.distill.merge import MergeConfig
 from pdtrim.errors import PlanError
-from pdtrim.evaluate.quality import Variant, measure_quality
+from pdtrim.evaluate.quality import measure_quality
 from pdtrim.exported import load_pair
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods.sets import SetRule
 from pdtrim.methods.training import Training, pairs_of, train_plan, trained_plan, with_slot
 from pdtrim.plan import Gates, LayerKV, PrunePlan, Width, Widths
 from pdtrim.repair.apply import repair
+from pdtrim.stage.forward import Trimmed
 
 DISTIL = DistillConfig(
     which="pairs", steps=12, rows=4, learning_rate=3e-3, compute="float32", evaluate_every=4
@@ -38,7 +39,7 @@ def setting():
 
 
 def kl(model, plan, folder, batch):
-    variant = Variant(
+    variant = Trimmed(
         pair=pair_of(plan, model, folder), gates=plan.gates, policy=HandoverPolicy.of(plan)
     )
     return measure_quality(model, {"x": variant}, batch)["x"].kl
@@ -66,7 +67,7 @@ def test_a_merged_and_trained_plan_is_better_and_survives_export(setting, tmp_pa
     loaded = PrunePlan.load(tmp_path / "trained.json")
     assert loaded.digest == made.digest != plan.digest
     pair, _ = load_pair(trim_of(loaded, tmp_path).export(model, tmp_path / "pair"))
-    variant = Variant(pair=pair, gates=loaded.gates, policy=HandoverPolicy.of(loaded))
+    variant = Trimmed(pair=pair, gates=loaded.gates, policy=HandoverPolicy.of(loaded))
     exported = measure_quality(model, {"x": variant}, held_out)["x"].kl
     assert exported == pytest.approx(kl(model, made, tmp_path, held_out), abs=1e-5)
 
@@ -74,7 +75,7 @@ def test_a_merged_and_trained_plan_is_better_and_survives_export(setting, tmp_pa
 def test_training_starts_from_the_plans_repairs_and_keeps_prefills(setting, tmp_path):
     model, plan, text, held_out = setting
     gates = Gates.removing(5, prefill={1, 3}, decode={2})
-    blocks = repair(model, gates, HandoverPolicy.full(5), text, "linear")
+    blocks = repair(model, trimmed(model, gates, HandoverPolicy.full(5)), text, "linear")
     assert blocks["prefill"] and blocks["decode"]
     repaired = with_files(plan.model_copy(update={"gates": gates}), blocks, tmp_path)
     config = Training(distillation=DISTIL.__class__(**{**vars(DISTIL), "which": "all"}))

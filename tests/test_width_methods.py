@@ -301,10 +301,10 @@ def test_the_kv_policy_goes_into_the_plan_and_not_into_the_ranking(
 @each
 def test_targets_that_a_width_method_does_not_know(model, calibration, method, tmp_path):
     for words, share, prefill, more in (
-        ("shares of the parameters: use --metric parameters", 0.2, None, {"metric": "flops"}),
-        ("use --mode unified or subset", 0.2, 0.1, {"mode": "projected"}),
-        ("use --grain block", 0.2, None, {"grain": "part"}),
-        ("use --repair none", 0.2, None, {"repair": "best"}),
+        ("metric 'flops': use metric parameters", 0.2, None, {"metric": "flops"}),
+        ("use mode unified or subset", 0.2, 0.1, {"mode": "projected"}),
+        ("use grain block", 0.2, None, {"grain": "part"}),
+        ("use repair none", 0.2, None, {"repair": "best"}),
         ("cannot lose 0.3 when decode loses 0.2", 0.2, 0.3, {}),
     ):
         with pytest.raises(PlanError, match=words):

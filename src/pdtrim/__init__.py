@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from pdtrim.bundle import TrimPlan, export
     from pdtrim.calibration.batches import Calibration, CalibrationConfig, load_calibration
     from pdtrim.errors import PdtrimError
-    from pdtrim.evaluate.quality import Quality, Variant, measure_quality
+    from pdtrim.evaluate.quality import Quality, measure_quality
     from pdtrim.exported import load_pair
     from pdtrim.methods import Paper, PDTrim, Target
     from pdtrim.models.loading import load_model
     from pdtrim.models.model import Model
     from pdtrim.plan import Gates, LayerKV, PrunePlan
     from pdtrim.runtime.session import Generation, Session
-    from pdtrim.stage.forward import Batch, Pair, forward
+    from pdtrim.stage.forward import Batch, Pair, Trimmed, forward
     from pdtrim.stage.sampling import Sampling
 
 __all__ = [
@@ -50,7 +50,7 @@ __all__ = [
     "Session",
     "Target",
     "TrimPlan",
-    "Variant",
+    "Trimmed",
     "export",
     "forward",
     "load_calibration",
@@ -77,7 +77,7 @@ _HOMES = {
     "Session": "pdtrim.runtime.session",
     "Target": "pdtrim.methods",
     "TrimPlan": "pdtrim.bundle",
-    "Variant": "pdtrim.evaluate.quality",
+    "Trimmed": "pdtrim.stage.forward",
     "export": "pdtrim.bundle",
     "forward": "pdtrim.stage.forward",
     "load_calibration": "pdtrim.calibration.batches",

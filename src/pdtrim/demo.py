@@ -18,7 +18,7 @@ from typing import Any
 from pdtrim.bundle import TrimPlan
 from pdtrim.calibration.batches import CalibrationConfig, load_calibration, text_batch
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.quality import Variant, measure_quality
+from pdtrim.evaluate.quality import measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
 from pdtrim.keep.files import write_text
 from pdtrim.methods import Method, Paper, PDTrim, Target
@@ -29,7 +29,7 @@ from pdtrim.progress import Progress, silent
 from pdtrim.runtime.session import Session
 from pdtrim.search.anneal import Annealing
 from pdtrim.stage.cost import Lengths
-from pdtrim.stage.forward import Batch
+from pdtrim.stage.forward import Batch, Trimmed
 
 MODEL = "smollm2"
 QUESTION = "Explain what artificial intelligence is."
@@ -95,7 +95,7 @@ def run_demo(
     for name, trim in plans.items():
         trim.save(_plan_file(folder, name))
     say("3/4 measuring quality on held-out text")
-    variants = {name: Variant.of(trim.plan, trim.pair(model)) for name, trim in plans.items()}
+    variants = {name: Trimmed.of(trim.plan, trim.pair(model)) for name, trim in plans.items()}
     qualities = measure_quality(model, variants, held_out, progress=progress)
     say("4/4 running each pair as two processes")
     answers, sizes = _run_pairs(model, plans, held_out, folder, progress)

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from pdtrim.models.model import Model
-from pdtrim.plan import Gates
 from pdtrim.progress import Progress, silent
-from pdtrim.stage.forward import Batch, Pair, forward, streams
+from pdtrim.stage.forward import Batch, Trimmed
 
 
 @torch.inference_mode()
@@ -33,17 +32,17 @@ def bench(
     shape = (rows, prompt + continuation)
     ids = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(model.device)
     batch = Batch(prompt_BP=ids[:, :prompt], continuation_BC=ids[:, prompt:])
-    gates, pair = Gates.dense(model.num_layers), Pair.dense(model)
-    trace = streams(pair, batch, gates)
+    dense = Trimmed.dense(model)
+    trace = dense.streams(batch)
     starts = [model.num_layers * i // 4 for i in (1, 2, 3)]
     runs: dict[str, Callable[[], object]] = {
         "transformers": lambda: model.network(ids[:, :-1], logits_to_keep=continuation),
-        "simulator": lambda: forward(pair, batch, gates),
-        "blocks": lambda: streams(pair, batch, gates),
+        "simulator": lambda: dense.pair.decode.head(dense.last_stream(batch)),
+        "blocks": lambda: dense.streams(batch),
     }
     for start in starts:
-        runs[f"resume {start}"] = lambda start=start: streams(  # type: ignore[misc]
-            pair, batch, gates, resume=trace, start=start
+        runs[f"resume {start}"] = lambda start=start: dense.streams(  # type: ignore[misc]
+            batch, resume=trace, start=start
         )
     times: dict[str, list[float]] = {name: [] for name in runs}
     with progress("timing", (repeats + 1) * len(runs)) as advance:

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.quality import Variant
 from pdtrim.kv.groups import HeadGroup
 from pdtrim.kv.policy import hand_over
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.cache import LayerCache
+from pdtrim.stage.forward import Trimmed
 from pdtrim.stage.generate import generate, prefill
 
 
@@ -40,8 +40,8 @@ class StageTimes:
 
 @torch.inference_mode()
 def stage_times(
-    variant: Variant,
-    dense: Variant,
+    variant: Trimmed,
+    dense: Trimmed,
     *,
     prompt: int = 512,
     new_tokens: int = 32,
@@ -91,19 +91,19 @@ def stage_times(
     )
 
 
-def _prefill(side: Variant, ids_BP: Tensor) -> None:
+def _prefill(side: Trimmed, ids_BP: Tensor) -> None:
     for _ in prefill(side.pair.prefill, ids_BP[:, :-1], side.gates):
         pass
 
 
-def _groups(side: Variant, ids_BP: Tensor) -> dict[int, list[HeadGroup]]:
+def _groups(side: Trimmed, ids_BP: Tensor) -> dict[int, list[HeadGroup]]:
     """What decode is handed over of the prompt, by layer."""
     views = prefill(side.pair.prefill, ids_BP[:, :-1], side.gates)
     return {layer: hand_over(side.policy, layer, view) for layer, view in views}
 
 
 def _decode(
-    side: Variant, ids_BP: Tensor, groups: dict[int, list[HeadGroup]], new_tokens: int
+    side: Trimmed, ids_BP: Tensor, groups: dict[int, list[HeadGroup]], new_tokens: int
 ) -> Callable[[], None]:
     """A run of decode on a cache of its own, for decoding uses a cache up."""
     model = side.pair.decode

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from pdtrim.finite import finite
 from pdtrim.models.model import Model
-from pdtrim.plan import Gates
-from pdtrim.stage.forward import Batch, Pair, Trace, streams
+from pdtrim.stage.forward import Batch, Trace, Trimmed
 
 TOP = 512
 HEAD_ROWS = 64
@@ -41,7 +40,7 @@ class Teacher:
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for start in range(0, len(batch), rows):
             part = batch[start : start + rows]
-            trace = streams(Pair.dense(model), part, Gates.dense(model.num_layers))
+            trace = Trimmed.dense(model).streams(part)
             check_streams(model, trace)
             y = trace[-1][1]
             for y_RE in y.flatten(0, 1).split(HEAD_ROWS):

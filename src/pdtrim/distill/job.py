@@ -10,11 +10,9 @@ from pdtrim.distill.trainable import Which
 from pdtrim.errors import PlanError
 from pdtrim.keep.settings import Settings
 from pdtrim.keep.tensors import ids_digest, tensors_digest
-from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.models.replace import Weights
-from pdtrim.plan import Gates
-from pdtrim.stage.forward import Batch
+from pdtrim.stage.forward import Batch, Trimmed
 
 FREE = ("max_seconds", "checkpoint_seconds")
 """Settings that may change when a run is resumed: they decide when it stops, not what it does."""
@@ -82,13 +80,11 @@ class Job:
     """
 
     model: Model
-    gates: Gates
-    policy: HandoverPolicy
+    trimmed: Trimmed
     data: Batch
     held_out: Batch
     config: DistillConfig
     start: Mapping[int, Weights]
-    prefill: Model | None
 
     def __post_init__(self) -> None:
         if not len(self.data) or not len(self.held_out):
@@ -96,14 +92,15 @@ class Job:
 
     def settings(self) -> Settings:
         """Everything that decides the run's numbers."""
+        policy, prefill = self.trimmed.policy, self.trimmed.pair.prefill
         return {
             **{key: value for key, value in asdict(self.config).items() if key not in FREE},
-            "gates": self.gates.model_dump(mode="json"),
-            "kv": [rule.model_dump(mode="json") for rule in self.policy.rules],
-            "block_size": self.policy.block_size,
+            "gates": self.trimmed.gates.model_dump(mode="json"),
+            "kv": [rule.model_dump(mode="json") for rule in policy.rules],
+            "block_size": policy.block_size,
             "model": self.model.fingerprint,
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "prefill": None if self.prefill is None else self.prefill.fingerprint,
+            "prefill": None if prefill is self.model else prefill.fingerprint,
             "text": ids_digest(self.data.prompt_BP, self.data.continuation_BC),
             "held_out": ids_digest(self.held_out.prompt_BP, self.held_out.continuation_BC),
             "merged_blocks": tensors_digest(

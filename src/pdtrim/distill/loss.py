@@ -17,10 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pdtrim.calibration.teacher import HEAD_ROWS
-from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
-from pdtrim.plan import Gates
-from pdtrim.stage.forward import Batch, Pair, streams
+from pdtrim.stage.forward import Batch, Trimmed
 
 SLICE_LOGITS = 2**27
 """Logits held at once on a GPU: 512 MB in fp32, some five times that with the temporaries."""
@@ -29,7 +27,7 @@ SLICE_LOGITS = 2**27
 @torch.no_grad()
 def dense_stream(model: Model, batch: Batch) -> Tensor:
     """The dense model's last stream ``[B, C, E]``."""
-    return streams(Pair.dense(model), batch, Gates.dense(model.num_layers))[-1][1]
+    return Trimmed.dense(model).last_stream(batch)
 
 
 @torch.no_grad()
@@ -39,34 +37,27 @@ def kl_of(head: Model, dense_BCE: Tensor, student_BCE: Tensor) -> Tensor:
     return torch.cat(parts).view(dense_BCE.shape[:2])
 
 
-def backward_kl(
-    pair: Pair,
-    batch: Batch,
-    gates: Gates,
-    policy: HandoverPolicy | None,
-    dense_BCE: Tensor,
-    *,
-    share: float = 1.0,
-) -> Tensor:
-    """Add the gradient of the batch's mean KL to the pair's weights that require one.
+def backward_kl(student: Trimmed, batch: Batch, dense_BCE: Tensor, *, share: float = 1.0) -> Tensor:
+    """Add the gradient of the batch's mean KL to the student's weights that require one.
 
     Args:
-        pair: a prefill model without trained weights, so that its side is not recorded.
+        student: its prefill has no trained weights, so that its side is not recorded.
         share: of the batch in its step; multiplies the gradient only.
 
     Returns:
         The mean KL, nats a token, on the batch's device.
     """
     with torch.enable_grad():
-        student_BCE = streams(pair, batch, gates, policy)[-1][1]
+        student_BCE = student.last_stream(batch)
+    decode = student.pair.decode
     scale = share / dense_BCE[..., 0].numel()
     total = student_BCE.new_zeros((), dtype=torch.float32)
     grads: list[Tensor] = []
-    for p_RE, q_RE in _slices(pair.decode, dense_BCE, student_BCE.detach()):
+    for p_RE, q_RE in _slices(decode, dense_BCE, student_BCE.detach()):
         q_RE.requires_grad_()
         with torch.enable_grad():
-            logits_RV = pair.decode.head(q_RE)
-        kl_R, slope_RV = _kl(pair.decode, p_RE, q_RE, logits_RV)
+            logits_RV = decode.head(q_RE)
+        kl_R, slope_RV = _kl(decode, p_RE, q_RE, logits_RV)
         slope_RV = slope_RV.mul_(scale).to(logits_RV.dtype)
         grads += torch.autograd.grad(logits_RV, q_RE, slope_RV)
         total += kl_R.sum()

@@ -28,7 +28,7 @@ from pdtrim.models.model import Model
 from pdtrim.models.replace import Weights
 from pdtrim.plan import Gates
 from pdtrim.progress import Progress, silent
-from pdtrim.stage.forward import Batch, Pair, decode_stream, streams
+from pdtrim.stage.forward import Batch, Trimmed, decode_stream
 from pdtrim.stage.step import prefill_block
 
 
@@ -107,10 +107,10 @@ def observe(model: Model, batch: Batch, first: int, *, rows: int = 8) -> Observe
     if not 0 <= first < model.num_layers - 1:
         raise PlanError(f"no blocks {first} and {first + 1} to merge in {model.num_layers} layers")
     batch = batch.to(model.device)
-    gates, pair = Gates.dense(model.num_layers), Pair.dense(model)
+    dense = Trimmed.dense(model)
     columns: list[list[Tensor]] = [[], [], [], []]
     for start in range(0, len(batch), rows):
-        trace = streams(pair, batch[start : start + rows], gates)
+        trace = dense.streams(batch[start : start + rows])
         (x0, y0), (x1, _), (_, y2) = trace[first : first + 3]
         for column, part in zip(columns, (x0, x1, y0, y2), strict=True):
             column.append(part)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,12 +22,10 @@ from pdtrim.distill.schedule import rows_of
 from pdtrim.distill.student import DTYPES, Student, by_layer, frozen
 from pdtrim.distill.trainable import trainable_layers
 from pdtrim.finite import finite
-from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.models.replace import Weights
-from pdtrim.plan import Gates
 from pdtrim.progress import Advance, Progress, silent
-from pdtrim.stage.forward import Batch, Pair, streams
+from pdtrim.stage.forward import Batch, Pair, Trimmed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +45,12 @@ class Distilled:
 
 def distill(
     model: Model,
-    gates: Gates,
-    policy: HandoverPolicy | None,
+    trimmed: Trimmed,
     data: Batch,
     held_out: Batch,
     config: DistillConfig,
     *,
     start: Mapping[int, Weights] | None = None,
-    prefill: Model | None = None,
     checkpoint: Path | None = None,
     progress: Progress = silent,
     say: Callable[[str], None] = lambda text: None,
@@ -63,10 +59,9 @@ def distill(
 
     Args:
         model: the dense model: the teacher, and where decode's blocks start.
-        policy: what travels of the prompt's KV; None for everything.
+        trimmed: what runs; its decode model is the dense one, whose blocks ``start`` replaces.
         held_out: text that chooses the best weights and stops the training; not in ``data``.
-        start: merged blocks that decode runs in place of the model's.
-        prefill: the model that runs the prompt; None for the dense one.
+        start: merged or repaired blocks that decode runs in place of the model's.
         checkpoint: a file; if it is there the run goes on from it, to the same weights.
         say: told each evaluation.
 
@@ -76,13 +71,11 @@ def distill(
     """
     job = Job(
         model=model,
-        gates=gates,
-        policy=policy or HandoverPolicy.full(model.num_layers),
+        trimmed=trimmed,
         data=data.to(model.device),
         held_out=held_out.to(model.device),
         config=config,
         start=start or {},
-        prefill=prefill,
     )
     run = _Run(job, checkpoint, say)
     with progress("distilling", config.steps) as advance:
@@ -96,15 +89,15 @@ class _Run:
     def __init__(self, job: Job, checkpoint: Path | None, say: Callable[[str], None]) -> None:
         self._began = time.monotonic()
         self.job, self.config, self.say = job, job.config, say
-        layers = trainable_layers(job.config.which, job.gates, job.start)
+        gates, prefill = job.trimmed.gates, job.trimmed.pair.prefill
+        layers = trainable_layers(job.config.which, gates, job.start)
         self.dense = frozen(job.model, DTYPES[job.config.compute])
-        self.student = Student(
-            job.model, self.dense, job.gates, layers, job.start, job.config.descent
-        )
-        self.pair = Pair(
-            prefill=self.dense if job.prefill is None else frozen(job.prefill, self.dense.dtype),
+        self.student = Student(job.model, self.dense, gates, layers, job.start, job.config.descent)
+        pair = Pair(
+            prefill=self.dense if prefill is job.model else frozen(prefill, self.dense.dtype),
             decode=self.student.model,
         )
+        self.trained = replace(job.trimmed, pair=pair)
         self.checkpoint = checkpoint
         self.settings = {} if checkpoint is None else job.settings()
         self.position = Position(step=0, seconds=0.0, losses=[], history=[])
@@ -182,7 +175,7 @@ class _Run:
             dense_BCE = dense_stream(self.dense, part)
         else:
             dense_BCE = self.data_dense[at].to(part.prompt_BP.device)
-        return backward_kl(self.pair, part, self.job.gates, self.job.policy, dense_BCE, share=share)
+        return backward_kl(self.trained, part, dense_BCE, share=share)
 
     @torch.no_grad()
     def _evaluate(self) -> None:
@@ -191,8 +184,8 @@ class _Run:
         for first in range(0, len(held_out), rows):
             part = held_out[first : first + rows]
             dense_BCE = self.held_out_dense[first : first + rows].to(part.prompt_BP.device)
-            student_BCE = streams(self.pair, part, self.job.gates, self.job.policy)[-1][1]
-            parts.append(kl_of(self.pair.decode, dense_BCE, student_BCE).mean(1))
+            student_BCE = self.trained.last_stream(part)
+            parts.append(kl_of(self.student.model, dense_BCE, student_BCE).mean(1))
         losses = position.losses
         point = Point(
             step=position.step,

@@ -21,14 +21,14 @@ from pdtrim.bundle import TrimPlan
 from pdtrim.calibration.batches import Calibration, CalibrationConfig, text_batch
 from pdtrim.calibration.kept import kept_calibration, source_digest
 from pdtrim.distill.job import DistillConfig
-from pdtrim.evaluate.quality import Variant, measure_quality
+from pdtrim.evaluate.quality import measure_quality
 from pdtrim.keep.settings import Settings, package_versions
 from pdtrim.keep.store import claim, once
 from pdtrim.keep.tensors import ids_digest
-from pdtrim.kv.policy import HandoverPolicy
-from pdtrim.methods.base import Method, Search, Target
+from pdtrim.methods.base import Method
 from pdtrim.methods.paper import Paper
 from pdtrim.methods.pdtrim import PDTrim
+from pdtrim.methods.problem import Search, Target
 from pdtrim.methods.sets import Reading, SetRule
 from pdtrim.methods.training import Training, pairs_of, train_plan
 from pdtrim.models.model import Model
@@ -38,7 +38,7 @@ from pdtrim.progress import Progress, silent
 from pdtrim.records import Frozen
 from pdtrim.repair.apply import KINDS, SHARED, best_repair, repair
 from pdtrim.stage.cost import Lengths, block_tokens
-from pdtrim.stage.forward import Batch, Pair
+from pdtrim.stage.forward import Batch, Pair, Trimmed
 from pdtrim.stage.replaced import swap_pair
 
 SEARCHES: tuple[Search, ...] = ("one_shot", "greedy", "evolution", "anneal", "hybrid")
@@ -191,11 +191,7 @@ class Made:
 
 def measure(model: Model, made: Made, held_out: dict[str, Batch]) -> dict[str, float]:
     """KL on each held-out text, the whole KV cache sent."""
-    variant = Variant(
-        pair=swap_pair(Pair.dense(model), made.blocks),
-        gates=made.gates,
-        policy=HandoverPolicy.full(model.num_layers),
-    )
+    variant = Trimmed.whole(swap_pair(Pair.dense(model), made.blocks), made.gates)
     return {
         name: measure_quality(model, {"x": variant}, batch)["x"].kl
         for name, batch in held_out.items()
@@ -216,7 +212,6 @@ class Bench:
     ) -> None:
         self.model, self.config, self.seed = model, config, seed
         self.folder, self.progress, self.settings = folder, progress, settings
-        self.policy = HandoverPolicy.full(model.num_layers)
 
     @cached_property
     def text(self) -> Calibration:
@@ -268,13 +263,12 @@ class Bench:
     def repaired(self, name: str, method: Method, target: Target, kind: str) -> Made:
         """A plan with its cuts repaired; ``best`` is each stage's best on the re-rank text."""
         gates = self.plan(name, method, target).plan.gates
+        trimmed = Trimmed.whole(Pair.dense(self.model), gates)
         if kind == "best":
-            best = best_repair(self.model, gates, self.policy, self.text.fit, self.text.rerank)
+            best = best_repair(self.model, trimmed, self.text.fit, self.text.rerank)
             return Made(gates=gates, blocks=best.blocks)
         (chosen,) = (k for k in (*KINDS["prefill"], *SHARED) if k == kind)
-        return Made(
-            gates=gates, blocks=repair(self.model, gates, self.policy, self.text.fit, chosen)
-        )
+        return Made(gates=gates, blocks=repair(self.model, trimmed, self.text.fit, chosen))
 
     def trained(self, name: str, method: Method, target: Target, reading: Reading) -> Made:
         """A plan whose distillation set is merged and lightly distilled."""

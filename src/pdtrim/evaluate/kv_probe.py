@@ -12,21 +12,21 @@ Shapes: B rows, P prompt tokens, C continuation tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from pdtrim.calibration.tokens import encode_for
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.kv_suite import retrieval_scores
-from pdtrim.evaluate.quality import Variant, measure_quality
+from pdtrim.evaluate.quality import measure_quality
 from pdtrim.evaluate.retrieval import Probe, generate
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
-from pdtrim.plan import Gates, LayerKV, PrunePlan
+from pdtrim.plan import LayerKV, PrunePlan
 from pdtrim.progress import Progress, silent
-from pdtrim.stage.forward import Batch, Pair
+from pdtrim.stage.forward import Batch, Trimmed
 
 TRIED = ("int3", "int3:rotate=true", "int4", "int4:rotate=true", "fp8", "int8", "lossless")
 """What a refusal may advise, smaller first."""
@@ -84,8 +84,7 @@ def check_codecs(
     coded = HandoverPolicy(rules=tuple(LayerKV(codec=rule.codec) for rule in plan.kv))
     policies = {"coded": coded, "plain": HandoverPolicy.full(model.num_layers)}
     hits = retrieval_scores(
-        Pair.dense(model),
-        Gates.dense(model.num_layers),
+        Trimmed.dense(model),
         policies,
         list(probes),
         hidden=True,
@@ -119,10 +118,8 @@ def kls(
 
     Not the mean: a codec that breaks a model breaks it on some prompts, and goes unseen on others.
     """
-    gates, pair = Gates.dense(model.num_layers), Pair.dense(model)
-    variants = {
-        name: Variant(pair=pair, gates=gates, policy=policy) for name, policy in policies.items()
-    }
+    dense = Trimmed.dense(model)
+    variants = {name: replace(dense, policy=policy) for name, policy in policies.items()}
     measured = measure_quality(model, variants, batch, progress=progress)
     return {name: float(quality.kl_n.max()) for name, quality in measured.items()}
 

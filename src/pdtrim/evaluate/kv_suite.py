@@ -31,7 +31,7 @@ from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
 from pdtrim.progress import Progress, silent
-from pdtrim.stage.forward import Batch, Pair, streams_by_policy
+from pdtrim.stage.forward import Batch, Trimmed
 
 REFERENCE = "full"
 VIEWS = ("visible", "hidden")
@@ -115,8 +115,7 @@ def _tokens(model: Model, probe: Probe, *, hidden: bool) -> _Tokens:
 
 @torch.inference_mode()
 def retrieval_scores(
-    pair: Pair,
-    gates: Gates,
+    trimmed: Trimmed,
     policies: Mapping[str, HandoverPolicy],
     probes: Sequence[Probe],
     *,
@@ -133,12 +132,14 @@ def retrieval_scores(
     follow the answer is not looked at.
 
     Args:
+        trimmed: what runs; its own policy is not asked.
         hidden: hand over before the question, which decode then reads; only the answer is scored.
 
     Raises:
         PdtrimError: no tokenizer, an answer of fewer than 2 tokens, or an empty prompt.
     """
-    encoded = [_tokens(pair.decode, probe, hidden=hidden) for probe in probes]
+    decode = trimmed.pair.decode
+    encoded = [_tokens(decode, probe, hidden=hidden) for probe in probes]
     alike: dict[tuple[int, int, int], list[int]] = {}
     for i, tokens in enumerate(encoded):
         alike.setdefault(tokens.lengths, []).append(i)
@@ -151,10 +152,10 @@ def retrieval_scores(
                 batch = Batch(
                     prompt_BP=torch.tensor([encoded[i].prompt for i in rows]),
                     continuation_BC=torch.tensor([encoded[i].continuation for i in rows]),
-                ).to(pair.decode.device)
-                for name, y_BCE in streams_by_policy(pair, batch, gates, policies).items():
+                ).to(decode.device)
+                for name, y_BCE in trimmed.last_streams(batch, policies).items():
                     # the head on the answer alone: a question's logits would be most of the memory
-                    said_BA = pair.decode.head(y_BCE[:, -A:]).argmax(-1)
+                    said_BA = decode.head(y_BCE[:, -A:]).argmax(-1)
                     hit_B = (said_BA == batch.continuation_BC[:, -A:]).all(-1)
                     hits[name][rows] = hit_B.cpu().numpy()
                     advance(len(rows))
@@ -162,8 +163,7 @@ def retrieval_scores(
 
 
 def run_suite(
-    pair: Pair,
-    gates: Gates,
+    trimmed: Trimmed,
     policies: Mapping[str, HandoverPolicy],
     config: KvSuiteConfig | None = None,
     progress: Progress = silent,
@@ -177,8 +177,8 @@ def run_suite(
         PdtrimError: a policy named ``full`` that is not, or as :func:`retrieval_scores`.
     """
     config = config or KvSuiteConfig()
-    places = next((policy.places for policy in policies.values()), ())
-    full = replace(HandoverPolicy.full(gates.num_layers), places=places)
+    pair, gates = trimmed.pair, trimmed.gates
+    full = replace(HandoverPolicy.full(gates.num_layers), places=trimmed.policy.places)
     if policies.get(REFERENCE, full).rules != full.rules:
         raise PdtrimError(f"the policy named '{REFERENCE}' must keep every pair in every layer raw")
     policies = {REFERENCE: full, **policies}
@@ -197,7 +197,7 @@ def run_suite(
     hits: dict[str, dict[str, Hits]] = {name: {} for name in policies}
     for view in VIEWS:
         found = retrieval_scores(
-            pair, gates, policies, probes, hidden=view == "hidden", progress=progress
+            trimmed, policies, probes, hidden=view == "hidden", progress=progress
         )
         for name, hits_n in found.items():
             for i, task in enumerate(config.tasks):

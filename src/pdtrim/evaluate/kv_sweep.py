@@ -19,7 +19,7 @@ from pdtrim.calibration.kept import kept_calibration, source_digest
 from pdtrim.evaluate.handover import Loopback, loopback_bytes
 from pdtrim.evaluate.kv_checks import sanity
 from pdtrim.evaluate.kv_suite import KvSuiteConfig, run_suite
-from pdtrim.evaluate.quality import Quality, Variant, measure_quality
+from pdtrim.evaluate.quality import Quality, measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
 from pdtrim.keep.settings import Settings, package_versions
 from pdtrim.keep.store import claim, once
@@ -35,7 +35,7 @@ from pdtrim.search.kv_menu import STEPS, KVBudget, default_menu, parse_budget
 from pdtrim.search.kv_request import KVRequest
 from pdtrim.search.objective import dense_trace
 from pdtrim.stage.cost import Lengths
-from pdtrim.stage.forward import Batch, Pair
+from pdtrim.stage.forward import Batch, Pair, Trimmed
 
 T = TypeVar("T")
 
@@ -132,7 +132,7 @@ def sweep(
     plans = {"dense": dense_plan(model), **_plans(model, config, keep, progress)}
     policies = {name: HandoverPolicy.of(plan) for name, plan in plans.items()}
     pair = Pair.dense(model)
-    variants = {name: Variant.of(plan, pair) for name, plan in plans.items()}
+    variants = {name: Trimmed.of(plan, pair) for name, plan in plans.items()}
     digests = [f"{name} {plan.digest}" for name, plan in plans.items()]
     qualities = _qualities(model, variants, batch, digests, keep, progress)
     metrics: dict[str, dict[str, float]] = {name: {} for name in plans}
@@ -143,7 +143,7 @@ def sweep(
         found = keep.once(
             "retrieval",
             dict[str, dict[str, float]],
-            lambda: dict(run_suite(pair, plans["dense"].gates, policies, suite, progress=progress)),
+            lambda: dict(run_suite(variants["dense"], policies, suite, progress=progress)),
             plans=digests,
         )
         metrics = {**found, "dense": found["full"]}
@@ -244,7 +244,7 @@ def _settings(model: Model, config: SweepConfig, batch: Batch) -> Settings:
 
 def _qualities(
     model: Model,
-    variants: dict[str, Variant],
+    variants: dict[str, Trimmed],
     batch: Batch,
     plans: list[str],
     keep: _Cells,

@@ -21,34 +21,11 @@ from pdtrim.errors import PlanError
 from pdtrim.finite import finite
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
-from pdtrim.plan import Gates, PrunePlan
+from pdtrim.plan import Gates
 from pdtrim.progress import Progress, silent
-from pdtrim.stage.forward import Batch, Pair, streams, streams_by_policy
+from pdtrim.stage.forward import Batch, Trimmed
 
 ROWS = 4  # sequences run together
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """Something to measure: a pair of models with gates and a KV policy."""
-
-    pair: Pair
-    gates: Gates
-    policy: HandoverPolicy
-
-    @classmethod
-    def dense(cls, model: Model) -> Variant:
-        """The unpruned model."""
-        return cls(
-            pair=Pair.dense(model),
-            gates=Gates.dense(model.num_layers),
-            policy=HandoverPolicy.full(model.num_layers),
-        )
-
-    @classmethod
-    def of(cls, plan: PrunePlan, pair: Pair) -> Variant:
-        """A plan, over the dense model or over its exported pair."""
-        return cls(pair=pair, gates=plan.gates, policy=HandoverPolicy.of(plan))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +60,7 @@ class Quality:
 @torch.inference_mode()
 def measure_quality(
     dense: Model,
-    variants: Mapping[str, Variant],
+    variants: Mapping[str, Trimmed],
     batch: Batch,
     *,
     progress: Progress = silent,
@@ -98,20 +75,19 @@ def measure_quality(
         if variant.pair.decode.config.vocab_size != dense.config.vocab_size:
             raise PlanError(f"'{name}' and the dense model have different vocabularies")
     rows: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in variants}
-    variants_of: dict[tuple[int, int, Gates], dict[str, HandoverPolicy]] = {}
-    pairs: dict[tuple[int, int, Gates], Pair] = {}
+    alike: dict[tuple[int, int, Gates], dict[str, HandoverPolicy]] = {}
+    first: dict[tuple[int, int, Gates], Trimmed] = {}
     for name, variant in variants.items():  # those that share a prefill run it once
         key = (id(variant.pair.prefill), id(variant.pair.decode), variant.gates)
-        variants_of.setdefault(key, {})[name] = variant.policy
-        pairs[key] = variant.pair
+        alike.setdefault(key, {})[name] = variant.policy
+        first.setdefault(key, variant)
     with progress("measuring quality", len(batch) * (len(variants) + 1)) as advance:
         for start in range(0, len(batch), ROWS):
             part = batch[start : start + ROWS].to(dense.device)
-            dense_BCE = streams(Pair.dense(dense), part, Gates.dense(dense.num_layers))[-1][1]
+            dense_BCE = Trimmed.dense(dense).last_stream(part)
             advance(len(part))
-            for key, policies in variants_of.items():
-                ys = streams_by_policy(pairs[key], part, key[2], policies)
-                for name, y_BCE in ys.items():
+            for key, policies in alike.items():
+                for name, y_BCE in first[key].last_streams(part, policies).items():
                     rows[name].append(_compare(dense, dense_BCE, variants[name], y_BCE, part))
                     advance(len(part))
     return {
@@ -124,7 +100,7 @@ def measure_quality(
 
 
 def _compare(
-    dense: Model, dense_BCE: Tensor, variant: Variant, y_BCE: Tensor, batch: Batch
+    dense: Model, dense_BCE: Tensor, variant: Trimmed, y_BCE: Tensor, batch: Batch
 ) -> tuple[Tensor, Tensor]:
     B, C = batch.continuation_BC.shape
     columns = (dense_BCE.flatten(0, 1), y_BCE.flatten(0, 1), batch.continuation_BC.flatten())

@@ -10,15 +10,13 @@ from pdtrim.calibration.batches import text_batch
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.handover import measured_plan_bytes
 from pdtrim.evaluate.kv_suite import KvSuiteConfig, run_suite
-from pdtrim.evaluate.quality import Variant, measure_quality
+from pdtrim.evaluate.quality import measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
 from pdtrim.exported import base_model
-from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods.dense import dense_plan
-from pdtrim.plan import Gates
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.cost import Lengths
-from pdtrim.stage.forward import Pair
+from pdtrim.stage.forward import Trimmed
 
 WIRE_PROMPTS = 4  # prompts whose handover is counted; their lengths are equal
 
@@ -60,19 +58,18 @@ def evaluate(target: str | Path, config: EvalConfig, *, progress: Progress = sil
         continuation_tokens=config.continuation_tokens,
         limit=config.limit,
     )
-    pair = trim.pair(model)
+    trimmed = Trimmed.of(plan, trim.pair(model))
     qualities = measure_quality(
         model,
-        {"dense": Variant.dense(model), name: Variant.of(plan, pair)},
+        {"dense": Trimmed.dense(model), name: trimmed},
         batch,
         progress=progress,
     )
     metrics: dict[str, dict[str, float]] = {"dense": {}, name: {}}
     if config.probes:
         suite = KvSuiteConfig(probes=config.probes, tokens=config.prompt_tokens)
-        dense_gates, policy = Gates.dense(model.num_layers), HandoverPolicy.of(plan)
-        metrics["dense"] = run_suite(Pair.dense(model), dense_gates, {}, suite, progress)["full"]
-        metrics[name] = run_suite(pair, plan.gates, {name: policy}, suite, progress)[name]
+        metrics["dense"] = run_suite(Trimmed.dense(model), {}, suite, progress)["full"]
+        metrics[name] = run_suite(trimmed, {name: trimmed.policy}, suite, progress)[name]
     prompts = batch[:WIRE_PROMPTS]
     with progress("counting bytes on the wire", 2) as advance:
         dense_bytes = measured_plan_bytes(TrimPlan(plan=dense_plan(model)), model, prompts)

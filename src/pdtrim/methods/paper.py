@@ -21,26 +21,19 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
-from pdtrim.kv.policy import HandoverPolicy
-from pdtrim.methods.base import Found, Method, Target
-from pdtrim.methods.goals import goal_of
+from pdtrim.methods.base import Found, Method
+from pdtrim.methods.problem import Problem
 from pdtrim.methods.sets import similarity
-from pdtrim.models.model import Model
 from pdtrim.plan import Stage
 from pdtrim.progress import Progress
 from pdtrim.search.anneal import Annealing, anneal
 from pdtrim.search.goal import SEARCH_ORDER, Goal
-from pdtrim.search.journal import Journal
-from pdtrim.search.kv_budget import KV_SEQUENCES, resolve_policy
 from pdtrim.search.objective import (
-    BudgetSpent,
     Measured,
     Objective,
     cosine_loss,
 )
-from pdtrim.search.state import Removal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,50 +42,22 @@ class Paper(Method):
 
     name = "paper"
     default_mode = "subset"
+    modes = ("subset",)
+    grains = ("block",)
+    metrics = ("blocks", "parameters")
     spread: float = 2.0
     annealing: Annealing = field(default_factory=lambda: Annealing(steps=40))
 
-    def search(
-        self,
-        model: Model,
-        calibration: Calibration,
-        target: Target,
-        *,
-        progress: Progress,
-        journal: Journal | None,
-    ) -> Found:
+    def solve(self, problem: Problem) -> Found:
         """See the module's docstring."""
-        if target.mode != "subset":
-            raise PlanError("method 'paper' knows mode 'subset' only: use --mode subset")
-        if target.metric not in ("blocks", "parameters") or target.grain != "block":
-            raise PlanError("method 'paper' counts whole blocks only: use method 'pdtrim'")
-        sample = calibration.search[:KV_SEQUENCES]
-        rules = resolve_policy(
-            target.kv,
-            model,
-            sample,
-            block_size=target.block_size,
-            progress=progress,
-            journal=journal,
-        )
-        objective = Objective(
-            model, calibration.search, loss=cosine_loss, budget=target.budget, journal=journal
-        )
-        policy = HandoverPolicy(rules=rules, block_size=target.block_size)
-        goal = goal_of(target, model, calibration, policy)
+        objective, goal = problem.objective(loss=cosine_loss), problem.goal
         if goal.least("prefill") > goal.least("decode"):
             raise PlanError("method 'paper': prefill cannot lose more blocks than decode")
-        rng = random.Random(target.seed)
-        try:
-            current = objective.measure(Removal(num_layers=model.num_layers, mode="subset"))
-            for stage in SEARCH_ORDER:
-                current = self._prune(objective, current, goal, stage, rng, progress)
-        except BudgetSpent as error:
-            raise PlanError(
-                f"a budget of {target.budget} block-tokens does not reach the end of the iterative"
-                " removal: give more, or less calibration text"
-            ) from error
-        return Found(gates=current.state.gates, kv=rules, block_tokens=objective.spent)
+        rng = random.Random(problem.target.seed)
+        current = objective.measure(problem.dense())
+        for stage in SEARCH_ORDER:
+            current = self._prune(objective, current, goal, stage, rng, problem.progress)
+        return Found(gates=current.state.gates, block_tokens=objective.spent)
 
     def _prune(
         self,

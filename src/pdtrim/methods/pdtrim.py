@@ -16,15 +16,11 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field, replace
 
-from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
-from pdtrim.kv.policy import HandoverPolicy
-from pdtrim.methods.base import Found, Method, Target
-from pdtrim.methods.goals import goal_of
-from pdtrim.models.model import Model
+from pdtrim.methods.base import Found, Method
+from pdtrim.methods.problem import Problem, Target
 from pdtrim.models.replace import Blocks
 from pdtrim.plan import STAGES, Gates, Widths
-from pdtrim.progress import Progress
 from pdtrim.repair.apply import Repaired, best_repair
 from pdtrim.repair.cuts import writes
 from pdtrim.search.anneal import Annealing, anneal
@@ -32,12 +28,10 @@ from pdtrim.search.evolution import Evolution, evolution
 from pdtrim.search.goal import SEARCH_ORDER, Goal
 from pdtrim.search.greedy import greedy, greedy_evaluations
 from pdtrim.search.hybrid import Hybrid, hybrid
-from pdtrim.search.journal import Journal
-from pdtrim.search.kv_budget import KV_SEQUENCES, resolve_policy
-from pdtrim.search.objective import BudgetSpent, Measured, Objective
+from pdtrim.search.objective import Measured, Objective
 from pdtrim.search.one_shot import one_shot
 from pdtrim.search.state import Removal
-from pdtrim.stage.forward import Pair
+from pdtrim.stage.forward import Pair, Trimmed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +78,7 @@ class PDTrim(Method):
 
     name = "pdtrim"
     default_repair = "best"
+    repairs = ("none", "best")
     shortlist: int | None = 10
     annealing: Annealing = field(default_factory=Annealing)
     evolution: Evolution = field(default_factory=Evolution)
@@ -91,52 +86,28 @@ class PDTrim(Method):
     finalists: int = 4
     repaired: int = 2
 
-    def search(
-        self,
-        model: Model,
-        calibration: Calibration,
-        target: Target,
-        *,
-        progress: Progress,
-        journal: Journal | None,
-    ) -> Found:
+    def solve(self, problem: Problem) -> Found:
         """See the module's docstring."""
-        sample = calibration.search[:KV_SEQUENCES]
-        rules = resolve_policy(
-            target.kv,
-            model,
-            sample,
-            block_size=target.block_size,
-            progress=progress,
-            journal=journal,
+        target, dense = problem.target, problem.dense()
+        ground = self.ground(problem)
+        if ground.widths is None and ground.goal.met(dense):
+            return Found(gates=dense.gates.without_dead_work(), block_tokens=0)
+        start = replace(
+            Trimmed.whole(ground.pair, Gates.dense(problem.model.num_layers)), policy=problem.policy
         )
-        policy = HandoverPolicy(rules=rules, block_size=target.block_size)
-        ground = self.ground(model, calibration, target, policy, progress=progress, journal=journal)
-        dense = Removal(num_layers=model.num_layers, mode=target.mode, grain=target.grain)
-        untouched = ground.widths is None and ground.goal.met(dense)
-        if untouched:
-            return Found(gates=dense.gates.without_dead_work(), kv=rules, block_tokens=0)
-        objective = Objective(
-            model,
-            calibration.search,
-            pair=ground.pair,
-            policy=policy,
-            budget=target.budget,
-            journal=journal,
-        )
+        objective = problem.objective(start=start)
         objective.spent += ground.block_tokens
-        best = self.explore(objective, dense, ground.goal, target, progress)
+        best = self.explore(problem, objective, ground.goal)
         if not ground.goal.met(best.state):
             raise PlanError(f"no state was found that saves this much in {target.metric}")
-        ranked, spent = self._rerank(calibration, objective, ground.goal, best.state, progress)
+        ranked, spent = self._rerank(problem, objective, ground.goal, best.state)
         state, repaired = ranked[0], None
         if target.repair != "none":
-            state, repaired = self._repair(ranked, calibration, objective, progress)
+            state, repaired = self._repair(problem, ranked, objective.start)
         gates = state.gates.without_dead_work()
         widths, blocks = ground.under(gates)
         return Found(
             gates=gates,
-            kv=rules,
             block_tokens=objective.spent + spent,
             kl=objective.memo[state],
             repair=repaired.text if repaired else "none",
@@ -144,66 +115,41 @@ class PDTrim(Method):
             blocks=_joined(blocks, repaired.blocks) if repaired else blocks,
         )
 
-    def ground(
-        self,
-        model: Model,
-        calibration: Calibration,
-        target: Target,
-        policy: HandoverPolicy,
-        *,
-        progress: Progress,
-        journal: Journal | None,
-    ) -> Ground:
+    def ground(self, problem: Problem) -> Ground:
         """What the search starts from; a hybrid narrows the blocks first."""
-        del progress
-        goal = goal_of(target, model, calibration, policy, journal)
-        return Ground(pair=Pair.dense(model), goal=goal)
+        return Ground(pair=Pair.dense(problem.model), goal=problem.goal)
 
-    def explore(
-        self,
-        objective: Objective,
-        dense: Removal,
-        goal: Goal,
-        target: Target,
-        progress: Progress,
-    ) -> Measured:
+    def explore(self, problem: Problem, objective: Objective, goal: Goal) -> Measured:
         """The best state that a search meets; a hybrid begins it elsewhere.
 
-        Raises:
-            PlanError: the budget does not reach the end of the first phase.
+        Args:
+            goal: what is still to be removed.
         """
+        target, dense = problem.target, problem.dense()
         rng = random.Random(target.seed)
-        with progress(f"searching: {target.search}", self._steps(goal, dense, target)) as advance:
-            try:
-                start = objective.measure(dense)
-                if goal.met(dense):
-                    return start  # narrowing was enough
-                if target.search == "one_shot":
-                    return one_shot(objective, start, goal, advance=advance)
-                if target.search == "evolution":
-                    return evolution(
-                        objective, start, goal, self.evolution, rng=rng, advance=advance
-                    )
-                if target.search == "hybrid":
-                    return hybrid(
-                        objective,
-                        start,
-                        goal,
-                        replace(self.hybrid, annealing=self.annealing),
-                        rng=rng,
-                        shortlist=self.shortlist,
-                        advance=advance,
-                    )
-                seed = greedy(objective, start, goal, shortlist=self.shortlist, advance=advance)
-                if target.search == "greedy":
-                    return seed
-                return anneal(objective, seed, goal, self.annealing, rng=rng, advance=advance)
-            except BudgetSpent as error:
-                raise PlanError(
-                    f"a budget of {target.budget} block-tokens does not reach the end of the"
-                    f" {target.search} search's first phase: give more, fewer blocks to remove, or"
-                    " less calibration text"
-                ) from error
+        steps = self._steps(goal, dense, target)
+        with problem.progress(f"searching: {target.search}", steps) as advance:
+            start = objective.measure(dense)
+            if goal.met(dense):
+                return start  # narrowing was enough
+            if target.search == "one_shot":
+                return one_shot(objective, start, goal, advance=advance)
+            if target.search == "evolution":
+                return evolution(objective, start, goal, self.evolution, rng=rng, advance=advance)
+            if target.search == "hybrid":
+                return hybrid(
+                    objective,
+                    start,
+                    goal,
+                    replace(self.hybrid, annealing=self.annealing),
+                    rng=rng,
+                    shortlist=self.shortlist,
+                    advance=advance,
+                )
+            seed = greedy(objective, start, goal, shortlist=self.shortlist, advance=advance)
+            if target.search == "greedy":
+                return seed
+            return anneal(objective, seed, goal, self.annealing, rng=rng, advance=advance)
 
     def _steps(self, goal: Goal, dense: Removal, target: Target) -> int:
         """About how often the search advances its bar."""
@@ -215,28 +161,18 @@ class PDTrim(Method):
         return steps if target.search == "greedy" else steps + self.annealing.steps
 
     def _rerank(
-        self,
-        calibration: Calibration,
-        objective: Objective,
-        goal: Goal,
-        best: Removal,
-        progress: Progress,
+        self, problem: Problem, objective: Objective, goal: Goal, best: Removal
     ) -> tuple[list[Removal], int]:
         """Finalists by their loss on search and re-rank text together, and what that cost."""
         complete = [s for s in objective.memo if goal.met(s)]
         finalists = sorted(complete, key=lambda s: objective.memo[s])[: self.finalists]
-        if len(calibration.rerank) == 0 or len(finalists) == 1:
+        text = problem.text
+        if len(text.rerank) == 0 or len(finalists) == 1:
             return [best], 0
-        second = Objective(
-            objective.model,
-            calibration.rerank,
-            pair=objective.pair,
-            policy=objective.policy,
-            journal=objective.journal,
-        )
-        share = len(calibration.rerank) / (len(calibration.rerank) + len(calibration.search))
+        second = problem.objective(start=objective.start, text=text.rerank, free=True)
+        share = len(text.rerank) / (len(text.rerank) + len(text.search))
         losses: dict[Removal, float] = {}
-        with progress("ranking finalists", len(finalists)) as advance:
+        with problem.progress("ranking finalists", len(finalists)) as advance:
             for state in finalists:
                 again = second.measure(state)
                 second.stand_on(again)
@@ -245,32 +181,23 @@ class PDTrim(Method):
         return sorted(losses, key=lambda s: losses[s]), second.spent
 
     def _repair(
-        self,
-        ranked: list[Removal],
-        calibration: Calibration,
-        objective: Objective,
-        progress: Progress,
+        self, problem: Problem, ranked: list[Removal], start: Trimmed
     ) -> tuple[Removal, Repaired]:
         """The finalist that is best when repaired, chosen on the re-rank text.
 
         Fitted to the text that is there for it, or else to the search's. The search's meter does
         not count it: a repair costs a few passes.
         """
-        if len(calibration.rerank) == 0:
+        text = problem.text
+        if len(text.rerank) == 0:
             raise PlanError("a repair is chosen on the re-rank text, and there is none")
         options = ranked[: self.repaired]
-        fit = calibration.fit if len(calibration.fit) else calibration.search
+        fit = text.fit if len(text.fit) else text.search
         made: list[tuple[Removal, Repaired]] = []
-        with progress("repairing finalists", len(options)) as advance:
+        with problem.progress("repairing finalists", len(options)) as advance:
             for state in options:
-                repaired = best_repair(
-                    objective.model,
-                    state.gates.without_dead_work(),
-                    objective.policy,
-                    fit,
-                    calibration.rerank,
-                    pair=objective.pair,
-                )
+                trimmed = replace(start, gates=state.gates)
+                repaired = best_repair(problem.model, trimmed, fit, text.rerank)
                 made.append((state, repaired))
                 advance(1)
         return min(made, key=lambda pair: pair[1].kl)

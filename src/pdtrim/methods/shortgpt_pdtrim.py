@@ -12,15 +12,12 @@ import random
 from dataclasses import dataclass, field
 
 from pdtrim.errors import PlanError
-from pdtrim.methods.base import Target
 from pdtrim.methods.baselines.shortgpt import ShortGPT
 from pdtrim.methods.pdtrim import PDTrim
-from pdtrim.progress import Progress
+from pdtrim.methods.problem import Problem
 from pdtrim.search.anneal import Annealing, anneal
 from pdtrim.search.goal import Goal
-from pdtrim.search.objective import BudgetSpent, Measured, Objective
-from pdtrim.search.state import Removal
-from pdtrim.stage.forward import Batch
+from pdtrim.search.objective import Measured, Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,38 +25,18 @@ class ShortGPTPDTrim(PDTrim):
     """Settings are those of ``pdtrim``; annealing takes more steps, as nothing comes before it."""
 
     name = "shortgpt+pdtrim"
+    grains = ("block",)
     annealing: Annealing = field(default_factory=lambda: Annealing(steps=160))
 
-    def explore(
-        self,
-        objective: Objective,
-        dense: Removal,
-        goal: Goal,
-        target: Target,
-        progress: Progress,
-    ) -> Measured:
+    def explore(self, problem: Problem, objective: Objective, goal: Goal) -> Measured:
         """See the module's docstring."""
-        if target.search not in ("hybrid", "anneal") or target.grain != "block":
+        if problem.target.search not in ("hybrid", "anneal"):
             raise PlanError(
-                f"method '{self.name}' anneals whole blocks from ShortGPT's choice: use --search"
-                " anneal and --grain block"
+                f"method '{self.name}' anneals from ShortGPT's choice: use search anneal"
             )
-        try:
-            ranked = ShortGPT().choose(
-                objective.model,
-                Batch.join(objective.batches),
-                target,
-                goal,
-                progress=progress,
-                journal=None,
-            )
-            objective.spent += ranked.block_tokens
-            start = objective.measure(ranked.state)
-        except BudgetSpent as error:
-            raise PlanError(
-                f"a budget of {target.budget} block-tokens does not pay ShortGPT's ranking: give"
-                " more, or less calibration text"
-            ) from error
-        with progress("annealing from ShortGPT's choice", self.annealing.steps) as advance:
-            rng = random.Random(target.seed)
+        ranked = ShortGPT().choose(problem)
+        objective.spent += ranked.block_tokens
+        start = objective.measure(ranked.state)
+        with problem.progress("annealing from ShortGPT's choice", self.annealing.steps) as advance:
+            rng = random.Random(problem.target.seed)
             return anneal(objective, start, goal, self.annealing, rng=rng, advance=advance)

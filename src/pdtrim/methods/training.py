@@ -8,7 +8,7 @@ dense model's log-probabilities. Prefill and its KV stay as the plan has them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ from pdtrim.distill.job import DistillConfig
 from pdtrim.distill.merge import MergeConfig, Merged, merge
 from pdtrim.distill.train import Distilled, distill
 from pdtrim.errors import PlanError
-from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.methods.sets import SetRule, merges, similarity
 from pdtrim.models.model import Model
 from pdtrim.models.replace import Blocks
@@ -26,7 +25,7 @@ from pdtrim.plan import Gates, PrunePlan
 from pdtrim.progress import Progress, silent
 from pdtrim.repair.cuts import merged_layers
 from pdtrim.search.objective import dense_trace
-from pdtrim.stage.forward import Batch
+from pdtrim.stage.forward import Batch, Pair, Trimmed
 
 RULE_ROWS = 8  # sequences on which the rule measures similarity
 MERGE_ROWS = 64  # sequences that a merged block is fitted to
@@ -95,13 +94,11 @@ def train_plan(
     kept = set(gates.layers("decode"))
     distilled = distill(
         model,
-        gates,
-        HandoverPolicy.of(plan),
+        replace(Trimmed.of(plan, Pair(prefill=pair.prefill, decode=model)), gates=gates),
         text,
         held_out,
         config.distillation,
         start={layer: weights for layer, weights in start.items() if layer in kept},
-        prefill=None if pair.prefill is model else pair.prefill,
         checkpoint=checkpoint,
         progress=progress,
         say=say,

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,14 +29,13 @@ from torch import Tensor
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.errors import PdtrimError
 from pdtrim.finite import finite
-from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.models.replace import Blocks, Weights
 from pdtrim.plan import STAGES, Gates, Stage
 from pdtrim.repair import diagonal, kv, linear, outputs, scalar
 from pdtrim.repair.cuts import Cut, find_cuts, readers, writes
 from pdtrim.repair.walk import ROWS, Walk
-from pdtrim.stage.forward import Batch, Pair, streams
+from pdtrim.stage.forward import Batch, Trimmed
 from pdtrim.stage.replaced import swap_pair
 
 Kind = Literal[
@@ -69,13 +68,11 @@ KV_RIDGE = 0.1
 @torch.no_grad()  # not inference mode: the weights it makes are used outside of it
 def repair(
     model: Model,
-    gates: Gates,
-    policy: HandoverPolicy,
+    trimmed: Trimmed,
     batch: Batch,
     kind: Kind,
     *,
     stages: Sequence[Stage] = STAGES,
-    pair: Pair | None = None,
     ridge: float = RIDGE,
     outputs_ridge: float = OUTPUTS_RIDGE,
     kv_ridge: float = KV_RIDGE,
@@ -84,9 +81,9 @@ def repair(
 
     Args:
         model: the dense model, whose streams are the targets.
+        trimmed: the pair as it is pruned; whole models with gates.
         batch: text to fit on.
         stages: what is repaired; the shared kinds need both.
-        pair: what the stages run, whole models; None is the dense model in both roles.
         ridge: of ``diagonal`` and ``linear``, relative to the data; infinite repairs nothing.
         outputs_ridge: of ``outputs`` and ``shared``, likewise, but biases are fitted without.
         kv_ridge: of ``kv``, likewise.
@@ -101,17 +98,15 @@ def repair(
         raise PdtrimError(f"ridges {ridge}, {outputs_ridge} and {kv_ridge} must be above 0")
     if kind == "none":
         return {"prefill": {}, "decode": {}}
-    gates = gates.without_dead_work()
-    pair = pair or Pair.dense(model)
-    cuts = [cut for stage in stages for cut in find_cuts(gates, stage)]
-    walk = Walk(model, pair, gates, policy, batch)
+    cuts = [cut for stage in stages for cut in find_cuts(trimmed.gates, stage)]
+    walk = Walk(model, trimmed, batch)
     what, _, then = kind.rpartition("+") if "+" in kind else (kind, "", "")
     if what == "scalar":
         _repair_scalar(walk, cuts)
     elif what in ("diagonal", "linear"):
         _repair_mlp(walk, cuts, diagonal.fit if what == "diagonal" else linear.fit, ridge)
     elif what in ("outputs", "shared"):
-        changed = {stage: first_change(model, pair, gates, stage) for stage in stages}
+        changed = {stage: first_change(model, trimmed, stage) for stage in stages}
         first = {stage: i for stage, i in changed.items() if i is not None}
         _repair_outputs(walk, first, outputs_ridge, shared=what == "shared")
     if "kv" in (what, then) and "prefill" in stages:
@@ -120,11 +115,11 @@ def repair(
     return walk.made
 
 
-def first_change(model: Model, pair: Pair, gates: Gates, stage: Stage) -> int | None:
+def first_change(model: Model, trimmed: Trimmed, stage: Stage) -> int | None:
     """The first layer in which a stage runs less than the dense model; None if it runs it all."""
     dense = Gates.dense(model.num_layers).without_dead_work().of(stage)
-    own = pair.prefill if stage == "prefill" else pair.decode
-    for layer, parts in enumerate(zip(*gates.without_dead_work().of(stage), *dense, strict=True)):
+    own = trimmed.pair.prefill if stage == "prefill" else trimmed.pair.decode
+    for layer, parts in enumerate(zip(*trimmed.gates.of(stage), *dense, strict=True)):
         if parts[:2] != parts[2:] or _shapes(own, layer) != _shapes(model, layer):
             return layer
     return None
@@ -160,13 +155,11 @@ class Repaired:
 @torch.no_grad()
 def best_repair(
     model: Model,
-    gates: Gates,
-    policy: HandoverPolicy,
+    trimmed: Trimmed,
     fit: Batch,
     held_out: Batch,
     kinds: Mapping[Stage, Sequence[Kind]] = KINDS,
     *,
-    pair: Pair | None = None,
     ridge: float = RIDGE,
 ) -> Repaired:
     """Choose each stage's repair, prefill's first, and then whether one of both stages is better.
@@ -174,44 +167,45 @@ def best_repair(
     No repair is a choice too, and wins a tie.
 
     Args:
+        trimmed: the pair as it is pruned.
         kinds: to choose from; the shared ones are tried where both stages have ``outputs``.
-        pair: what the stages run; None is the dense model in both roles.
     """
     held_out = held_out.to(model.device)
     parts = [held_out[i : i + ROWS] for i in range(0, len(held_out), ROWS)]
     teachers = [Teacher.of(model, part) for part in parts]
 
-    def measure(pair: Pair) -> float:
+    def measure(trimmed: Trimmed) -> float:
         kl_B = [
-            teacher.kl(pair.decode, streams(pair, part, gates, policy)[-1][1])
+            teacher.kl(trimmed.pair.decode, trimmed.last_stream(part))
             for teacher, part in zip(teachers, parts, strict=True)
         ]
         return float(finite(torch.cat(kl_B), "the KL of a repair").mean())
 
-    start = pair = pair or Pair.dense(model)
-    changed = [s for s in STAGES if first_change(model, pair, gates, s) is not None]
-    kl = measure(pair)
+    def with_blocks(start: Trimmed, made: Blocks) -> Trimmed:
+        return replace(start, pair=swap_pair(start.pair, made))
+
+    now = trimmed
+    changed = [s for s in STAGES if first_change(model, trimmed, s) is not None]
+    kl = measure(trimmed)
     best: dict[Stage, Kind] = {}
     blocks: Blocks = {"prefill": {}, "decode": {}}
     tried: dict[Stage, dict[Kind, float]] = {}
     for stage in STAGES:
         best[stage], tried[stage] = "none", {"none": kl}
-        before = pair
+        before = now
         for kind in kinds[stage] if stage in changed else ():
-            if kind == "none" or not ("outputs" in kind or find_cuts(gates, stage)):
+            if kind == "none" or not ("outputs" in kind or find_cuts(trimmed.gates, stage)):
                 continue
-            made = repair(
-                model, gates, policy, fit, kind, stages=(stage,), pair=before, ridge=ridge
-            )
-            repaired = swap_pair(before, made)
+            made = repair(model, before, fit, kind, stages=(stage,), ridge=ridge)
+            repaired = with_blocks(before, made)
             tried[stage][kind] = measure(repaired)
             if tried[stage][kind] < kl:
-                kl, pair = tried[stage][kind], repaired
+                kl, now = tried[stage][kind], repaired
                 best[stage], blocks[stage] = kind, made[stage]
     if len(changed) == len(STAGES) and all("outputs" in kinds[stage] for stage in STAGES):
         for kind in SHARED:
-            made = repair(model, gates, policy, fit, kind, pair=start)
-            tried["decode"][kind] = measure(swap_pair(start, made))
+            made = repair(model, trimmed, fit, kind)
+            tried["decode"][kind] = measure(with_blocks(trimmed, made))
             if tried["decode"][kind] < kl:
                 kl, best, blocks = tried["decode"][kind], dict.fromkeys(STAGES, kind), made
     return Repaired(kinds=best, blocks=blocks, kl=kl, tried=tried)

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.models.replace import Blocks, Weights
 from pdtrim.plan import Gates, LayerKV, Stage
 from pdtrim.repair.cuts import Cut, readers
-from pdtrim.stage.forward import Batch, Pair, streams
+from pdtrim.stage.forward import Batch, Pair, Trimmed
 from pdtrim.stage.replaced import swap_pair
 
 ROWS = 8  # sequences run together
@@ -33,17 +33,15 @@ class Walk:
 
     Args:
         model: the dense model.
+        start: the pair as it is pruned.
 
     Attributes:
-        pair: with the repairs so far in place.
+        trimmed: the pair with the repairs so far in place.
         made: weights that were swapped in so far.
     """
 
-    def __init__(
-        self, model: Model, pair: Pair, gates: Gates, policy: HandoverPolicy, batch: Batch
-    ) -> None:
-        self.model, self.pair, self.policy = model, pair, policy
-        self.gates = gates.without_dead_work()
+    def __init__(self, model: Model, start: Trimmed, batch: Batch) -> None:
+        self.model, self.trimmed, self.gates = model, start, start.gates
         batch = batch.to(model.device)
         self.parts = [batch[i : i + ROWS] for i in range(0, len(batch), ROWS)]
         self.made: Blocks = {"prefill": {}, "decode": {}}
@@ -52,7 +50,7 @@ class Walk:
     def begin(self) -> None:
         """Go to the first layer, with the repairs so far in place."""
         self.at = 0
-        self.here = [streams_into(self.pair, part) for part in self.parts]
+        self.here = [streams_into(self.trimmed.pair, part) for part in self.parts]
         self.dense = [_Dense(self.model, part) for part in self.parts]
 
     def go_to(self, layer: int) -> None:
@@ -60,7 +58,7 @@ class Walk:
         if layer == self.at:
             return
         self.here = [
-            self._run(part, entry, layer, self.gates)
+            _run(self.trimmed, part, entry, self.at, layer)
             for part, entry in zip(self.parts, self.here, strict=True)
         ]
         self.at = layer
@@ -99,7 +97,7 @@ class Walk:
             for part, entry, dense in zip(self.parts, self.here, self.dense, strict=True):
                 t_RE = dense.middle(stage, self.at) if runs_mlp else dense.target(stage, behind)
                 seen.clear()  # the dense model may have run this very module
-                self._run(part, entry, self.at + 1, self.gates)
+                _run(self.trimmed, part, entry, self.at, self.at + 1)
                 x_RF = seen[side].flatten(0, 1)  # as both stages may; prefill comes first
                 yield x_RF, t_RE - _rows(entry, stage).float()
 
@@ -117,34 +115,30 @@ class Walk:
     def swap(self, stage: Stage, layer: int, weights: Weights) -> None:
         """Put other weights in place."""
         self.made[stage].setdefault(layer, {}).update(weights)
-        self.pair = swap_pair(self.pair, {stage: {layer: weights}})
+        pair = swap_pair(self.trimmed.pair, {stage: {layer: weights}})
+        self.trimmed = replace(self.trimmed, pair=pair)
 
     def _model(self, stage: Stage) -> Model:
-        return self.pair.prefill if stage == "prefill" else self.pair.decode
+        pair = self.trimmed.pair
+        return pair.prefill if stage == "prefill" else pair.decode
 
     def _without_mlp(
         self, stage: Stage, behind: tuple[int, ...]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The stream that this layer's MLP reads, and the dense one at its readers, ``[R, E]``."""
         off = tuple(on and layer != self.at for layer, on in enumerate(self.gates.of(stage)[1]))
-        gates = self.gates.model_copy(update={f"{stage}_mlp": off})
+        bare = replace(self.trimmed, gates=self.gates.model_copy(update={f"{stage}_mlp": off}))
         for part, entry, dense in zip(self.parts, self.here, self.dense, strict=True):
-            y_RE = _rows(self._run(part, entry, self.at + 1, gates), stage)
+            y_RE = _rows(_run(bare, part, entry, self.at, self.at + 1), stage)
             yield y_RE, dense.target(stage, behind)
-
-    def _run(self, part: Batch, entry: Entry, stop: int, gates: Gates) -> Entry:
-        """The streams that enter layer ``stop``."""
-        return _run(self.pair, part, gates, self.policy, entry, self.at, stop)
 
 
 class _Dense:
     """The dense model's streams of one part of the text, run on as far as they are asked for."""
 
     def __init__(self, model: Model, part: Batch) -> None:
-        self.pair, self.part = Pair.dense(model), part
-        self.gates = Gates.dense(model.num_layers).without_dead_work()
-        self.policy = HandoverPolicy.full(model.num_layers)
-        self.entries = {0: streams_into(self.pair, part)}
+        self.trimmed, self.part = Trimmed.dense(model), part
+        self.entries = {0: streams_into(self.trimmed.pair, part)}
         self.middles: dict[tuple[Stage, int], Tensor] = {}
 
     def entry(self, layer: int) -> Entry:
@@ -169,10 +163,10 @@ class _Dense:
         self.middles = {key: middle for key, middle in self.middles.items() if key[1] >= layer}
 
     def _step(self, layer: int) -> None:
-        norm = self.pair.prefill.block(layer).module.post_attention_layernorm
+        norm = self.trimmed.pair.prefill.block(layer).module.post_attention_layernorm
         with _reading(norm) as seen:
             self.entries[layer + 1] = _run(
-                self.pair, self.part, self.gates, self.policy, self.entries[layer], layer, layer + 1
+                self.trimmed, self.part, self.entries[layer], layer, layer + 1
             )
         # in the order in which the stages run; prefill does not run the last layer's MLP
         self.middles |= {("decode", layer): seen[-1], ("prefill", layer): seen[0]}
@@ -183,21 +177,13 @@ def streams_into(pair: Pair, part: Batch) -> Entry:
     return pair.prefill.embed(part.prefill_ids_BN), pair.decode.embed(part.decode_ids_BC)
 
 
-def _run(
-    pair: Pair,
-    part: Batch,
-    gates: Gates,
-    policy: HandoverPolicy,
-    entry: Entry,
-    start: int,
-    stop: int,
-) -> Entry:
+def _run(trimmed: Trimmed, part: Batch, entry: Entry, start: int, stop: int) -> Entry:
     """The streams that enter layer ``stop``, from those that enter ``start``."""
-    rules = policy.rules
-    if stop < gates.num_layers:
-        gates, rules = _ending(gates, stop), (*rules[:stop], LayerKV())
-    policy = HandoverPolicy(rules=rules, block_size=policy.block_size)
-    return streams(pair, part, gates, policy, resume=[entry] * (start + 1), start=start)[stop]
+    if stop < trimmed.gates.num_layers:
+        policy = trimmed.policy
+        policy = replace(policy, rules=(*policy.rules[:stop], LayerKV()))
+        trimmed = replace(trimmed, gates=_ending(trimmed.gates, stop), policy=policy)
+    return trimmed.streams(part, resume=[entry] * (start + 1), start=start)[stop]
 
 
 @contextmanager

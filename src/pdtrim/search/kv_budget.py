@@ -36,12 +36,12 @@ from pdtrim.kv.frame import LENGTH
 from pdtrim.kv.groups import HeadGroup
 from pdtrim.kv.policy import HandoverPolicy, hand_over, to_code
 from pdtrim.models.model import Model
-from pdtrim.plan import Gates, LayerKV
+from pdtrim.plan import LayerKV
 from pdtrim.progress import Progress, silent
 from pdtrim.search.journal import Journal
 from pdtrim.search.kv_menu import default_menu, parse_budget
 from pdtrim.search.kv_request import KVRequest, prompt_and_queries
-from pdtrim.stage.forward import Batch, Pair, Trace, decode_stream, streams
+from pdtrim.stage.forward import Batch, Trace, Trimmed, decode_stream
 from pdtrim.stage.view import BlockView
 
 Rules = tuple[LayerKV, ...]
@@ -83,8 +83,7 @@ class KVObjective:
         self.model = model
         self.batch = batch.to(model.device)
         with torch.inference_mode():
-            gates = Gates.dense(model.num_layers)
-            self.dense: Trace = streams(Pair.dense(model), self.batch, gates)
+            self.dense: Trace = Trimmed.dense(model).streams(self.batch)
             self.teacher = Teacher.of(model, self.batch)
             self.views = [
                 prompt_and_queries(model, self.batch, self.dense, layer)[0]
@@ -318,5 +317,5 @@ def resolve_policy(
         menu = default_menu(model.head_dim, budget.codecs)
         return allocate(model, batch, budget.compression, menu=menu, progress=progress).rules
     with torch.inference_mode():
-        trace = streams(Pair.dense(model), batch, Gates.dense(model.num_layers))
+        trace = Trimmed.dense(model).streams(batch)
     return KVRequest.parse(text).resolve(model, batch, trace, block_size=block_size)

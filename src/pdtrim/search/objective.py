@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -22,13 +22,12 @@ from torch import Tensor
 
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.finite import finite
-from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
 from pdtrim.search.journal import Journal
 from pdtrim.search.state import Removal
 from pdtrim.stage.cost import block_tokens
-from pdtrim.stage.forward import Batch, Pair, Trace, streams
+from pdtrim.stage.forward import Batch, Trace, Trimmed
 
 ROWS = 8  # sequences run together, at most
 PARTS = 4  # of the text, at least, where it has as many sequences
@@ -54,7 +53,7 @@ def cosine_loss(model: Model, batch: Batch) -> Loss:
 @torch.inference_mode()
 def dense_trace(model: Model, batch: Batch) -> Trace:
     """Streams of the dense model."""
-    return streams(Pair.dense(model), batch, Gates.dense(model.num_layers))
+    return Trimmed.dense(model).streams(batch)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,8 +90,8 @@ class Objective:
 
     Args:
         model: the dense model, which the loss compares with.
-        pair: what candidates are cut out of; None is the dense model in both stages.
-        policy: KV policy that candidates are measured under; None is full.
+        start: what candidates are cut out of, with the KV policy that they are measured under; None
+            is the dense model with all of its KV.
         budget: block-tokens it may spend, None for no limit. The dense pass counts.
         journal: where evaluations are written, and from which an earlier run's are taken. Those
             cost no forward, but the meter counts them, so that a resumed search ends like an
@@ -109,15 +108,13 @@ class Objective:
         batch: Batch,
         *,
         loss: LossMaker = kl_loss,
-        pair: Pair | None = None,
-        policy: HandoverPolicy | None = None,
+        start: Trimmed | None = None,
         budget: int | None = None,
         journal: Journal | None = None,
     ) -> None:
         batch = batch.to(model.device)
         self.model = model
-        self.pair = pair or Pair.dense(model)
-        self.policy = policy or HandoverPolicy.full(model.num_layers)
+        self.start = start or Trimmed.dense(model)
         rows = min(ROWS, -(-len(batch) // PARTS))
         self.batches = [batch[i : i + rows] for i in range(0, len(batch), rows)]
         self.losses = [loss(model, part) for part in self.batches]
@@ -226,14 +223,10 @@ class Objective:
     def _run(
         self, gates: Gates, parts: range, resume: list[Trace] | None, start: int
     ) -> list[Trace]:
+        trimmed = replace(self.start, gates=gates)
         return [
-            streams(
-                self.pair,
-                self.batches[i],
-                gates,
-                self.policy,
-                resume=None if resume is None else resume[i],
-                start=start,
+            trimmed.streams(
+                self.batches[i], resume=None if resume is None else resume[i], start=start
             )
             for i in parts
         ]

@@ -14,6 +14,7 @@ Shapes: B batch, L layers, W the four ways.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
 from pdtrim.progress import Progress, silent
-from pdtrim.stage.forward import Batch, Pair, streams
+from pdtrim.stage.forward import Batch, Trimmed
 
 ROWS = 8  # sequences run together
 
@@ -57,18 +58,20 @@ def sensitivity(
         policy: KV policy under which blocks are lost; None is full.
     """
     batch, count = batch.to(model.device), model.num_layers
-    pair, total_WL = Pair.dense(model), torch.zeros(len(WAYS), count, dtype=torch.float64)
+    policy = policy or HandoverPolicy.full(count)
+    dense = replace(Trimmed.dense(model), policy=policy)
+    total_WL = torch.zeros(len(WAYS), count, dtype=torch.float64)
     with progress("measuring blocks", total_WL.numel() * len(batch)) as advance:
         for start in range(0, len(batch), ROWS):
             part = batch[start : start + ROWS]
             teacher = Teacher.of(model, part)
-            whole = streams(pair, part, Gates.dense(count), policy)
+            whole = dense.streams(part)
             for way, gates_of in enumerate(WAYS.values()):
                 for layer in range(count):
                     gates = gates_of(count, layer)
                     # the last block of prefill is dead work in the dense model already
                     first = min(layer, gates.last_read)
-                    trace = streams(pair, part, gates, policy, resume=whole, start=first)
+                    trace = replace(dense, gates=gates).streams(part, resume=whole, start=first)
                     kl_B = teacher.kl(model, trace[-1][1])
                     total_WL[way, layer] += float(kl_B.double().sum())
                     advance(len(part))

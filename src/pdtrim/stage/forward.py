@@ -25,7 +25,7 @@ from pdtrim.kv.groups import HeadGroup
 from pdtrim.kv.layout import CacheLayout, masked
 from pdtrim.kv.policy import HandoverPolicy, hand_over
 from pdtrim.models.model import Model
-from pdtrim.plan import Gates
+from pdtrim.plan import Gates, PrunePlan
 from pdtrim.stage.cache import LayerCache
 from pdtrim.stage.step import decode_block, prefill_block
 from pdtrim.stage.view import BlockView
@@ -89,47 +89,76 @@ Prefill's stream stands still behind the last layer whose KV decode reads.
 """
 
 
-def streams(
-    pair: Pair,
-    batch: Batch,
-    gates: Gates,
-    policy: HandoverPolicy | None = None,
-    *,
-    resume: Trace | None = None,
-    start: int = 0,
-    layout: CacheLayout = "compact",
-) -> Trace:
-    """Run the blocks from ``start`` on, from the streams that an earlier run recorded there.
+@dataclass(frozen=True, kw_only=True)
+class Trimmed:
+    """What runs and is measured: a pair, the gates it runs under, and what travels between them.
 
-    A candidate that differs from the recorded one in no layer before ``start`` costs only the
-    layers from there. The result holds every layer's entry, ready to be resumed in turn.
+    Attributes:
+        gates: without work that nobody reads; it is taken out here, once.
+        policy: knows the heads that decode has of what prefill makes.
     """
-    gates = gates.without_dead_work()
-    policy = policy or HandoverPolicy.full(gates.num_layers)
-    run = _Run(pair, batch, gates, layout)
-    trace = [run.entry()] if resume is None else resume[: start + 1]
-    assert resume is not None or start == 0
-    x, y = trace[-1]
-    for layer in range(start, gates.num_layers):
-        x, view = run.prefill(layer, x)
-        y = run.decode(layer, y, view, policy)
-        trace.append((x, y))
-    return trace
 
+    pair: Pair
+    gates: Gates
+    policy: HandoverPolicy
 
-def streams_by_policy(
-    pair: Pair, batch: Batch, gates: Gates, policies: Mapping[str, HandoverPolicy]
-) -> dict[str, Tensor]:
-    """Decode's last stream ``[B, C, E]`` under each policy, with one prefill for all of them."""
-    gates = gates.without_dead_work()
-    run = _Run(pair, batch, gates, "compact")
-    x, y = run.entry()
-    ys = dict.fromkeys(policies, y)
-    for layer in range(gates.num_layers):
-        x, view = run.prefill(layer, x)
-        for name, policy in policies.items():
-            ys[name] = run.decode(layer, ys[name], view, policy)
-    return ys
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gates", self.gates.without_dead_work())
+
+    @classmethod
+    def dense(cls, model: Model) -> Trimmed:
+        """The unpruned model in both roles; everything travels."""
+        return cls.whole(Pair.dense(model), Gates.dense(model.num_layers))
+
+    @classmethod
+    def whole(cls, pair: Pair, gates: Gates) -> Trimmed:
+        """A pair under gates; everything travels."""
+        return cls(pair=pair, gates=gates, policy=HandoverPolicy.full(gates.num_layers))
+
+    @classmethod
+    def of(cls, plan: PrunePlan, pair: Pair) -> Trimmed:
+        """A plan, over the models that its stages run."""
+        return cls(pair=pair, gates=plan.gates, policy=HandoverPolicy.of(plan))
+
+    def streams(
+        self,
+        batch: Batch,
+        *,
+        resume: Trace | None = None,
+        start: int = 0,
+        layout: CacheLayout = "compact",
+    ) -> Trace:
+        """Run the blocks from ``start`` on, from the streams that an earlier run recorded there.
+
+        A candidate that differs from the recorded one in no layer before ``start`` costs only the
+        layers from there. The result holds every layer's entry, ready to be resumed in turn.
+        """
+        run = _Run(self.pair, batch, self.gates, layout)
+        trace = [run.entry()] if resume is None else resume[: start + 1]
+        assert resume is not None or start == 0
+        x, y = trace[-1]
+        for layer in range(start, self.gates.num_layers):
+            x, view = run.prefill(layer, x)
+            y = run.decode(layer, y, view, self.policy)
+            trace.append((x, y))
+        return trace
+
+    def last_stream(self, batch: Batch) -> Tensor:
+        """What decode's head reads, ``[B, C, E]``."""
+        return self.streams(batch)[-1][1]
+
+    def last_streams(
+        self, batch: Batch, policies: Mapping[str, HandoverPolicy]
+    ) -> dict[str, Tensor]:
+        """The same under other policies, with one prefill for all of them."""
+        run = _Run(self.pair, batch, self.gates, "compact")
+        x, y = run.entry()
+        ys = dict.fromkeys(policies, y)
+        for layer in range(self.gates.num_layers):
+            x, view = run.prefill(layer, x)
+            for name, policy in policies.items():
+                ys[name] = run.decode(layer, ys[name], view, policy)
+        return ys
 
 
 class _Run:
@@ -194,7 +223,9 @@ def forward(
     layout: CacheLayout = "compact",
 ) -> Tensor:
     """Logits ``[B, C, V]`` of each continuation token, under the gates and the KV policy."""
-    return pair.decode.head(streams(pair, batch, gates, policy, layout=layout)[-1][1])
+    policy = policy or HandoverPolicy.full(gates.num_layers)
+    trimmed = Trimmed(pair=pair, gates=gates, policy=policy)
+    return pair.decode.head(trimmed.streams(batch, layout=layout)[-1][1])
 
 
 def decode_stream(

@@ -22,7 +22,6 @@ from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.compare.records import PairFacts, Run
 from pdtrim.evaluate.compare.systems import System
 from pdtrim.evaluate.handover import loopback_bytes
-from pdtrim.evaluate.quality import Variant
 from pdtrim.evaluate.tasks import TASKS
 from pdtrim.evaluate.tasks.folder import task_files
 from pdtrim.evaluate.tasks.run import BATCH_TOKENS, TasksConfig
@@ -37,6 +36,7 @@ from pdtrim.methods.dense import dense_plan
 from pdtrim.models.model import Model
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.cost import Lengths, removed_parameters
+from pdtrim.stage.forward import Trimmed
 
 WIRE_PROMPTS = 4  # calibration prompts whose handover is counted
 TIMED_PROMPT, TIMED_TOKENS = 512, 32
@@ -47,7 +47,7 @@ class Runner(Protocol):
     """What runs a task; ``evaluate.tasks.run.run_task`` is one."""
 
     def __call__(
-        self, variant: Variant, task: str, config: TasksConfig, *, progress: Progress
+        self, variant: Trimmed, task: str, config: TasksConfig, *, progress: Progress
     ) -> TaskScores:
         """Scores of each item of a task."""
 
@@ -231,7 +231,7 @@ class Bench:
         """All of a plan's cells."""
         cells = self.folder / "cells" / name
         plan, pair = trim.plan, trim.pair(self.model)
-        variant = Variant.of(plan, pair)
+        variant = Trimmed.of(plan, pair)
         own: Settings = {**self._of_model(), "plan": plan.digest}
 
         def facts() -> PairFacts:
@@ -246,7 +246,7 @@ class Bench:
         def times() -> StageTimes:
             return stage_times(
                 variant,
-                Variant.dense(self.model),
+                Trimmed.dense(self.model),
                 prompt=TIMED_PROMPT,
                 new_tokens=TIMED_TOKENS,
                 progress=self.progress,
@@ -275,7 +275,7 @@ class Bench:
         )
         return Measured(run=run, scores=scores)
 
-    def _cell(self, cells: Path, task: str, variant: Variant, own: Settings) -> TaskScores:
+    def _cell(self, cells: Path, task: str, variant: Trimmed, own: Settings) -> TaskScores:
         config = self.config
         data, place = config.data, Path(config.data)
         if place.is_dir():

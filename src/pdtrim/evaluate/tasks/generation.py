@@ -9,16 +9,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from pdtrim.evaluate.quality import Variant
 from pdtrim.evaluate.tasks.ragged import Prompts, handed_over
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.cache import LayerCache
+from pdtrim.stage.forward import Trimmed
 from pdtrim.stage.generate import generate
 from pdtrim.stage.sampling import Sampler, Sampling
 
 
 def generate_greedy(
-    variant: Variant,
+    variant: Trimmed,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -48,7 +48,7 @@ def generate_greedy(
 
 @torch.inference_mode()
 def _generate_batch(
-    variant: Variant,
+    variant: Trimmed,
     prompts: list[Sequence[int]],
     max_new_tokens: int,
     finished: Callable[[list[int]], bool],

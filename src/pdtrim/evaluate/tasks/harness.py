@@ -24,12 +24,12 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.quality import Variant
 from pdtrim.evaluate.tasks.definitions import FILTERS, Definition
 from pdtrim.evaluate.tasks.lm import PDTrimLM
 from pdtrim.evaluate.tasks.rows import Row, Rows
 from pdtrim.models.loading import quiet
 from pdtrim.progress import Advance, Progress
+from pdtrim.stage.forward import Trimmed
 
 SHOTS_SEED = 1234  # lm-eval's default
 ITEMS, SHOTS = "items", "shots"  # names of our splits
@@ -175,7 +175,7 @@ def _load(definition: Definition, specs: list[dict[str, Any]], shots: int) -> di
 
 
 def run_parts(
-    variant: Variant, parts: list[Part], *, batch_tokens: int, progress: Progress
+    variant: Trimmed, parts: list[Part], *, batch_tokens: int, progress: Progress
 ) -> Outcome:
     """Run the parts together and put their items in order."""
     model = PDTrimLM(variant, batch_tokens=batch_tokens, progress=_through(progress))

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from pdtrim.calibration.teacher import HEAD_ROWS
-from pdtrim.evaluate.quality import Variant
 from pdtrim.evaluate.tasks.ragged import DecodeRows, Prompts, decode_stream, padded
 from pdtrim.models.model import Model
 from pdtrim.progress import Progress, silent
+from pdtrim.stage.forward import Trimmed
 
 CPU_TOKENS = 1024  # tokens that run together on a CPU: larger batches leave the caches
 CUDA_HEAD_ROWS = 512  # positions whose logits are held at once; on a CPU the fewer, for the cache
@@ -57,7 +57,7 @@ class _Context:
 
 
 def score(
-    variant: Variant,
+    variant: Trimmed,
     queries: Sequence[Query],
     *,
     batch_tokens: int,
@@ -106,7 +106,7 @@ def _batches(contexts: list[_Context], budget: int) -> Iterator[list[_Context]]:
 
 
 def _score_batch(
-    variant: Variant, batch: list[_Context], queries: Sequence[Query]
+    variant: Trimmed, batch: list[_Context], queries: Sequence[Query]
 ) -> dict[int, Likelihood]:
     device = variant.pair.decode.device
     rows = [

@@ -19,11 +19,11 @@ from lm_eval.api.model import TemplateLM
 
 from pdtrim.calibration.tokens import begin_ids, encode_for
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.quality import Variant
 from pdtrim.evaluate.tasks.generation import generate_greedy
 from pdtrim.evaluate.tasks.likelihood import Likelihood, Query, score
 from pdtrim.models.model import Model
 from pdtrim.progress import Progress, silent
+from pdtrim.stage.forward import Trimmed
 
 MAX_NEW_TOKENS = 256  # lm-eval's default
 WINDOW = 2048
@@ -42,7 +42,7 @@ class PDTrimLM(TemplateLM):
 
     def __init__(
         self,
-        variant: Variant,
+        variant: Trimmed,
         *,
         batch_tokens: int = 8192,
         window: int = WINDOW,

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pdtrim.evaluate.quality import Variant
 from pdtrim.kv.codecs import Raw
 from pdtrim.kv.frame import SentLayer
 from pdtrim.kv.groups import HeadGroup
@@ -23,6 +22,7 @@ from pdtrim.kv.join import join
 from pdtrim.kv.policy import HandoverPolicy, hand_over, padding
 from pdtrim.kv.selectors import Full
 from pdtrim.stage.cache import LayerCache
+from pdtrim.stage.forward import Trimmed
 from pdtrim.stage.generate import prefill
 from pdtrim.stage.step import decode_block
 from pdtrim.stage.view import BlockView
@@ -71,7 +71,7 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor(filled, dtype=torch.long, device=device).view(len(rows), longest)
 
 
-def handed_over(variant: Variant, prompts: Prompts) -> Iterator[tuple[int, list[HeadGroup]]]:
+def handed_over(variant: Trimmed, prompts: Prompts) -> Iterator[tuple[int, list[HeadGroup]]]:
     """What decode sees of each layer that it reads, U rows, as that layer's prefill ends."""
     lengths_U = torch.tensor(prompts.lengths, device=prompts.ids_UN.device)
     hidden_UN = padding(lengths_U, prompts.ids_UN.shape[1])
@@ -110,7 +110,7 @@ def spread(group: HeadGroup, prompt_R: Tensor | None) -> HeadGroup:
 
 
 @torch.inference_mode()
-def decode_stream(variant: Variant, prompts: Prompts, rows: DecodeRows) -> Tensor:
+def decode_stream(variant: Trimmed, prompts: Prompts, rows: DecodeRows) -> Tensor:
     """Decode's last stream ``[R, C, E]`` over the rows' tokens, behind their prompts' handover."""
     model, gates = variant.pair.decode, variant.gates
     C = rows.ids_RC.shape[1]

@@ -11,7 +11,6 @@ from rich.table import Table
 
 from pdtrim.bundle import TrimPlan
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.quality import Variant
 from pdtrim.evaluate.statistics import paired_difference
 from pdtrim.evaluate.tasks.definitions import check_name
 from pdtrim.evaluate.tasks.run import TasksConfig, need_lm_eval, run_task
@@ -20,6 +19,7 @@ from pdtrim.exported import base_model
 from pdtrim.keep.files import write_json
 from pdtrim.progress import Progress, silent
 from pdtrim.records import Frozen
+from pdtrim.stage.forward import Trimmed
 from pdtrim.versions import host, versions
 
 SEED = 0  # of the bootstrap
@@ -88,8 +88,8 @@ def evaluate_tasks(
     dense = base_model(plan, source=model, dtype=dtype, device=device)
     pair = trim.pair(dense)
     variants = (
-        ("dense", Variant.dense(dense)),
-        (trim.name, Variant.of(plan, pair)),
+        ("dense", Trimmed.dense(dense)),
+        (trim.name, Trimmed.of(plan, pair)),
     )
     return TasksResult(
         model=dense.name,

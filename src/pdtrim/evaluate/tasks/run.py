@@ -9,13 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.quality import Variant
 from pdtrim.evaluate.tasks.definitions import check_name, definition_of
 from pdtrim.evaluate.tasks.folder import read_folder
 from pdtrim.evaluate.tasks.olmo import read_olmo
 from pdtrim.evaluate.tasks.scores import TaskScores
 from pdtrim.evaluate.tasks.wikitext import perplexity, read_text
 from pdtrim.progress import Progress, silent
+from pdtrim.stage.forward import Trimmed
 
 BATCH_TOKENS = 8192
 
@@ -55,7 +55,7 @@ class TasksConfig:
 
 
 def run_task(
-    variant: Variant, task: str, config: TasksConfig, *, progress: Progress = silent
+    variant: Trimmed, task: str, config: TasksConfig, *, progress: Progress = silent
 ) -> TaskScores:
     """Scores of a task's items under prefill/decode inference.
 
@@ -90,7 +90,7 @@ def need_lm_eval() -> None:
 
 
 def _run_lm_eval(
-    variant: Variant, task: str, config: TasksConfig, progress: Progress
+    variant: Trimmed, task: str, config: TasksConfig, progress: Progress
 ) -> TaskScores:
     from pdtrim.evaluate.tasks.harness import parts_of_hub, parts_of_rows, run_parts
 

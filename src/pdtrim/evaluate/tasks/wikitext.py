@@ -20,18 +20,18 @@ from collections.abc import Iterable
 
 from pdtrim.calibration.tokens import encode_for
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.quality import Variant
 from pdtrim.evaluate.tasks.folder import read_folder
 from pdtrim.evaluate.tasks.likelihood import Query, score
 from pdtrim.evaluate.tasks.scores import TaskScores
 from pdtrim.progress import Progress
+from pdtrim.stage.forward import Trimmed
 
 VERSION = "1"
 HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
 
 def perplexity(
-    variant: Variant,
+    variant: Trimmed,
     text: str,
     *,
     source: str,

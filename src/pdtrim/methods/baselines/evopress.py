@@ -28,17 +28,11 @@ import random
 from dataclasses import dataclass
 
 from pdtrim.errors import PlanError
-from pdtrim.methods.base import Target
 from pdtrim.methods.baselines.base import Baseline, Chosen, PaperCalibration
-from pdtrim.methods.baselines.orders import dense_state
-from pdtrim.models.model import Model
+from pdtrim.methods.problem import Problem
 from pdtrim.plan import STAGES
-from pdtrim.progress import Progress
 from pdtrim.search.evolution import Evolution, evolution
 from pdtrim.search.goal import Goal
-from pdtrim.search.journal import Journal
-from pdtrim.search.objective import Objective
-from pdtrim.stage.forward import Batch
 
 SWAPS = 1.5  # swaps that a state has, for each generation of the authors' runs
 
@@ -65,31 +59,27 @@ class EvoPress(Baseline):
     survive: float = 1 / 16
     generations: int | None = None
 
-    def choose(
-        self,
-        model: Model,
-        batch: Batch,
-        target: Target,
-        goal: Goal,
-        *,
-        progress: Progress,
-        journal: Journal | None,
-    ) -> Chosen:
+    def choose(self, problem: Problem) -> Chosen:
         """See the module's docstring."""
-        generations = self.generations
+        goal, generations = problem.goal, self.generations
         if generations is None:
-            generations = paper_generations(goal, model.num_layers)
+            generations = paper_generations(goal, problem.model.num_layers)
         config = Evolution(
             starts=self.starts,
             offspring=self.offspring,
             survive=self.survive,
             generations=generations,
         )
-        objective = Objective(model, batch, budget=target.budget, journal=journal)
-        with progress("searching: evopress", generations) as advance:
-            start = objective.measure(dense_state(model, target))
+        objective = problem.objective()
+        with problem.progress("searching: evopress", generations) as advance:
+            start = objective.measure(problem.dense())
             best = evolution(
-                objective, start, goal, config, rng=random.Random(target.seed), advance=advance
+                objective,
+                start,
+                goal,
+                config,
+                rng=random.Random(problem.target.seed),
+                advance=advance,
             )
         if not goal.met(best.state):
             raise PlanError("method 'evopress' drew no state that meets the goal: remove fewer")

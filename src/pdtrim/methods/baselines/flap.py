@@ -50,6 +50,7 @@ from pdtrim.methods.baselines.width import (
     each_stage,
     group_sums,
 )
+from pdtrim.methods.problem import Problem
 from pdtrim.models.model import Model
 from pdtrim.models.narrow import channels
 from pdtrim.models.replace import Blocks, Weights
@@ -186,8 +187,9 @@ class FLAP(WidthMethod):
     bias: bool = True
 
     @torch.no_grad()
-    def choose(self, model: Model, batch: Batch, costs: Costs, *, progress: Progress) -> Narrowed:
+    def choose(self, problem: Problem, costs: Costs) -> Narrowed:
         """See the module's docstring."""
+        model, batch, progress = problem.model, problem.batch, problem.progress
         moments = _dense_moments(model, batch, progress)
         order = ranked({layer: _scores(model, layer, *moments[layer]) for layer in moments})
         size: dict[Kind, int] = {

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 
-from pdtrim.methods.base import Target
 from pdtrim.methods.baselines.base import Baseline, Chosen
 from pdtrim.methods.baselines.nll import nll_objective
-from pdtrim.methods.baselines.orders import apply_orders, dense_state, ranking_mode
-from pdtrim.models.model import Model
+from pdtrim.methods.baselines.orders import apply_orders, ranking_mode
+from pdtrim.methods.problem import Problem
 from pdtrim.plan import Stage
-from pdtrim.progress import Progress
 from pdtrim.search.goal import SEARCH_ORDER, Goal
-from pdtrim.search.journal import Journal
 from pdtrim.search.objective import Measured, Objective
-from pdtrim.search.state import Removal
-from pdtrim.stage.forward import Batch
 
 
 def remove_one_by_one(
@@ -52,32 +47,22 @@ def remove_one_by_one(
 class Iterative(Baseline):
     """Removal one by one; subclasses say which units may go."""
 
-    def allowed(self, goal: Goal, dense: Removal) -> Container[int]:
+    def allowed(self, problem: Problem) -> Container[int]:
         """Units that may be removed, enough for the goal."""
-        return range(dense.num_units)
+        return range(problem.dense().num_units)
 
-    def choose(
-        self,
-        model: Model,
-        batch: Batch,
-        target: Target,
-        goal: Goal,
-        *,
-        progress: Progress,
-        journal: Journal | None,
-    ) -> Chosen:
+    def choose(self, problem: Problem) -> Chosen:
         """Remove, and in the modes of one ranking give prefill what went first."""
-        allowed = self.allowed(goal, dense_state(model, target))
-        objective = nll_objective(model, batch, target, journal)
-        mode = ranking_mode(target)
+        allowed, goal = self.allowed(problem), problem.goal
+        objective = nll_objective(problem)
+        mode = ranking_mode(problem.target)
         stages = SEARCH_ORDER if mode == "projected" else SEARCH_ORDER[:1]
-        current = objective.measure(dense_state(model, target, mode))
+        current = objective.measure(problem.dense(mode))
         orders: dict[Stage, list[int]] = {}
         steps = sum(goal.least(stage) for stage in stages) * current.state.num_units
-        with progress(f"removing: {self.name}", steps) as advance:
+        with problem.progress(f"removing: {self.name}", steps) as advance:
             for stage in stages:
                 current, orders[stage] = remove_one_by_one(
                     objective, current, stage, goal, allowed, advance
                 )
-        state = apply_orders(dense_state(model, target), goal, orders)
-        return Chosen(state=state, block_tokens=objective.spent)
+        return Chosen(state=apply_orders(problem, orders), block_tokens=objective.spent)

@@ -49,9 +49,9 @@ from pdtrim.methods.baselines.width import (
     each_stage,
     group_sums,
 )
+from pdtrim.methods.problem import Problem
 from pdtrim.models.model import Model
 from pdtrim.plan import STAGES, Stage
-from pdtrim.progress import Progress
 from pdtrim.stage.forward import Batch
 
 Criterion = Literal["element", "element2", "vector"]
@@ -164,8 +164,9 @@ class LLMPruner(WidthMethod):
     protect_last: int = 2
     criterion: Criterion = "element"
 
-    def choose(self, model: Model, batch: Batch, costs: Costs, *, progress: Progress) -> Narrowed:
+    def choose(self, problem: Problem, costs: Costs) -> Narrowed:
         """See the module's docstring."""
+        model, batch, progress = problem.model, problem.batch, problem.progress
         layers = self._open_layers(model.num_layers)
         size = model.num_kv_heads, model.config.intermediate_size
 

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pdtrim.calibration.teacher import HEAD_ROWS
-from pdtrim.methods.base import Target
+from pdtrim.methods.problem import Problem
 from pdtrim.models.model import Model
-from pdtrim.search.journal import Journal
 from pdtrim.search.objective import Loss, Objective
 from pdtrim.stage.forward import Batch
 
@@ -45,8 +44,8 @@ def nll_loss(model: Model, batch: Batch) -> Loss:
     return loss
 
 
-def nll_objective(model: Model, batch: Batch, target: Target, journal: Journal | None) -> Objective:
+def nll_objective(problem: Problem) -> Objective:
     """The objective under the target's budget, with the KV cache whole."""
-    objective = Objective(model, batch, loss=nll_loss, budget=target.budget, journal=journal)
+    objective = problem.objective(loss=nll_loss)
     objective.spent = 0  # it charges for the dense model's word, which an NLL does not need
     return objective

@@ -6,16 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from pdtrim.errors import PlanError
-from pdtrim.methods.base import Target
-from pdtrim.models.model import Model
+from pdtrim.methods.problem import Problem, Target
 from pdtrim.plan import Mode, Stage
-from pdtrim.search.goal import SEARCH_ORDER, Goal
+from pdtrim.search.goal import SEARCH_ORDER
 from pdtrim.search.state import Removal
-
-
-def dense_state(model: Model, target: Target, mode: Mode | None = None) -> Removal:
-    """Nothing removed, in a mode other than the target's if one is given."""
-    return Removal(num_layers=model.num_layers, mode=mode or target.mode, grain=target.grain)
 
 
 def ranking_mode(target: Target) -> Mode:
@@ -23,13 +17,14 @@ def ranking_mode(target: Target) -> Mode:
     return "projected" if target.mode == "projected" else "unified"
 
 
-def apply_orders(state: Removal, goal: Goal, orders: Mapping[Stage, Iterable[int]]) -> Removal:
+def apply_orders(problem: Problem, orders: Mapping[Stage, Iterable[int]]) -> Removal:
     """Remove each stage's units in their order until its goal is met.
 
     Args:
         orders: most removable first. Where prefill has none it takes decode's, and so the first
             of those that decode loses.
     """
+    state, goal = problem.dense(), problem.goal
     for stage in SEARCH_ORDER:
         for unit in orders.get(stage, orders.get("decode", ())):
             if goal.missing(state, stage):
@@ -37,15 +32,13 @@ def apply_orders(state: Removal, goal: Goal, orders: Mapping[Stage, Iterable[int
     return state
 
 
-def open_blocks(name: str, goal: Goal, dense: Removal, first: int, last: int) -> range:
+def open_blocks(name: str, problem: Problem, first: int, last: int) -> range:
     """Blocks that may go where the ``first`` and the ``last`` few are protected.
-
-    Args:
-        dense: the state before anything goes, of the target's mode.
 
     Raises:
         PlanError: together they do not meet the goal.
     """
+    dense, goal = problem.dense(), problem.goal
     left = range(first, max(dense.num_layers - last, first))
     units = frozenset(left)
     if not goal.met(replace(dense, prefill=units, decode=units)):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pdtrim.errors import PlanError
-from pdtrim.methods.base import Target
 from pdtrim.methods.baselines.orders import ranking_mode
+from pdtrim.methods.problem import Problem
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates, Stage
 from pdtrim.search.objective import ROWS, BudgetSpent
@@ -22,13 +22,14 @@ from pdtrim.stage.forward import Batch
 from pdtrim.stage.step import prefill_block
 
 
-def ranked_tokens(batch: Batch, target: Target) -> dict[Stage, slice]:
+def ranked_tokens(problem: Problem) -> dict[Stage, slice]:
     """Positions that each stage's ranking reads: its own in mode ``projected``, else all.
 
     Raises:
         PlanError: prefill is to be ranked and has no token.
     """
-    N = batch.prompt_BP.shape[1] - 1
+    target = problem.target
+    N = problem.text.search.prompt_BP.shape[1] - 1
     if ranking_mode(target) == "unified":
         return {"decode": slice(None)}
     if N == 0 and (target.prefill_remove or target.prefill_share):
@@ -36,15 +37,16 @@ def ranked_tokens(batch: Batch, target: Target) -> dict[Stage, slice]:
     return {"decode": slice(N, None), "prefill": slice(N)} if N else {"decode": slice(None)}
 
 
-def dense_cost(model: Model, batch: Batch, target: Target, passes: int = 1) -> int:
+def dense_cost(problem: Problem, passes: int = 1) -> int:
     """Block-tokens of passes of the dense model over the text.
 
     Raises:
         BudgetSpent: that is more than the target's budget.
     """
+    batch, target = problem.text.search, problem.target
     B, P = batch.prompt_BP.shape
     C = batch.continuation_BC.shape[1]
-    gates = Gates.dense(model.num_layers)
+    gates = Gates.dense(problem.model.num_layers)
     cost = passes * block_tokens(gates, sequences=B, prefill=P - 1, decode=C)
     if target.budget is not None and cost > target.budget:
         raise BudgetSpent

@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 
 from pdtrim.finite import finite
-from pdtrim.methods.base import Target
 from pdtrim.methods.baselines.base import Baseline, Chosen, PaperCalibration
 from pdtrim.methods.baselines.gradients import (
     GRADIENT_ROWS,
@@ -40,13 +39,12 @@ from pdtrim.methods.baselines.gradients import (
     wanting_gradients,
 )
 from pdtrim.methods.baselines.nll import nll_objective
-from pdtrim.methods.baselines.orders import apply_orders, dense_state, open_blocks, ranking_mode
+from pdtrim.methods.baselines.orders import apply_orders, open_blocks, ranking_mode
 from pdtrim.methods.baselines.residuals import dense_cost
+from pdtrim.methods.problem import Problem
 from pdtrim.models.model import Model
 from pdtrim.plan import Stage
-from pdtrim.progress import Progress
-from pdtrim.search.goal import SEARCH_ORDER, Goal
-from pdtrim.search.journal import Journal
+from pdtrim.search.goal import SEARCH_ORDER
 from pdtrim.stage.forward import Batch
 
 TEXT = PaperCalibration(source="BookCorpus", sequences=10, tokens=128)
@@ -81,35 +79,24 @@ class ShortenedPPL(Baseline):
     protect_first: int = 0
     protect_last: int = 0
 
-    def choose(
-        self,
-        model: Model,
-        batch: Batch,
-        target: Target,
-        goal: Goal,
-        *,
-        progress: Progress,
-        journal: Journal | None,
-    ) -> Chosen:
+    def choose(self, problem: Problem) -> Chosen:
         """See the module's docstring."""
-        dense = dense_state(model, target)
-        left = open_blocks(self.name, goal, dense, self.protect_first, self.protect_last)
-        objective = nll_objective(model, batch, target, journal)
-        whole = objective.measure(dense_state(model, target, ranking_mode(target)))
+        left = open_blocks(self.name, problem, self.protect_first, self.protect_last)
+        objective, mode = nll_objective(problem), ranking_mode(problem.target)
+        whole = objective.measure(problem.dense(mode))
         objective.stand_on(whole)
-        stages = [stage for stage in SEARCH_ORDER if goal.missing(whole.state, stage)]
-        if ranking_mode(target) == "unified":
+        stages = [stage for stage in SEARCH_ORDER if problem.goal.missing(whole.state, stage)]
+        if mode == "unified":
             stages = ["decode"]
         orders: dict[Stage, list[int]] = {"decode": []}
-        with progress("perplexity without a block", len(stages) * len(left)) as advance:
+        with problem.progress("perplexity without a block", len(stages) * len(left)) as advance:
             for stage in stages:
                 loss = {}
                 for layer in left:
                     loss[layer] = objective.measure(whole.state.remove(stage, layer)).loss
                     advance(1)
                 orders[stage] = sorted(loss, key=lambda layer: loss[layer])
-        state = apply_orders(dense, goal, orders)
-        return Chosen(state=state, block_tokens=objective.spent)
+        return Chosen(state=apply_orders(problem, orders), block_tokens=objective.spent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,23 +109,12 @@ class ShortenedTaylor(Baseline):
     protect_first: int = 4
     protect_last: int = 2
 
-    def choose(
-        self,
-        model: Model,
-        batch: Batch,
-        target: Target,
-        goal: Goal,
-        *,
-        progress: Progress,
-        journal: Journal | None,
-    ) -> Chosen:
+    def choose(self, problem: Problem) -> Chosen:
         """See the module's docstring."""
-        dense = dense_state(model, target)
-        left = open_blocks(self.name, goal, dense, self.protect_first, self.protect_last)
-        cost = dense_cost(model, batch, target, passes=PASSES)
-        with progress("Taylor scores", 1):
-            scores = taylor_scores(model, batch)
+        left = open_blocks(self.name, problem, self.protect_first, self.protect_last)
+        cost = dense_cost(problem, passes=PASSES)
+        with problem.progress("Taylor scores", 1):
+            scores = taylor_scores(problem.model, problem.batch)
         finite(torch.tensor([float(scores[layer]) for layer in left]), "a block's Taylor score")
         orders: dict[Stage, list[int]] = {"decode": sorted(left, key=lambda i: scores[i])}
-        state = apply_orders(dense, goal, orders)
-        return Chosen(state=state, block_tokens=cost)
+        return Chosen(state=apply_orders(problem, orders), block_tokens=cost)

@@ -26,15 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pdtrim.finite import finite
-from pdtrim.methods.base import Target
 from pdtrim.methods.baselines.base import Baseline, Chosen, PaperCalibration
-from pdtrim.methods.baselines.orders import apply_orders, dense_state
+from pdtrim.methods.baselines.orders import apply_orders
 from pdtrim.methods.baselines.residuals import dense_cost, each_residuals, ranked_tokens
-from pdtrim.models.model import Model
-from pdtrim.progress import Progress
-from pdtrim.search.goal import Goal
-from pdtrim.search.journal import Journal
-from pdtrim.stage.forward import Batch
+from pdtrim.methods.problem import Problem
 
 
 def block_influence(flows: Sequence[Tensor]) -> Tensor:
@@ -57,21 +52,13 @@ class ShortGPT(Baseline):
     name = "shortgpt"
     paper_calibration = PaperCalibration(source="PG19 validation", tokens=256)
 
-    def choose(
-        self,
-        model: Model,
-        batch: Batch,
-        target: Target,
-        goal: Goal,
-        *,
-        progress: Progress,
-        journal: Journal | None,
-    ) -> Chosen:
+    def choose(self, problem: Problem) -> Chosen:
         """See the module's docstring."""
-        cost, tokens = dense_cost(model, batch, target), ranked_tokens(batch, target)
+        batch = problem.batch
+        cost, tokens = dense_cost(problem), ranked_tokens(problem)
         parts: dict[str, list[Tensor]] = {stage: [] for stage in tokens}
-        with progress("block influence", len(batch)) as advance:
-            for flows in each_residuals(model, batch):
+        with problem.progress("block influence", len(batch)) as advance:
+            for flows in each_residuals(problem.model, batch):
                 for stage, span in tokens.items():
                     parts[stage].append(block_influence([x_BTE[:, span] for x_BTE in flows]))
                 advance(len(flows[0]))
@@ -82,5 +69,4 @@ class ShortGPT(Baseline):
             .tolist()
             for stage in tokens
         }
-        state = apply_orders(dense_state(model, target), goal, orders)
-        return Chosen(state=state, block_tokens=cost)
+        return Chosen(state=apply_orders(problem, orders), block_tokens=cost)

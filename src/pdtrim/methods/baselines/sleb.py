@@ -24,8 +24,7 @@ from dataclasses import dataclass
 from pdtrim.methods.baselines.base import PaperCalibration
 from pdtrim.methods.baselines.iterative import Iterative
 from pdtrim.methods.baselines.orders import open_blocks
-from pdtrim.search.goal import Goal
-from pdtrim.search.state import Removal
+from pdtrim.methods.problem import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +36,6 @@ class SLEB(Iterative):
     protect_first: int = 1
     protect_last: int = 1
 
-    def allowed(self, goal: Goal, dense: Removal) -> range:
+    def allowed(self, problem: Problem) -> range:
         """All but the protected blocks."""
-        return open_blocks(self.name, goal, dense, self.protect_first, self.protect_last)
+        return open_blocks(self.name, problem, self.protect_first, self.protect_last)

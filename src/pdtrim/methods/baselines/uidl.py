@@ -28,16 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pdtrim.finite import finite
-from pdtrim.methods.base import Target
 from pdtrim.methods.baselines.base import Baseline, Chosen, PaperCalibration
-from pdtrim.methods.baselines.orders import apply_orders, dense_state
+from pdtrim.methods.baselines.orders import apply_orders
 from pdtrim.methods.baselines.residuals import dense_cost, each_residuals, ranked_tokens
-from pdtrim.models.model import Model
+from pdtrim.methods.problem import Problem
 from pdtrim.plan import Stage
-from pdtrim.progress import Progress
 from pdtrim.search.goal import Goal
-from pdtrim.search.journal import Journal
-from pdtrim.stage.forward import Batch
 
 
 def angular_distance(flows: Sequence[Tensor], span: int) -> Tensor:
@@ -67,35 +63,27 @@ class UIDL(Baseline):
     name = "uidl"
     paper_calibration = PaperCalibration(source="C4 validation", sequences=10_000)
 
-    def choose(
-        self,
-        model: Model,
-        batch: Batch,
-        target: Target,
-        goal: Goal,
-        *,
-        progress: Progress,
-        journal: Journal | None,
-    ) -> Chosen:
+    def choose(self, problem: Problem) -> Chosen:
         """See the module's docstring."""
-        cost, tokens = dense_cost(model, batch, target), ranked_tokens(batch, target)
+        batch, goal = problem.batch, problem.goal
+        cost, tokens = dense_cost(problem), ranked_tokens(problem)
         ends: dict[Stage, list[list[Tensor]]] = {stage: [] for stage in tokens}
-        with progress("angular distance", len(batch)) as advance:
-            for flows in each_residuals(model, batch):
+        with problem.progress("angular distance", len(batch)) as advance:
+            for flows in each_residuals(problem.model, batch):
                 for stage, span in tokens.items():
                     ends[stage].append([x_BTE[:, span][:, -1].clone() for x_BTE in flows])
                 advance(len(flows[0]))
         last = {
             stage: [torch.cat(x) for x in zip(*parts, strict=True)] for stage, parts in ends.items()
         }
-        dense, everywhere = dense_state(model, target), range(model.num_layers)
+        everywhere = range(problem.model.num_layers)
         decode = _run(last["decode"], goal, "decode", everywhere)
-        if target.mode == "projected" and "prefill" in last:
+        if problem.target.mode == "projected" and "prefill" in last:
             prefill = _run(last["prefill"], goal, "prefill", everywhere)
         else:
             prefill = _run(last["decode"], goal, "prefill", decode)
         orders: dict[Stage, range] = {"decode": decode, "prefill": prefill}
-        return Chosen(state=apply_orders(dense, goal, orders), block_tokens=cost)
+        return Chosen(state=apply_orders(problem, orders), block_tokens=cost)
 
 
 def _run(flows: Sequence[Tensor], goal: Goal, stage: Stage, within: range) -> range:

@@ -42,11 +42,11 @@ from pdtrim.methods.baselines.width import (
     group_sums,
     width_without,
 )
+from pdtrim.methods.problem import Problem
 from pdtrim.models.block import Block
 from pdtrim.models.model import Model
 from pdtrim.models.narrow import narrow_blocks
 from pdtrim.plan import STAGES, Stage
-from pdtrim.progress import Progress
 from pdtrim.search.objective import ROWS
 from pdtrim.stage.forward import Batch
 from pdtrim.stage.step import prefill_block
@@ -66,8 +66,9 @@ class WandaSP(WidthMethod):
     paper_calibration = PaperCalibration(source="C4", sequences=128, tokens=128)
 
     @torch.no_grad()
-    def choose(self, model: Model, batch: Batch, costs: Costs, *, progress: Progress) -> Narrowed:
+    def choose(self, problem: Problem, costs: Costs) -> Narrowed:
         """See the module's docstring."""
+        model, batch, progress = problem.model, problem.batch, problem.progress
         layers = range(model.num_layers)
         size = model.num_kv_heads, model.config.intermediate_size
 

@@ -25,21 +25,16 @@ from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
-from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
 from pdtrim.finite import finite
-from pdtrim.methods.base import Found, Method, Target
+from pdtrim.methods.base import Found, Method
 from pdtrim.methods.baselines.base import PaperCalibration
 from pdtrim.methods.baselines.residuals import dense_cost
+from pdtrim.methods.problem import Problem
 from pdtrim.models.checkpoint import held_parts
 from pdtrim.models.model import Model
 from pdtrim.models.replace import Blocks
 from pdtrim.plan import STAGES, Gates, LayerKV, Mode, Stage, Width, Widths
-from pdtrim.progress import Progress
-from pdtrim.search.journal import Journal
-from pdtrim.search.kv_budget import KV_SEQUENCES, resolve_policy
-from pdtrim.search.objective import BudgetSpent
-from pdtrim.stage.forward import Batch
 
 GROUP_ROWS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GROUP_COLUMNS = "self_attn.o_proj"
@@ -214,78 +209,42 @@ class WidthMethod(Method):
 
     default_mode = "unified"
     modes: ClassVar[tuple[Mode, ...]] = ("unified", "subset")
+    grains = ("block",)
+    metrics = ("parameters",)
     passes: ClassVar[int]
     paper_calibration: ClassVar[PaperCalibration]
 
     @abstractmethod
-    def choose(self, model: Model, batch: Batch, costs: Costs, *, progress: Progress) -> Narrowed:
+    def choose(self, problem: Problem, costs: Costs) -> Narrowed:
         """The units that each stage loses.
 
         Raises:
             PlanError: there are not enough of them.
         """
 
-    def search(
-        self,
-        model: Model,
-        calibration: Calibration,
-        target: Target,
-        *,
-        progress: Progress,
-        journal: Journal | None,
-    ) -> Found:
-        """Check the target, resolve the KV policy, and rank."""
-        self._check(target)
-        rules = resolve_policy(
-            target.kv,
-            model,
-            calibration.search[:KV_SEQUENCES],
-            block_size=target.block_size,
-            progress=progress,
-            journal=journal,
-        )
+    def solve(self, problem: Problem) -> Found:
+        """Rank, unless nothing is to be cut."""
+        model, target = problem.model, problem.target
+        if target.prefill_share > target.decode_share:
+            raise PlanError(
+                f"method '{self.name}' cuts prefill inside what decode loses: prefill cannot lose"
+                f" {target.prefill_share:g} when decode loses {target.decode_share:g}"
+            )
         gates = Gates.dense(model.num_layers).without_dead_work()
         if not target.decode_share:
-            return Found(gates=gates, kv=rules, block_tokens=0)
+            return Found(gates=gates, block_tokens=0)
         shares: dict[Stage, float] = {
             "prefill": target.prefill_share,
             "decode": target.decode_share,
         }
-        costs = {stage: stage_cost(model, gates, rules, stage, shares[stage]) for stage in STAGES}
-        batch = calibration.search.to(model.device)
-        try:
-            spent = dense_cost(model, batch, target, self.passes)
-        except BudgetSpent as error:
-            raise PlanError(
-                f"a budget of {target.budget} block-tokens does not suffice for method"
-                f" '{self.name}': give more, or less calibration text"
-            ) from error
-        made = self.choose(model, batch, costs, progress=progress)
+        costs = {
+            stage: stage_cost(model, gates, problem.rules, stage, shares[stage]) for stage in STAGES
+        }
+        spent = dense_cost(problem, self.passes)
+        made = self.choose(problem, costs)
         return Found(
-            gates=gates,
-            kv=rules,
-            block_tokens=spent,
-            widths=_widths(model, made),
-            blocks=made.blocks,
+            gates=gates, block_tokens=spent, widths=_widths(model, made), blocks=made.blocks
         )
-
-    def _check(self, target: Target) -> None:
-        name = f"method '{self.name}'"
-        if target.metric != "parameters":
-            raise PlanError(f"{name} cuts shares of the parameters: use --metric parameters")
-        if target.mode not in self.modes:
-            raise PlanError(
-                f"{name} has one ranking for both stages: use --mode {' or '.join(self.modes)}"
-            )
-        if target.prefill_share > target.decode_share:
-            raise PlanError(
-                f"{name} cuts prefill inside what decode loses: prefill cannot lose"
-                f" {target.prefill_share:g} when decode loses {target.decode_share:g}"
-            )
-        if target.grain != "block":
-            raise PlanError(f"{name} removes no attention or MLP whole: use --grain block")
-        if target.repair != "none":
-            raise PlanError(f"{name} has no repairs to choose from: use --repair none")
 
 
 def _widths(model: Model, made: Narrowed) -> Widths:
