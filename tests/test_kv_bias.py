@@ -9,7 +9,7 @@ from pdtrim.errors import NotFinite
 from pdtrim.kv.bearable import check_bearable
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.groups import HeadGroup
-from pdtrim.kv.policy import HandoverPolicy, hand_over, to_code
+from pdtrim.kv.policy import HandoverPolicy, hand_over, select
 from pdtrim.models.block import Block
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.runtime.session import Session
@@ -90,7 +90,7 @@ def test_pairs_that_are_no_numbers_are_refused_with_their_layer(value, side, cod
     policy = HandoverPolicy(rules=rules_of(model, codec))
     what = "key" if side == "k_BGND" else "value"
     with pytest.raises(NotFinite, match=f"layer 2: .* {what} that is NaN or infinite"):
-        to_code(policy, 2, view)
+        select(policy, 2, view).check()
     if codec != "raw":  # which the loss would show
         with pytest.raises(NotFinite, match=f"layer 2: .* {what} that is NaN or infinite"):
             hand_over(policy, 2, view)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pdtrim.kv.bearable import check_bearable
+from pdtrim.kv.bias import KVBias, Table
 from pdtrim.kv.codecs import CodecBase
 from pdtrim.kv.groups import HeadGroup
 from pdtrim.kv.selectors import Full, StaticSelector
@@ -116,48 +117,75 @@ def padding(counts_B: Tensor, longest: int) -> Tensor | None:
     return torch.arange(longest, device=counts_B.device)[None] >= counts_B[:, None]
 
 
-def hand_over(policy: HandoverPolicy, layer: int, view: LayerView) -> list[HeadGroup]:
-    """What decode sees of a layer: the kept pairs, through the codec and back."""
-    rule, seen = policy.rules[layer], policy.seen(layer, view)
-    if isinstance(rule.selector, Full):
-        groups = [whole(seen)]
-    else:
-        groups = gather(seen, policy.keep(layer, view))
-    bias = None if rule.codec.exact else seen.bias()
-    if rule.codec.exact:  # what it leaves alone shows in the loss
-        return groups
-    if bias is not None:
-        table = rope_table(seen)
-        groups = [bias.taken_from(group, table) for group in groups]
-    for group in groups:
-        check_bearable(layer, rule.codec, group)
-    groups = [through(rule.codec, group) for group in groups]
-    return groups if bias is None else [bias.added_to(group, table) for group in groups]
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a layer's rule keeps of a prompt, as its codec takes it.
+
+    Attributes:
+        keep_BGN: which pairs travel, bool.
+        groups: those pairs; without what projections' biases add, if the codec rounds.
+        bias, rope: of the biases that were taken off; None if there are none.
+    """
+
+    layer: int
+    codec: CodecBase
+    keep_BGN: Tensor
+    groups: list[HeadGroup]
+    bias: KVBias | None
+    rope: Table | None
+
+    def check(self) -> None:
+        """Refuse pairs that the codec cannot hold.
+
+        Raises:
+            NotFinite: some are no numbers, or beyond the codec's range.
+        """
+        for group in self.groups:
+            check_bearable(self.layer, self.codec, group)
+
+    def coded(self) -> list[HeadGroup]:
+        """What decode sees of them: through the codec and back.
+
+        Raises:
+            NotFinite: as :meth:`check`, for a codec that rounds; what others leave alone shows in
+                the loss.
+        """
+        if self.codec.exact:
+            return self.groups
+        self.check()
+        groups = [through(self.codec, group) for group in self.groups]
+        if self.bias is None or self.rope is None:
+            return groups
+        return [self.bias.added_to(group, self.rope) for group in groups]
 
 
-def rope_table(view: LayerView) -> tuple[Tensor, Tensor]:
-    """cos and sin ``[N, D]`` of the prompt's positions."""
-    cos, sin = view.rope(torch.arange(view.k_BGND.shape[2], device=view.k_BGND.device))
-    return cos[0], sin[0]
-
-
-def to_code(policy: HandoverPolicy, layer: int, view: LayerView) -> tuple[Tensor, list[HeadGroup]]:
-    """Which pairs of a layer travel ``[B, G, N]``, and those as its codec takes them.
+def select(policy: HandoverPolicy, layer: int, view: LayerView) -> Kept:
+    """Which pairs of a layer travel, and those.
 
     Args:
         view: with all heads that prefill makes.
-
-    Raises:
-        NotFinite: some are no numbers, or beyond what the codec holds.
     """
-    keep_BGN, seen = policy.keep(layer, view), policy.seen(layer, view)
-    groups = gather(seen, keep_BGN)
-    bias = None if policy.rules[layer].codec.exact else seen.bias()
+    rule, seen = policy.rules[layer], policy.seen(layer, view)
+    if isinstance(rule.selector, Full):
+        groups = [whole(seen)]
+        shape = seen.k_BGND.shape[:3]
+        keep_BGN = torch.ones((), dtype=torch.bool, device=seen.k_BGND.device).expand(shape)
+    else:
+        keep_BGN = policy.keep(layer, view)
+        groups = gather(seen, keep_BGN)
+    bias, rope = (None if rule.codec.exact else seen.bias()), None
     if bias is not None:
-        groups = [bias.taken_from(group, rope_table(seen)) for group in groups]
-    for group in groups:
-        check_bearable(layer, policy.rules[layer].codec, group)
-    return keep_BGN, groups
+        cos, sin = seen.rope(torch.arange(seen.k_BGND.shape[2], device=seen.k_BGND.device))
+        rope = cos[0], sin[0]
+        groups = [bias.taken_from(group, rope) for group in groups]
+    return Kept(
+        layer=layer, codec=rule.codec, keep_BGN=keep_BGN, groups=groups, bias=bias, rope=rope
+    )
+
+
+def hand_over(policy: HandoverPolicy, layer: int, view: LayerView) -> list[HeadGroup]:
+    """What decode sees of a layer: the kept pairs, through the codec and back."""
+    return select(policy, layer, view).coded()
 
 
 def whole(view: LayerView) -> HeadGroup:

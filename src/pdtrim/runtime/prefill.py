@@ -9,7 +9,7 @@ import torch
 
 from pdtrim.errors import WireError
 from pdtrim.kv.frame import Layout, SentLayer
-from pdtrim.kv.policy import HandoverPolicy, to_code
+from pdtrim.kv.policy import HandoverPolicy, select
 from pdtrim.kv.wire import read_answer, send_frame
 from pdtrim.models.checkpoint import load_stage
 from pdtrim.models.model import Model
@@ -88,8 +88,9 @@ class PrefillProcess:
                 self.control.check()
             for row, tokens in enumerate(prompts):
                 own = view.row(row, len(tokens))
-                keep_BGN, groups = to_code(self.policy, layer, own)
-                caches[row][layer] = SentLayer(keep_GN=keep_BGN[0], groups=groups)
+                kept = select(self.policy, layer, own)
+                kept.check()
+                caches[row][layer] = SentLayer(keep_GN=kept.keep_BGN[0], groups=kept.groups)
         return caches
 
     def ship(self, layout: Layout, request: bytes, layers: dict[int, SentLayer]) -> int:

@@ -34,7 +34,7 @@ from pdtrim.finite import finite
 from pdtrim.kv.codecs import Raw
 from pdtrim.kv.frame import LENGTH
 from pdtrim.kv.groups import HeadGroup
-from pdtrim.kv.policy import HandoverPolicy, hand_over, to_code
+from pdtrim.kv.policy import HandoverPolicy, hand_over, select
 from pdtrim.models.model import Model
 from pdtrim.plan import LayerKV
 from pdtrim.progress import Progress, silent
@@ -128,7 +128,7 @@ def rule_bytes(view: BlockView, rule: LayerKV) -> float:
     total = 0
     for row in range(rows):
         total += {"static": 0, "token": 1, "pair": G}[rule.selector.grain] * -(-N // 8)
-        for group in to_code(policy, 0, view.row(row, N))[1]:
+        for group in select(policy, 0, view.row(row, N)).groups:
             k, v = (x[0].to(WIRE) for x in (group.k_BgMD, group.v_BgMD))
             if rule.codec.variable:
                 total += rule.codec.encode(k, v).numel() + LENGTH.size

@@ -19,7 +19,7 @@ from pdtrim.kv.codecs import Raw
 from pdtrim.kv.frame import SentLayer
 from pdtrim.kv.groups import HeadGroup
 from pdtrim.kv.join import join
-from pdtrim.kv.policy import HandoverPolicy, hand_over, padding
+from pdtrim.kv.policy import HandoverPolicy, hand_over, padding, select
 from pdtrim.kv.selectors import Full
 from pdtrim.stage.cache import LayerCache
 from pdtrim.stage.forward import Trimmed
@@ -87,13 +87,8 @@ def handed_over(variant: Trimmed, prompts: Prompts) -> Iterator[tuple[int, list[
 
 def _alone(policy: HandoverPolicy, layer: int, view: BlockView) -> SentLayer:
     """The handover of one row: selectors and codecs must not see its padding."""
-    groups = hand_over(policy, layer, view)
-    heads, tokens = sum(len(group.heads) for group in groups), view.k_BGND.shape[2]
-    keep_GN = torch.zeros(heads, tokens, dtype=torch.bool, device=view.k_BGND.device)
-    for group in groups:
-        for i, head in enumerate(group.heads):
-            keep_GN[head, group.positions_BgM[0, i]] = True
-    return SentLayer(keep_GN=keep_GN, groups=groups)
+    kept = select(policy, layer, view)
+    return SentLayer(keep_GN=kept.keep_BGN[0], groups=kept.coded())
 
 
 def spread(group: HeadGroup, prompt_R: Tensor | None) -> HeadGroup:
