@@ -34,7 +34,7 @@ from mutations import damaged, damaged_json
 from pdtrim.bundle import TrimPlan, export
 from pdtrim.calibration.sources import read_documents
 from pdtrim.calibration.tokens import encode
-from pdtrim.engines.vllm.staging import Form
+from pdtrim.engines.ranges import Form
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.compare.records import Comparison
 from pdtrim.evaluate.result import Result

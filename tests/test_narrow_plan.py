@@ -23,7 +23,7 @@ from narrow_models import (
 )
 from pdtrim.bundle import export
 from pdtrim.calibration.batches import Calibration
-from pdtrim.engines.vllm.pages import check_servable
+from pdtrim.engines.pages import check_servable
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.quality import Quality
 from pdtrim.evaluate.result import make_row
@@ -218,27 +218,26 @@ class Given(Method):
     def __init__(self, found):
         self.found = found
 
-    def search(self, model, calibration, target, *, progress, journal):
+    def solve(self, problem):
         return self.found
 
 
 def test_a_method_may_find_widths_and_their_biases(model, tmp_path):
     batch = random_batch(model)
     text = Calibration(search=batch, rerank=batch, fit=batch, source="x", hash="0" * 64)
-    rules = (LayerKV(),) * L
-    bare = Found(gates=GATES[0], kv=rules, block_tokens=0, widths=widths())
+    bare = Found(gates=GATES[0], block_tokens=0, widths=widths())
     plan = Given(bare).plan(model, text, Target()).plan
     assert plan.widths == widths() and plan.replacements == ()
-    found = Found(gates=GATES[0], kv=rules, block_tokens=0, widths=widths(), blocks=biases(model))
+    found = Found(gates=GATES[0], block_tokens=0, widths=widths(), blocks=biases(model))
     made = Given(found).plan(model, text, Target())
     saved = made.save(tmp_path / "plan.json")
     assert PrunePlan.load(tmp_path / "plan.json") == saved.plan and made.plan.widths == widths()
     assert saved.plan.digest == made.plan.digest
     ours = made.pair(model).decode.block(1).module.mlp.down_proj.bias
     assert torch.equal(ours, biases(model)["decode"][1][BIASES[1]])
-    duo = Found(gates=GATES[0], kv=(LayerKV(selector=Duo()),) * L, block_tokens=0, widths=widths())
+    duo = Target(kv="duo:share=0.5")
     with pytest.raises(PlanError, match="method 'given': layer 0: 'duo' numbers all") as error:
-        Given(duo).plan(model, text, Target())
+        Given(bare).plan(model, text, duo)
     assert "\n" not in str(error.value)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import test_matrix
 from fake_view import SCALE, B, FakeView, G, R, fake_view
 from helpers import make_plan, random_batch, tiny_model
-from pdtrim.engines.vllm.pages import check_servable
+from pdtrim.engines.pages import check_servable
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.kv_sweep import default_policies
 from pdtrim.kv.codecs import parse_codec

@@ -18,9 +18,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from pdtrim.engines.vllm import serve as supervisor
-from pdtrim.engines.vllm.launch import Process, free_port
-from pdtrim.engines.vllm.serve import serve
+from pdtrim.engines import supervise as supervisor
+from pdtrim.engines.base import Process
+from pdtrim.engines.supervise import serve
+from pdtrim.engines.vllm.launch import free_port
 from pdtrim.errors import PdtrimError, RuntimeFailure
 from pdtrim.runtime.start import python_module
 
@@ -251,8 +252,8 @@ def test_when_one_dies_later_everything_ends_and_it_is_named(witness, victim):
 
 SUPERVISOR = """
 import json, sys
-from pdtrim.engines.vllm.launch import Process
-from pdtrim.engines.vllm.serve import serve
+from pdtrim.engines.base import Process
+from pdtrim.engines.supervise import serve
 say = lambda text: print(text, flush=True)
 processes = [Process(**{**p, "command": tuple(p["command"])}) for p in json.loads(sys.argv[1])]
 serve(processes, start_seconds=600, say=say, log=lambda name, line: None)

@@ -10,13 +10,13 @@ pytest.importorskip("vllm")
 
 from helpers import first_last, make_plan, tiny_model
 from pdtrim.bundle import export
+from pdtrim.engines.pages import is_coded
+from pdtrim.engines.ranges import Form, Ticket
 from pdtrim.engines.vllm import coded_worker, pages_io
 from pdtrim.engines.vllm.coded import TICKET, Encoded
 from pdtrim.engines.vllm.coded_scheduler import CodedScheduler
 from pdtrim.engines.vllm.coded_worker import RemotePool
-from pdtrim.engines.vllm.pages import is_coded
 from pdtrim.engines.vllm.stage import Served, check_config
-from pdtrim.engines.vllm.staging import Form, Ticket
 from pdtrim.errors import PlanError
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.plan import Gates, LayerKV

@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("vllm")
 
+from pdtrim.engines.pages import page_bytes, pages_sent
+from pdtrim.engines.ranges import Form
 from pdtrim.engines.vllm.coded import TICKET
-from pdtrim.engines.vllm.pages import page_bytes, pages_sent
-from pdtrim.engines.vllm.staging import Form
 from pdtrim.exported import load_pair
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.policy import HandoverPolicy

@@ -19,7 +19,8 @@ import torch
 
 from helpers import first_last, make_plan, tiny_model
 from pdtrim.bundle import export
-from pdtrim.engines.vllm.launch import Process, ServeConfig, free_port, processes
+from pdtrim.engines.base import Process
+from pdtrim.engines.vllm.launch import ServeConfig, free_port, processes
 from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates
 

@@ -15,8 +15,8 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 
+from pdtrim.engines.supervise import serve
 from pdtrim.engines.vllm.launch import ServeConfig, free_port, processes
-from pdtrim.engines.vllm.serve import serve
 from pdtrim.versions import host, versions
 
 COUNTERS = {

@@ -49,8 +49,11 @@ def serve(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands only.")] = False,
 ) -> None:
     """Serve a pair with vLLM behind a router, a GPU each server, until Ctrl-C."""
-    from pdtrim.engines.vllm.launch import ServeConfig, advice, check_runnable, free_port, processes
-    from pdtrim.engines.vllm.serve import serve as supervise
+    from pdtrim.engines import engine_named
+    from pdtrim.engines.supervise import serve as supervise
+    from pdtrim.engines.vllm.launch import ServeConfig, free_port
+
+    engine = engine_named("vllm")
 
     config = ServeConfig(
         pair=folder,
@@ -67,13 +70,13 @@ def serve(
         decode_args=tuple(decode_arg),
         start_seconds=start_seconds,
     )
-    started = processes(config, free_port=free_port)
+    started = engine.processes(config, free_port=free_port)
     if dry_run:
         for process in started:
             print(process.shell)
         return
-    check_runnable(config)
-    if words := advice(config):
+    engine.check_runnable(config)
+    if words := engine.advice(config):
         err.print(words)
     supervise(started, start_seconds=start_seconds, say=_say, log=_log)
     err.print("stopped")

@@ -41,14 +41,8 @@ def plot_kv(result: Result, path_stem: Path) -> tuple[Path, Path]:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
     except ImportError as error:
         raise PdtrimError("a plot needs matplotlib: pip install 'pdtrim[plot]'") from error
-
-    drawn = [row for rows in lines.values() for row in rows]
-    x_ticks = ticks([row.kv_compression for row in drawn])
-    y_all = [max(row.kl, FLOOR) for row in drawn]
-    floored = any(row.kl < FLOOR for row in drawn)
 
     # text as text, and ids that do not change from run to run
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pdtrim"}):
@@ -57,59 +51,15 @@ def plot_kv(result: Result, path_stem: Path) -> tuple[Path, Path]:
         figure = Figure(figsize=size, dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlim(x_ticks[0] / 1.06, x_ticks[-1] * 1.06)
-        # by the points: one wide bar should not squeeze all lines
-        axes.set_ylim(min(y_all) / 1.5, max(y_all) * 1.6)
-        handles: list[Any] = []
-        for i, rows in enumerate(lines.values()):
-            y = [max(row.kl, FLOOR) for row in rows]
-            # a log axis has no bar down to 0, and a point on the floor none below it
-            down = [
-                max(0.0, at - max(row.kl - row.kl_error, FLOOR))
-                for at, row in zip(y, rows, strict=True)
-            ]
-            up = [max(0.0, row.kl + row.kl_error - at) for at, row in zip(y, rows, strict=True)]
-            drawing = axes.errorbar(
-                [row.kv_compression for row in rows],
-                y,
-                yerr=(down, up),
-                color=COLOURS[i % len(COLOURS)],
-                marker=MARKERS[i % len(MARKERS)],
-                linestyle=STYLES[i // len(COLOURS) % len(STYLES)],
-                linewidth=1.4,
-                markersize=6,
-                markeredgecolor="white",
-                markeredgewidth=0.5,
-                elinewidth=0.7,
-                capsize=2,
-                capthick=0.7,
-            )
-            handles.append(drawing.lines[0])  # without the bars, which would blur the legend
-        axes.xaxis.set_major_locator(FixedLocator(x_ticks))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:g}x"))
-        decades = max(y_all) / min(y_all)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3e3 else (1,)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(
-            FuncFormatter(
-                lambda at, _: ("≤ " if floored and at <= FLOOR * 1.01 else "") + f"{at:g}"
-            )
-        )
-        axes.grid(True, color="0.9", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlabel("compression of the KV bytes sent")
-        axes.set_ylabel("KL to dense, nats a token")
+        handles = {name: _draw(axes, i, rows) for i, (name, rows) in enumerate(lines.items())}
+        _scale(axes, [row for rows in lines.values() for row in rows])
         # the figure's title, not the axes': it may be wider than them and runs above the legend
         figure.suptitle(_title(result), x=0.01, ha="left", fontsize=10, parse_math=False)
         # from top to bottom as the lines end on the right
-        order = sorted(zip(lines, handles, strict=True), key=lambda pair: -lines[pair[0]][-1].kl)
+        order = sorted(handles, key=lambda name: -lines[name][-1].kl)
         axes.legend(
-            [handle for _, handle in order],
-            [family for family, _ in order],
+            [handles[name] for name in order],
+            order,
             loc="upper left",
             bbox_to_anchor=(1.01, 1),
             borderaxespad=0,
@@ -124,6 +74,59 @@ def plot_kv(result: Result, path_stem: Path) -> tuple[Path, Path]:
         with whole(svg) as part:
             figure.savefig(part, format="svg", metadata={"Date": None})
     return png, svg
+
+
+def _draw(axes: Any, number: int, rows: Sequence[Row]) -> Any:
+    """A family's line with its bars; returns what the legend shows of it."""
+    y = [max(row.kl, FLOOR) for row in rows]
+    # a log axis has no bar down to 0, and a point on the floor none below it
+    down = [
+        max(0.0, at - max(row.kl - row.kl_error, FLOOR)) for at, row in zip(y, rows, strict=True)
+    ]
+    up = [max(0.0, row.kl + row.kl_error - at) for at, row in zip(y, rows, strict=True)]
+    drawing = axes.errorbar(
+        [row.kv_compression for row in rows],
+        y,
+        yerr=(down, up),
+        color=COLOURS[number % len(COLOURS)],
+        marker=MARKERS[number % len(MARKERS)],
+        linestyle=STYLES[number // len(COLOURS) % len(STYLES)],
+        linewidth=1.4,
+        markersize=6,
+        markeredgecolor="white",
+        markeredgewidth=0.5,
+        elinewidth=0.7,
+        capsize=2,
+        capthick=0.7,
+    )
+    return drawing.lines[0]  # without the bars, which would blur the legend
+
+
+def _scale(axes: Any, drawn: Sequence[Row]) -> None:
+    """Axes, their ticks and their words, by the points: a wide bar should not squeeze all lines."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+    x_ticks = ticks([row.kv_compression for row in drawn])
+    y_all = [max(row.kl, FLOOR) for row in drawn]
+    floored = any(row.kl < FLOOR for row in drawn)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(x_ticks[0] / 1.06, x_ticks[-1] * 1.06)
+    axes.set_ylim(min(y_all) / 1.5, max(y_all) * 1.6)
+    axes.xaxis.set_major_locator(FixedLocator(x_ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:g}x"))
+    decades = max(y_all) / min(y_all)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3e3 else (1,)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda at, _: ("≤ " if floored and at <= FLOOR * 1.01 else "") + f"{at:g}")
+    )
+    axes.grid(True, color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("compression of the KV bytes sent")
+    axes.set_ylabel("KL to dense, nats a token")
 
 
 def families(rows: Iterable[Row]) -> dict[str, list[Row]]:

@@ -31,6 +31,7 @@ from pdtrim.calibration.recall import with_recall
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.errors import PlanError
 from pdtrim.finite import finite
+from pdtrim.keep.journal import Journal
 from pdtrim.kv.codecs import Raw
 from pdtrim.kv.frame import LENGTH
 from pdtrim.kv.groups import HeadGroup
@@ -38,7 +39,6 @@ from pdtrim.kv.policy import HandoverPolicy, hand_over, select
 from pdtrim.models.model import Model
 from pdtrim.plan import LayerKV
 from pdtrim.progress import Progress, silent
-from pdtrim.search.journal import Journal
 from pdtrim.search.kv_menu import default_menu, parse_budget
 from pdtrim.search.kv_request import KVRequest, prompt_and_queries
 from pdtrim.stage.forward import Batch, Trace, Trimmed, decode_stream

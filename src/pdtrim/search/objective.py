@@ -22,9 +22,9 @@ from torch import Tensor
 
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.finite import finite
+from pdtrim.keep.journal import Journal
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
-from pdtrim.search.journal import Journal
 from pdtrim.search.state import Removal
 from pdtrim.stage.cost import block_tokens
 from pdtrim.stage.forward import Batch, Trace, Trimmed

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pdtrim.engines.pages import hole, pages_of
 from pdtrim.engines.vllm.compat import AttentionSpec, FullAttentionManager, KVCacheSpecRegistry
-from pdtrim.engines.vllm.pages import hole, pages_of
 
 
 @dataclass(frozen=True, kw_only=True)

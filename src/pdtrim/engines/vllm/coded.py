@@ -16,9 +16,9 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+from pdtrim.engines.ranges import Form, Ticket, pool_bytes
 from pdtrim.engines.vllm.compat import KVConnectorWorkerMetadata
 from pdtrim.engines.vllm.stage import Served
-from pdtrim.engines.vllm.staging import Form, Ticket, pool_bytes
 from pdtrim.errors import PlanError
 
 TICKET = "pdtrim_range"  # in kv_transfer_params

@@ -5,10 +5,10 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
+from pdtrim.engines.ranges import NONCE_BYTES, Pool, Ticket
 from pdtrim.engines.vllm.coded import TICKET, Job, forms, staging_bytes
 from pdtrim.engines.vllm.scheduler import Scheduler
 from pdtrim.engines.vllm.stage import Served
-from pdtrim.engines.vllm.staging import NONCE_BYTES, Pool, Ticket
 from pdtrim.errors import WireError
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 import torch
 
+from pdtrim.engines.pages import pages_sent
+from pdtrim.engines.ranges import Pool, Ticket
 from pdtrim.engines.vllm.coded import Encoded, Job, forms, staging_bytes
 from pdtrim.engines.vllm.compat import (
     NixlAgentMetadata,
@@ -17,10 +19,8 @@ from pdtrim.engines.vllm.compat import (
 )
 from pdtrim.engines.vllm.kv_bias import StageBias
 from pdtrim.engines.vllm.metrics import REFUSED, SKIPPED_CODEC
-from pdtrim.engines.vllm.pages import pages_sent
 from pdtrim.engines.vllm.pages_io import check_readable, gather, scatter
 from pdtrim.engines.vllm.stage import Served, slot_of
-from pdtrim.engines.vllm.staging import Pool, Ticket
 from pdtrim.engines.vllm.worker import Worker
 from pdtrim.errors import WireError
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from pdtrim.engines.pages import is_coded
 from pdtrim.engines.vllm import compat
 from pdtrim.engines.vllm.coded import Encoded
 from pdtrim.engines.vllm.coded_scheduler import CodedScheduler
 from pdtrim.engines.vllm.coded_worker import CodedWorker
 from pdtrim.engines.vllm.compat import KVConnectorRole, NixlBaseConnector, NixlPullConnector
 from pdtrim.engines.vllm.metrics import Metrics, Stats
-from pdtrim.engines.vllm.pages import is_coded
 from pdtrim.engines.vllm.scheduler import Scheduler
 from pdtrim.engines.vllm.stage import check_config
 from pdtrim.engines.vllm.worker import Worker

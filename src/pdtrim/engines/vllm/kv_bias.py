@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pdtrim.engines.ranges import Part
 from pdtrim.engines.vllm.stage import Served
-from pdtrim.engines.vllm.staging import Part
 from pdtrim.kv.bias import KVBias, Table
 from pdtrim.kv.groups import HeadGroup
 from pdtrim.models.checkpoint import read_kv_bias, stage_rope

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import socket
 import sys
@@ -18,13 +17,14 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pdtrim.engines.vllm.pages import check_servable, padding
+from pdtrim.engines.base import Engine, Process
+from pdtrim.engines.pages import check_servable, padding
 from pdtrim.engines.vllm.plugin import FAMILIES
 from pdtrim.engines.vllm.stage import ROLE_OF
 from pdtrim.errors import ModelError, PdtrimError, PlanError
 from pdtrim.exported import read_pair
 from pdtrim.models.checkpoint import check_files, read_stage
-from pdtrim.plan import STAGES, Stage
+from pdtrim.plan import STAGES, PrunePlan, Stage
 from pdtrim.runtime.start import python_module
 
 LOOPBACK = "127.0.0.1"
@@ -86,27 +86,23 @@ class ServeConfig:
             raise PdtrimError(f"local_prefill '{self.local_prefill}': use refuse or count")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Process:
-    """One process to start.
+def page_size(plan: PrunePlan, asked: int | None) -> int:
+    """Tokens of a page: as asked, or the plan's; of a plan exact to the token, vLLM's own."""
+    return asked or (plan.block_size if plan.block_size > 1 else BLOCK_SIZE)
 
-    Attributes:
-        name: such as ``prefill 0`` or ``router``.
-        env: what it needs beside the environment that it inherits.
-        health: path below ``url`` that answers 200 once it serves.
+
+def check_plan(plan: PrunePlan, block_size: int) -> None:
+    """Refuse a plan that vLLM cannot serve.
+
+    Raises:
+        PlanError: its rules do not fit pages, its blocks are narrower, or its family is unknown.
     """
-
-    name: str
-    command: tuple[str, ...]
-    env: dict[str, str]
-    url: str
-    health: str = "/health"
-
-    @property
-    def shell(self) -> str:
-        """The line to type into a shell."""
-        env = (f"{key}={shlex.quote(value)}" for key, value in self.env.items())
-        return " ".join((*env, shlex.join(self.command)))
+    check_servable(plan, block_size)
+    if plan.model.family not in FAMILIES:
+        raise PlanError(
+            f"family '{plan.model.family}' is not served by vLLM yet, only {', '.join(FAMILIES)}:"
+            " run the pair with 'pdtrim generate'"
+        )
 
 
 def processes(config: ServeConfig, *, free_port: Callable[[], int]) -> list[Process]:
@@ -118,13 +114,8 @@ def processes(config: ServeConfig, *, free_port: Callable[[], int]) -> list[Proc
         PdtrimError: too few GPUs.
     """
     configs, plan = read_pair(config.pair)
-    block_size = config.block_size or (plan.block_size if plan.block_size > 1 else BLOCK_SIZE)
-    check_servable(plan, block_size)
-    if plan.model.family not in FAMILIES:
-        raise PlanError(
-            f"family '{plan.model.family}' is not served by vLLM yet, only {', '.join(FAMILIES)}:"
-            " run the pair with 'pdtrim generate'"
-        )
+    block_size = page_size(plan, config.block_size)
+    check_plan(plan, block_size)
     name = config.name or PurePosixPath(plan.model.name).name or plan.model.family
     ports = _distinct(free_port, config.port)
     replicas = {"prefill": config.prefill_replicas, "decode": config.decode_replicas}
@@ -272,3 +263,14 @@ def _router(config: ServeConfig, servers: list[Process], metrics_port: int) -> P
     return Process(
         name="router", command=tuple(command), env={}, url=f"http://{host}:{config.port}"
     )
+
+
+ENGINE = Engine(
+    name="vllm",
+    page_size=page_size,
+    check_plan=check_plan,
+    processes=processes,
+    check_runnable=check_runnable,
+    advice=advice,
+)
+"""vLLM, with its NIXL connector and its router."""

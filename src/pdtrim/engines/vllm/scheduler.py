@@ -12,9 +12,9 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from pdtrim.engines.pages import pages_of
 from pdtrim.engines.vllm.compat import NixlPullConnectorScheduler
 from pdtrim.engines.vllm.metrics import LOCAL, REFUSED, Stats
-from pdtrim.engines.vllm.pages import pages_of
 from pdtrim.engines.vllm.stage import Served
 from pdtrim.errors import PlanError
 

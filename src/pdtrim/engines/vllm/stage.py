@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pdtrim.engines.vllm.pages import check_servable, is_coded
+from pdtrim.engines.pages import check_servable, is_coded
 from pdtrim.errors import PlanError
 from pdtrim.plan import PrunePlan, Stage
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import vllm
 
+from pdtrim.engines.pages import hole_of, pages_of
 from pdtrim.engines.vllm.cache import TrimmedSpec
 from pdtrim.engines.vllm.compat import (
     NIXL_CONNECTOR_VERSION,
@@ -14,7 +15,6 @@ from pdtrim.engines.vllm.compat import (
     NixlPullConnectorWorker,
 )
 from pdtrim.engines.vllm.metrics import HANDOVER, SKIPPED_LAYER, SKIPPED_TOKEN, Stats
-from pdtrim.engines.vllm.pages import hole_of, pages_of
 from pdtrim.engines.vllm.stage import Served, prefill_to_decode, slot_of
 
 PROTOCOL = 2

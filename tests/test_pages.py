@@ -3,7 +3,7 @@
 import pytest
 
 from helpers import first_last, make_plan, tiny_model
-from pdtrim.engines.vllm.pages import (
+from pdtrim.engines.pages import (
     check_servable,
     hole_of,
     padding,

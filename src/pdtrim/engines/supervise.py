@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from http.client import HTTPException
 from types import FrameType
 
-from pdtrim.engines.vllm.launch import Process
+from pdtrim.engines.base import Process
 from pdtrim.errors import RuntimeFailure
 from pdtrim.runtime.start import child_env, python_module
 
@@ -47,7 +47,7 @@ def serve(
     However it ends, nothing of what was started is left.
 
     Args:
-        processes: as :func:`pdtrim.engines.vllm.launch.processes` gives them, the router last.
+        processes: as an engine gives them, the router last.
         start_seconds: until all servers, and then the router, have to answer.
         say: told the endpoint once it answers.
         log: told every line of output with the name of its process, from several threads.

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdtrim.engines.vllm.checksum import checksum
-from pdtrim.engines.vllm.pages import hole_of
+from pdtrim.engines.checksum import checksum
+from pdtrim.engines.pages import hole_of
 from pdtrim.errors import WireError
 from pdtrim.kv.codecs import CodecBase
 from pdtrim.plan import PrunePlan

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from helpers import first_last, make_plan, tiny_model
-from pdtrim.engines.vllm import checksum as module
-from pdtrim.engines.vllm.checksum import checksum
-from pdtrim.engines.vllm.pages import check_servable, is_coded
-from pdtrim.engines.vllm.staging import (
+from pdtrim.engines import checksum as module
+from pdtrim.engines.checksum import checksum
+from pdtrim.engines.pages import check_servable, is_coded
+from pdtrim.engines.ranges import (
     ALIGN,
     HEAD,
     Form,

@@ -1,0 +1,89 @@
+"""Imports go one way: a module knows its own floor and those below, and no two know each other."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pdtrim
+
+FLOORS = (
+    ("errors", "progress", "records", "versions"),
+    ("finite", "reading"),
+    ("keep",),
+    ("kv.groups", "kv.view", "kv.bias", "kv.selectors", "kv.codecs", "kv.bearable"),
+    ("plan",),
+    ("kv", "models"),
+    ("stage",),
+    ("calibration",),
+    ("search", "repair", "distill"),
+    ("exported", "bundle"),
+    ("methods", "runtime", "engines"),
+    ("bench", "evaluate"),
+    ("report",),
+    ("demo", "cli", "__main__", ""),
+)
+"""From the ground up; a part of a package may stand lower than the rest of it."""
+UPWARD = {("models.loading", "stage.guard")}
+"""Said where it is done: what was loaded is held against the simulator before anyone has it."""
+ROOT = Path(pdtrim.__file__).parent
+
+
+def modules():
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(part for part in parts if part != "__init__")
+        yield name, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(tree, nodes):
+    """Names below ``pdtrim`` that these statements import."""
+    for node in nodes(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pdtrim":
+            base = node.module.removeprefix("pdtrim").lstrip(".")
+            for alias in node.names:
+                whole = f"{base}.{alias.name}".lstrip(".")
+                yield whole if is_module(whole) else base
+
+
+def is_module(name):
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def floor_of(name):
+    fits = [
+        (len(part), floor)
+        for floor, parts in enumerate(FLOORS)
+        for part in parts
+        if name == part or name.startswith(f"{part}.") or part == ""
+    ]
+    return max(fits)[1]
+
+
+def test_imports_go_down_wherever_they_stand():
+    up = {
+        (name, other)
+        for name, tree in modules()
+        for other in imported(tree, ast.walk)
+        if floor_of(other) > floor_of(name)
+        and name  # the package's own names are for type checkers
+    }
+    assert up == UPWARD
+
+
+def test_no_two_modules_need_each_other():
+    graph = {name: set(imported(tree, ast.iter_child_nodes)) - {name} for name, tree in modules()}
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_files_and_functions_fit():
+    """Files of 400 lines, functions of 66: signatures and docstrings are not counted."""
+    for name, tree in modules():
+        path = ROOT.joinpath(*name.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                if body:
+                    assert body[-1].end_lineno - body[0].lineno < 66, f"{name}.{node.name}"
