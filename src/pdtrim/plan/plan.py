@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -23,197 +21,16 @@ from pdtrim.errors import PlanError, border
 from pdtrim.keep.files import write_json
 from pdtrim.kv.codecs import Codec, Raw
 from pdtrim.kv.selectors import Duo, Full, Gate, Selector
+from pdtrim.plan.gates import STAGES, Gates, Mode, Stage
+from pdtrim.plan.width import MAX_HEADS, Width, Widths
 from pdtrim.reading.json_text import read_json
 from pdtrim.records import Frozen, first_problem
 
 MAX_PLAN_BYTES = 16 * 2**20
-MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM, MAX_NEURONS = 4096, 4096, 4096, 2**20
+MAX_LAYERS, MAX_HEAD_DIM = 4096, 4096
 """Far beyond any model; a plan that claims more is damaged, and must not cost memory."""
 
-Stage = Literal["prefill", "decode"]
-AttentionGate = Literal["full", "kv", "off"]
-Mode = Literal["projected", "subset", "unified"]
-STAGES: tuple[Stage, ...] = ("prefill", "decode")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class Gates(Frozen):
-    """What each stage runs, one entry a layer.
-
-    ``prefill_attention`` is ``"full"`` (run it), ``"kv"`` (skip it, but still compute the keys and
-    values of the residual stream that reaches it) or ``"off"``. The other three are on or off.
-
-    Raises:
-        ValueError: lengths differ, or decode runs an attention for which prefill makes no KV.
-    """
-
-    prefill_attention: tuple[AttentionGate, ...]
-    prefill_mlp: tuple[bool, ...]
-    decode_attention: tuple[bool, ...]
-    decode_mlp: tuple[bool, ...]
-
-    @model_validator(mode="after")
-    def _check(self) -> Gates:
-        lengths = {
-            len(self.prefill_attention),
-            len(self.prefill_mlp),
-            len(self.decode_attention),
-            len(self.decode_mlp),
-        }
-        if len(lengths) != 1:
-            raise ValueError(f"gates of lengths {sorted(lengths)}: give one entry a layer")
-        for layer, (prefill, decode) in enumerate(
-            zip(self.prefill_attention, self.decode_attention, strict=True)
-        ):
-            if decode and prefill == "off":
-                raise ValueError(
-                    f"layer {layer}: decode runs its attention but prefill makes no keys and values"
-                    " for it; set prefill to 'full' or 'kv', or remove it from decode too"
-                )
-        return self
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the dense model."""
-        return len(self.decode_mlp)
-
-    @classmethod
-    def dense(cls, num_layers: int) -> Gates:
-        """Everything runs."""
-        return cls.removing(num_layers)
-
-    @classmethod
-    def removing(
-        cls,
-        num_layers: int,
-        *,
-        prefill: Iterable[int] = (),
-        decode: Iterable[int] = (),
-        mode: Mode = "projected",
-    ) -> Gates:
-        """Gates without the whole blocks named, a set for each stage.
-
-        A block that only prefill loses keeps its KV projection in mode ``projected`` and is an
-        error in mode ``subset`` (the paper's rule: prefill's set lies inside decode's). In mode
-        ``unified`` the stages lose the same blocks.
-        """
-        gone_prefill, gone_decode = set(prefill), set(decode)
-        for layer in gone_prefill | gone_decode:
-            if not 0 <= layer < num_layers:
-                raise PlanError(f"layer {layer} does not exist: the model has {num_layers}")
-        extra = sorted(gone_prefill - gone_decode)
-        if mode == "subset" and extra:
-            raise PlanError(
-                f"mode 'subset': prefill removes {extra}, which decode keeps; remove them from"
-                " decode too, or use mode 'projected'"
-            )
-        if mode == "unified" and gone_prefill != gone_decode:
-            raise PlanError("mode 'unified': both stages lose the same blocks")
-        layers = range(num_layers)
-        return cls(
-            prefill_attention=tuple(
-                "full" if i not in gone_prefill else "off" if i in gone_decode else "kv"
-                for i in layers
-            ),
-            prefill_mlp=tuple(i not in gone_prefill for i in layers),
-            decode_attention=tuple(i not in gone_decode for i in layers),
-            decode_mlp=tuple(i not in gone_decode for i in layers),
-        )
-
-    def blocks(self, stage: Stage) -> int:
-        """Blocks whose attention and MLP the stage still runs."""
-        return sum(
-            attention in ("full", True) and mlp
-            for attention, mlp in zip(*self.of(stage), strict=True)
-        )
-
-    def of(self, stage: Stage) -> tuple[tuple[AttentionGate | bool, ...], tuple[bool, ...]]:
-        """The (attention, MLP) gates of one stage."""
-        if stage == "prefill":
-            return self.prefill_attention, self.prefill_mlp
-        return self.decode_attention, self.decode_mlp
-
-    def layers(self, stage: Stage) -> tuple[int, ...]:
-        """Layers of which the stage runs anything at all: the slots of its checkpoint, in order."""
-        attention, mlp = self.of(stage)
-        return tuple(
-            i for i in range(self.num_layers) if attention[i] in ("full", "kv", True) or mlp[i]
-        )
-
-    @property
-    def last_read(self) -> int:
-        """The last layer whose prompt KV decode reads, -1 if none; prefill ends with it."""
-        return max((i for i, on in enumerate(self.decode_attention) if on), default=-1)
-
-    def without_dead_work(self) -> Gates:
-        """The same function of the prompt with the prefill work that nothing reads removed. Exact.
-
-        Decode reads only prompt KV, so behind the K and V of the last layer that decode reads,
-        prefill has nothing left to do.
-        """
-        last = self.last_read
-        attention = tuple(
-            gate if i < last else "kv" if i == last else "off"
-            for i, gate in enumerate(self.prefill_attention)
-        )
-        mlp = tuple(on and i < last for i, on in enumerate(self.prefill_mlp))
-        return self.model_copy(update={"prefill_attention": attention, "prefill_mlp": mlp})
-
-
-class Width(Frozen):
-    """What a stage keeps of one block; the rest is cut out of its weights.
-
-    Attributes:
-        groups: KV heads by their dense index, ascending, each with all the query heads that read
-            it.
-        neurons: of the MLP, as a hexadecimal mask; its first bit is neuron 0.
-        biased: both output projections have a bias; its values are in the block's replacement.
-    """
-
-    groups: tuple[int, ...] = Field(min_length=1, max_length=MAX_HEADS)
-    neurons: str = Field(pattern=r"^[0-9a-f]*[1-9a-f][0-9a-f]*$", max_length=MAX_NEURONS // 4)
-    biased: bool = False
-
-    @field_validator("groups")
-    @classmethod
-    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if value[0] < 0 or any(a >= b for a, b in pairwise(value)):
-            raise ValueError("must be ascending head numbers, each once")
-        return value
-
-    @classmethod
-    def of(
-        cls,
-        *,
-        groups: Iterable[int],
-        neurons: Iterable[int],
-        num_neurons: int,
-        biased: bool = False,
-    ) -> Width:
-        """From indices; ``num_neurons`` is the dense MLP's width."""
-        bits = ["0"] * (-(-num_neurons // 4) * 4)
-        for neuron in neurons:
-            bits[neuron] = "1"
-        digits = ("".join(bits[i : i + 4]) for i in range(0, len(bits), 4))
-        mask = "".join(f"{int(digit, 2):x}" for digit in digits)
-        return cls(groups=tuple(sorted(groups)), neurons=mask, biased=biased)
-
-    @property
-    def kept_neurons(self) -> tuple[int, ...]:
-        """Indices of the neurons that stay, ascending."""
-        bits = "".join(f"{int(digit, 16):04b}" for digit in self.neurons)
-        return tuple(i for i, bit in enumerate(bits) if bit == "1")
-
-
-class Widths(Frozen):
-    """The width of each layer in each stage; None is a whole block."""
-
-    prefill: tuple[Width | None, ...]
-    decode: tuple[Width | None, ...]
-
-    def of(self, stage: Stage) -> tuple[Width | None, ...]:
-        """One stage's."""
-        return self.prefill if stage == "prefill" else self.decode
 
 
 class LayerKV(Frozen):

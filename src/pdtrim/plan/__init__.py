@@ -1,0 +1,30 @@
+"""The plan: gates, widths and KV rules of both stages, as one file of data."""
+
+from pdtrim.plan.gates import STAGES, AttentionGate, Gates, Mode, Stage
+from pdtrim.plan.plan import (
+    MAX_PLAN_BYTES,
+    BaseModelRef,
+    LayerKV,
+    Provenance,
+    PrunePlan,
+    Replacement,
+    Sha256,
+)
+from pdtrim.plan.width import Width, Widths
+
+__all__ = [
+    "MAX_PLAN_BYTES",
+    "STAGES",
+    "AttentionGate",
+    "BaseModelRef",
+    "Gates",
+    "LayerKV",
+    "Mode",
+    "Provenance",
+    "PrunePlan",
+    "Replacement",
+    "Sha256",
+    "Stage",
+    "Width",
+    "Widths",
+]
