@@ -25,9 +25,9 @@ from transformers import (
 from pdtrim.bundle import TrimPlan
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.kv.selectors import FirstLast
+from pdtrim.models.block_files import FilesInFolder, FilesInMemory, save_blocks
 from pdtrim.models.model import Model
-from pdtrim.models.replace import Blocks
-from pdtrim.models.replacements import FilesInFolder, FilesInMemory, save_blocks
+from pdtrim.models.swap import Blocks
 from pdtrim.plan import Gates, LayerKV, Provenance, PrunePlan
 from pdtrim.stage.forward import Batch, Pair, Trimmed
 

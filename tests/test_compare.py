@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from compare_runs import config_of
+from pdtrim.bundle import TrimPlan
 from pdtrim.cli import app
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.compare.records import Comparison
@@ -17,7 +18,6 @@ from pdtrim.evaluate.compare.systems import (
     planned_systems,
 )
 from pdtrim.methods import METHODS
-from pdtrim.methods.dense import dense_plan
 from pdtrim.models.loading import load_model
 from pdtrim.report.compare import markdown
 
@@ -77,7 +77,7 @@ def test_methods_are_chosen_in_one_order():
 
 def test_given_plans_tell_their_setting_and_training(model, tmp_path):
     def plan(name, **provenance):
-        plain = dense_plan(model)
+        plain = TrimPlan.dense(model).plan
         made = plain.provenance.model_copy(update=provenance)
         plain.model_copy(update={"provenance": made}).save(tmp_path / name)
         return tmp_path / name
@@ -98,7 +98,7 @@ def test_given_plans_tell_their_setting_and_training(model, tmp_path):
 
 
 def test_names_are_told_apart(model, tiny_text, tmp_path):
-    dense_plan(model).save(tmp_path / "plan.json")
+    TrimPlan.dense(model).plan.save(tmp_path / "plan.json")
     for name, problem in (("shortgpt", "two systems"), ("dense", "two systems"), ("a/b", "no '/'")):
         with pytest.raises(PdtrimError, match=problem):
             listed(config_of(tiny_text, rows=((name, tmp_path / "plan.json"),)))

@@ -17,7 +17,7 @@ from pdtrim.distill.train import DistillConfig, distill
 from pdtrim.distill.trainable import trainable_layers
 from pdtrim.errors import PdtrimError, PlanError
 from pdtrim.kv.policy import HandoverPolicy
-from pdtrim.models.replace import swap_blocks
+from pdtrim.models.swap import swap_blocks
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.stage.forward import Batch, Pair, Trimmed, forward
 
@@ -145,7 +145,7 @@ def test_the_learning_rate_rises_and_falls():
 
 @pytest.mark.parametrize("keep_dense", [False, True])
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_training_lowers_held_out_kl_of_the_pair_itself(model, compute, keep_dense):
+def test_distill_plan_lowers_held_out_kl_of_the_pair_itself(model, compute, keep_dense):
     """The numbers it reports are those of the dense prefill model with the trained decode model."""
     data, held_out = random_batch(model, rows=48, seed=1), random_batch(model, rows=6, seed=2)
     gates = Gates.removing(4, prefill={3}, decode={2})
@@ -346,7 +346,7 @@ def test_an_early_stop_keeps_the_best_weights(model, text, tmp_path):
     assert_same(again, out)
 
 
-def test_training_time_counts_over_resumes(model, text, tmp_path, monkeypatch):
+def test_distill_plan_time_counts_over_resumes(model, text, tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
 

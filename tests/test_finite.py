@@ -15,10 +15,11 @@ from pdtrim.distill.merge import MergeConfig, merge
 from pdtrim.distill.train import distill
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.quality import measure_quality
+from pdtrim.evaluate.sensitivity import sensitivity
 from pdtrim.methods import METHODS, Target
 from pdtrim.methods.baselines.width import WidthMethod
 from pdtrim.models.model import Model
-from pdtrim.models.replace import swap_blocks
+from pdtrim.models.swap import swap_blocks
 from pdtrim.plan import Gates
 from pdtrim.search.anneal import Annealing, anneal
 from pdtrim.search.evolution import Evolution, evolution
@@ -27,7 +28,6 @@ from pdtrim.search.greedy import greedy
 from pdtrim.search.hybrid import Hybrid, hybrid
 from pdtrim.search.kv_budget import lagrangian
 from pdtrim.search.objective import Objective
-from pdtrim.search.sensitivity import sensitivity
 from pdtrim.search.state import Removal
 from pdtrim.stage.forward import Trimmed
 from pdtrim.stage.sampling import Sampler, Sampling

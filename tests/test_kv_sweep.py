@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from helpers import trim_of
+from pdtrim.bundle import TrimPlan
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.handover import loopback_bytes, measured_plan_bytes
 from pdtrim.evaluate.kv_sweep import SweepConfig, markdown, sweep
 from pdtrim.evaluate.result import Result
-from pdtrim.methods.dense import dense_plan
 from pdtrim.models.loading import load_model
 from pdtrim.report.plot import plot_kv
 from pdtrim.stage.cost import Lengths
@@ -89,7 +89,7 @@ def test_bytes_are_those_of_two_processes(model, tiny_text):
     from pdtrim.calibration.batches import text_batch
 
     batch = text_batch(model, str(tiny_text), prompt_tokens=20, continuation_tokens=2, limit=2)
-    plan = dense_plan(model)
+    plan = TrimPlan.dense(model).plan
     counted = loopback_bytes(plan, model, batch)
     assert counted.frame == measured_plan_bytes(trim_of(plan), model, batch)
 

@@ -6,7 +6,7 @@ import torch
 from helpers import random_batch, tiny_model, trimmed
 from pdtrim.distill.merge import MergeConfig, better_slot, merge, observe
 from pdtrim.errors import PlanError
-from pdtrim.models.replace import swap_blocks
+from pdtrim.models.swap import swap_blocks
 from pdtrim.plan import Gates
 from pdtrim.stage.forward import Pair, Trimmed
 

@@ -14,7 +14,7 @@ from pdtrim.repair import linear
 from pdtrim.repair.apply import KINDS, RIDGE, SHARED, best_repair, repair
 from pdtrim.search.objective import dense_trace
 from pdtrim.stage.forward import Pair
-from pdtrim.stage.replaced import swap_pair
+from pdtrim.stage.swap import swap_pair
 
 
 @pytest.fixture(scope="module")

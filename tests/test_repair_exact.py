@@ -11,7 +11,7 @@ from pdtrim.plan import Gates, Width
 from pdtrim.repair.apply import first_change, repair
 from pdtrim.search.objective import dense_trace
 from pdtrim.stage.forward import Pair, forward
-from pdtrim.stage.replaced import swap_pair
+from pdtrim.stage.swap import swap_pair
 
 WIDTH, INNER, HALF = 32, 48, 16
 FULL = HandoverPolicy.full(4)

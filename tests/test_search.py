@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from helpers import random_batch, tiny_model, trimmed
 from pdtrim.calibration.batches import Calibration
 from pdtrim.calibration.teacher import Teacher
+from pdtrim.distill.sets import similarity
 from pdtrim.errors import PlanError
 from pdtrim.methods import Paper, PDTrim, Target
-from pdtrim.methods.sets import similarity
 from pdtrim.plan import Gates
 from pdtrim.search.anneal import Annealing, accepts, anneal, swap
 from pdtrim.search.goal import Goal

@@ -7,10 +7,10 @@ from typer.testing import CliRunner
 from helpers import random_batch, tiny_model
 from pdtrim.cli import app
 from pdtrim.evaluate.quality import measure_quality
+from pdtrim.evaluate.sensitivity import WAYS, sensitivity
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.report.heatmap import plot_sensitivity
 from pdtrim.report.table import sensitivity_table
-from pdtrim.search.sensitivity import WAYS, sensitivity
 from pdtrim.stage.forward import Pair, Trimmed
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from pdtrim.methods.sets import SetRule, merges
+from pdtrim.distill.sets import SetRule, merges
 
 BLOCK = torch.tensor([0.5, 0.97, 0.99, 0.9, 0.8])
 PAIR = torch.tensor([0.6, 0.96, 0.94, 0.7, 0.0])  # (0,1), (1,2), (2,3), (3,4)

@@ -14,9 +14,7 @@ from pathlib import Path
 
 from pdtrim.errors import PlanError
 from pdtrim.exported import check_base, load_pair, plan_of, write_pair
-from pdtrim.models.model import Model
-from pdtrim.models.replace import Blocks
-from pdtrim.models.replacements import (
+from pdtrim.models.block_files import (
     BlockFiles,
     FilesInFolder,
     FilesInMemory,
@@ -25,9 +23,12 @@ from pdtrim.models.replacements import (
     replacing,
     save_blocks,
 )
-from pdtrim.plan import PrunePlan, Stage
+from pdtrim.models.model import Model
+from pdtrim.models.swap import Blocks
+from pdtrim.plan import Gates, LayerKV, Provenance, PrunePlan, Stage
 from pdtrim.stage.forward import Pair
-from pdtrim.stage.replaced import narrowed, swap_pair
+from pdtrim.stage.swap import narrowed, swap_pair
+from pdtrim.versions import versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,26 @@ class TrimPlan:
         data = {**plan.to_json(), "replacements": [entry.model_dump() for entry in entries]}
         made = PrunePlan.from_json(data, source=f"method '{plan.provenance.method}'")
         return cls(plan=made, files=FilesInMemory(files=files))
+
+    @classmethod
+    def dense(cls, model: Model) -> TrimPlan:
+        """The plan that prunes nothing: both stages whole, all KV sent."""
+        origin = Provenance(
+            method="dense",
+            mode="projected",
+            seed=0,
+            calibration="none",
+            calibration_hash="",
+            search_block_tokens=0,
+            versions=versions(),
+        )
+        plan = PrunePlan(
+            model=model.ref,
+            gates=Gates.dense(model.num_layers),
+            kv=(LayerKV(),) * model.num_layers,
+            provenance=origin,
+        )
+        return cls(plan=plan)
 
     @classmethod
     def open(cls, path: str | Path) -> TrimPlan:

@@ -22,7 +22,6 @@ from pdtrim.evaluate.quality import measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
 from pdtrim.keep.files import write_text
 from pdtrim.methods import Method, Paper, PDTrim, Target
-from pdtrim.methods.dense import dense_plan
 from pdtrim.models.loading import load_model
 from pdtrim.models.model import Model
 from pdtrim.progress import Progress, silent
@@ -91,7 +90,7 @@ def run_demo(
     model = load_model(MODEL)
     held_out = _held_out(model, folder)
     say("2/4 planning: the dense model writes calibration text, the methods search")
-    plans = {"dense": TrimPlan(plan=dense_plan(model)), **_plans(model, rows, seed, progress)}
+    plans = {"dense": TrimPlan.dense(model), **_plans(model, rows, seed, progress)}
     for name, trim in plans.items():
         trim.save(_plan_file(folder, name))
     say("3/4 measuring quality on held-out text")

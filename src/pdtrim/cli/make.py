@@ -247,9 +247,9 @@ def distill(
     from pdtrim.calibration.batches import CalibrationConfig
     from pdtrim.calibration.mixture import load_mixture
     from pdtrim.distill.job import DistillConfig
+    from pdtrim.distill.plan import Training, train_plan, trained_plan
+    from pdtrim.distill.sets import SetRule
     from pdtrim.exported import base_model
-    from pdtrim.methods.sets import SetRule
-    from pdtrim.methods.training import Training, train_plan, trained_plan
 
     if output.resolve() == plan_file.resolve():
         raise PdtrimError("-o names the plan itself: give the trained one a name of its own")

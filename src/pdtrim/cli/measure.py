@@ -295,11 +295,11 @@ def sensitivity(
 ) -> None:
     """Measure what losing each block alone costs each stage; write a table and a heat map."""
     from pdtrim.calibration.batches import CalibrationConfig, load_calibration
+    from pdtrim.evaluate.sensitivity import WAYS
+    from pdtrim.evaluate.sensitivity import sensitivity as measure
     from pdtrim.models.loading import load_model
     from pdtrim.report.heatmap import plot_sensitivity
     from pdtrim.report.table import sensitivity_table
-    from pdtrim.search.sensitivity import WAYS
-    from pdtrim.search.sensitivity import sensitivity as measure
 
     context.with_resource(output_folder(output, "sensitivity"))
     progress = progress_of(as_json)

@@ -11,7 +11,7 @@ from pdtrim.errors import PlanError
 from pdtrim.keep.settings import Settings
 from pdtrim.keep.tensors import ids_digest, tensors_digest
 from pdtrim.models.model import Model
-from pdtrim.models.replace import Weights
+from pdtrim.models.swap import Weights
 from pdtrim.stage.forward import Batch, Trimmed
 
 FREE = ("max_seconds", "checkpoint_seconds")

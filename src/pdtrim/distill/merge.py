@@ -25,7 +25,7 @@ from pdtrim.errors import PlanError
 from pdtrim.finite import finite
 from pdtrim.kv.policy import HandoverPolicy, hand_over
 from pdtrim.models.model import Model
-from pdtrim.models.replace import Weights
+from pdtrim.models.swap import Weights
 from pdtrim.plan import Gates
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.forward import Batch, Trimmed, decode_stream

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pdtrim.distill.schedule import rate_share
 from pdtrim.finite import finite
 from pdtrim.models.model import Model
-from pdtrim.models.replace import Weights, swap_blocks
+from pdtrim.models.swap import Weights, swap_blocks
 from pdtrim.plan import Gates
 
 Compute = Literal["bfloat16", "float32"]

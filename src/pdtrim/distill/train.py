@@ -23,7 +23,7 @@ from pdtrim.distill.student import DTYPES, Student, by_layer, frozen
 from pdtrim.distill.trainable import trainable_layers
 from pdtrim.finite import finite
 from pdtrim.models.model import Model
-from pdtrim.models.replace import Weights
+from pdtrim.models.swap import Weights
 from pdtrim.progress import Advance, Progress, silent
 from pdtrim.stage.forward import Batch, Pair, Trimmed
 

@@ -21,6 +21,8 @@ from pdtrim.bundle import TrimPlan
 from pdtrim.calibration.batches import Calibration, CalibrationConfig, text_batch
 from pdtrim.calibration.kept import kept_calibration, source_digest
 from pdtrim.distill.job import DistillConfig
+from pdtrim.distill.plan import Training, pairs_of, train_plan
+from pdtrim.distill.sets import Reading, SetRule
 from pdtrim.evaluate.quality import measure_quality
 from pdtrim.keep.settings import Settings, package_versions
 from pdtrim.keep.store import claim, once
@@ -29,17 +31,15 @@ from pdtrim.methods.base import Method
 from pdtrim.methods.paper import Paper
 from pdtrim.methods.pdtrim import PDTrim
 from pdtrim.methods.problem import Search, Target
-from pdtrim.methods.sets import Reading, SetRule
-from pdtrim.methods.training import Training, pairs_of, train_plan
 from pdtrim.models.model import Model
-from pdtrim.models.replace import Blocks
+from pdtrim.models.swap import Blocks
 from pdtrim.plan import Gates, Stage
 from pdtrim.progress import Progress, silent
 from pdtrim.records import Frozen
 from pdtrim.repair.apply import KINDS, SHARED, best_repair, repair
 from pdtrim.stage.cost import Lengths, block_tokens
 from pdtrim.stage.forward import Batch, Pair, Trimmed
-from pdtrim.stage.replaced import swap_pair
+from pdtrim.stage.swap import swap_pair
 
 SEARCHES: tuple[Search, ...] = ("one_shot", "greedy", "evolution", "anneal", "hybrid")
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from pdtrim.bundle import TrimPlan
 from pdtrim.calibration.batches import CalibrationConfig, load_calibration, text_batch
 from pdtrim.calibration.kept import kept_calibration, source_digest
 from pdtrim.evaluate.handover import Loopback, loopback_bytes
@@ -25,7 +26,6 @@ from pdtrim.keep.settings import Settings, package_versions
 from pdtrim.keep.store import claim, once
 from pdtrim.keep.tensors import ids_digest
 from pdtrim.kv.policy import HandoverPolicy
-from pdtrim.methods.dense import dense_plan
 from pdtrim.models.model import Model
 from pdtrim.plan import LayerKV, PrunePlan
 from pdtrim.progress import Progress, silent
@@ -129,7 +129,7 @@ def sweep(
         limit=config.limit,
     )
     keep = _Cells.at(folder, model, config, batch)
-    plans = {"dense": dense_plan(model), **_plans(model, config, keep, progress)}
+    plans = {"dense": TrimPlan.dense(model).plan, **_plans(model, config, keep, progress)}
     policies = {name: HandoverPolicy.of(plan) for name, plan in plans.items()}
     pair = Pair.dense(model)
     variants = {name: Trimmed.of(plan, pair) for name, plan in plans.items()}
@@ -285,7 +285,7 @@ def _plans(
         wanted[f"budget@{compression:g}x"] = KVBudget(compression=compression).text
         packed = KVBudget(compression=compression, codecs="packed")
         wanted[f"budget, packed codecs@{compression:g}x"] = packed.text
-    dense = dense_plan(model)
+    dense = TrimPlan.dense(model).plan
     sample = text.search.to(model.device)
     trace = dense_trace(model, sample)
 

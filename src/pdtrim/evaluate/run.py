@@ -13,7 +13,6 @@ from pdtrim.evaluate.kv_suite import KvSuiteConfig, run_suite
 from pdtrim.evaluate.quality import measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
 from pdtrim.exported import base_model
-from pdtrim.methods.dense import dense_plan
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.cost import Lengths
 from pdtrim.stage.forward import Trimmed
@@ -72,7 +71,7 @@ def evaluate(target: str | Path, config: EvalConfig, *, progress: Progress = sil
         metrics[name] = run_suite(trimmed, {name: trimmed.policy}, suite, progress)[name]
     prompts = batch[:WIRE_PROMPTS]
     with progress("counting bytes on the wire", 2) as advance:
-        dense_bytes = measured_plan_bytes(TrimPlan(plan=dense_plan(model)), model, prompts)
+        dense_bytes = measured_plan_bytes(TrimPlan.dense(model), model, prompts)
         advance(1)
         sent = measured_plan_bytes(trim, model, prompts)
         advance(1)

@@ -15,7 +15,7 @@ from pdtrim.keep.journal import Journal
 from pdtrim.keep.settings import Settings
 from pdtrim.methods.problem import Metric, Problem, Repair, Target
 from pdtrim.models.model import Model
-from pdtrim.models.replace import Blocks
+from pdtrim.models.swap import Blocks
 from pdtrim.plan import (
     Gates,
     Mode,

@@ -21,7 +21,7 @@ from pdtrim.plan import Gates, Stage, Widths
 from pdtrim.search.goal import Goal
 from pdtrim.stage.cost import block_parameters
 from pdtrim.stage.forward import Pair
-from pdtrim.stage.replaced import swap_pair
+from pdtrim.stage.swap import swap_pair
 
 
 @dataclass(frozen=True, kw_only=True)

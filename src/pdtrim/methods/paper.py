@@ -21,10 +21,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+from pdtrim.distill.sets import similarity
 from pdtrim.errors import PlanError
 from pdtrim.methods.base import Found, Method
 from pdtrim.methods.problem import Problem
-from pdtrim.methods.sets import similarity
 from pdtrim.plan import Stage
 from pdtrim.progress import Progress
 from pdtrim.search.anneal import Annealing, anneal

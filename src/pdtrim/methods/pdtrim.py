@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pdtrim.errors import PlanError
 from pdtrim.methods.base import Found, Method
 from pdtrim.methods.problem import Problem, Target
-from pdtrim.models.replace import Blocks
+from pdtrim.models.swap import Blocks
 from pdtrim.plan import STAGES, Gates, Widths
 from pdtrim.repair.apply import Repaired, best_repair
 from pdtrim.repair.cuts import writes

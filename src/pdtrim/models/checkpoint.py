@@ -82,7 +82,7 @@ def save_stage(model: Model, plan: PrunePlan, stage: Stage, folder: Path) -> Non
     """Write one stage of a plan into a new folder.
 
     Args:
-        model: what the stage runs (``stage/replaced.py``), with all of the dense model's layers.
+        model: what the stage runs (``stage/swap.py``), with all of the dense model's layers.
 
     Raises:
         PdtrimError: the system refuses to write.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pdtrim.errors import PlanError
 from pdtrim.models.model import Model
-from pdtrim.models.replace import own_blocks
+from pdtrim.models.swap import own_blocks
 from pdtrim.plan import PrunePlan, Stage, Width
 
 

@@ -30,13 +30,13 @@ from pdtrim.calibration.teacher import Teacher
 from pdtrim.errors import PdtrimError
 from pdtrim.finite import finite
 from pdtrim.models.model import Model
-from pdtrim.models.replace import Blocks, Weights
+from pdtrim.models.swap import Blocks, Weights
 from pdtrim.plan import STAGES, Gates, Stage
 from pdtrim.repair import diagonal, kv, linear, outputs, scalar
 from pdtrim.repair.cuts import Cut, find_cuts, readers, writes
 from pdtrim.repair.walk import ROWS, Walk
 from pdtrim.stage.forward import Batch, Trimmed
-from pdtrim.stage.replaced import swap_pair
+from pdtrim.stage.swap import swap_pair
 
 Kind = Literal[
     "none",

@@ -23,7 +23,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from pdtrim.models.replace import Weights
+from pdtrim.models.swap import Weights
 
 PROJECTIONS = ("self_attn.k_proj.weight", "self_attn.v_proj.weight")
 

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from pdtrim.models.replace import Weights
+from pdtrim.models.swap import Weights
 
 DOWN = "mlp.down_proj."
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from pdtrim.models.replace import Weights
+from pdtrim.models.swap import Weights
 
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 """The parts of a block that write to the stream."""

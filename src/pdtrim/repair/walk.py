@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pdtrim.models.model import Model
-from pdtrim.models.replace import Blocks, Weights
+from pdtrim.models.swap import Blocks, Weights
 from pdtrim.plan import Gates, LayerKV, Stage
 from pdtrim.repair.cuts import Cut, readers
 from pdtrim.stage.forward import Batch, Pair, Trimmed
-from pdtrim.stage.replaced import swap_pair
+from pdtrim.stage.swap import swap_pair
 
 ROWS = 8  # sequences run together
 Entry = tuple[Tensor, Tensor]

@@ -32,7 +32,6 @@ from pdtrim.keep.lock import lock
 from pdtrim.keep.settings import Settings, package_versions
 from pdtrim.keep.store import claim, once
 from pdtrim.methods import METHODS
-from pdtrim.methods.dense import dense_plan
 from pdtrim.models.model import Model
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.cost import Lengths, removed_parameters
@@ -140,7 +139,7 @@ class Bench:
     def dense(self) -> Measured:
         """The dense model's measurements."""
         with self._alone(DENSE):
-            trim = TrimPlan(plan=dense_plan(self.model))
+            trim = TrimPlan.dense(self.model)
             return self._measured(DENSE, trim, Run(seed=0), timed=False)
 
     def system(self, system: System, seed: int) -> Measured:

@@ -53,7 +53,7 @@ from pdtrim.methods.baselines.width import (
 from pdtrim.methods.problem import Problem
 from pdtrim.models.model import Model
 from pdtrim.models.narrow import channels
-from pdtrim.models.replace import Blocks, Weights
+from pdtrim.models.swap import Blocks, Weights
 from pdtrim.plan import STAGES
 from pdtrim.progress import Progress
 from pdtrim.stage.forward import Batch

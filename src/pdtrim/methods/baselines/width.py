@@ -33,7 +33,7 @@ from pdtrim.methods.baselines.residuals import dense_cost
 from pdtrim.methods.problem import Problem
 from pdtrim.models.checkpoint import held_parts
 from pdtrim.models.model import Model
-from pdtrim.models.replace import Blocks
+from pdtrim.models.swap import Blocks
 from pdtrim.plan import STAGES, Gates, LayerKV, Mode, Stage, Width, Widths
 
 GROUP_ROWS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

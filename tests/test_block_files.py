@@ -19,8 +19,8 @@ from pdtrim.evaluate.quality import measure_quality
 from pdtrim.evaluate.run import EvalConfig, evaluate
 from pdtrim.exported import load_pair
 from pdtrim.keep.files import CannotWrite
+from pdtrim.models.block_files import FilesInFolder, save_blocks
 from pdtrim.models.loading import load_model
-from pdtrim.models.replacements import FilesInFolder, save_blocks
 from pdtrim.plan import Gates, PrunePlan
 from pdtrim.runtime.session import Session
 from pdtrim.stage.forward import Pair, Trimmed, forward
@@ -307,7 +307,7 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one_with_its_blocks(
     def full(*_):
         raise CannotWrite("no space")
 
-    for owner in ("pdtrim.plan.write_json", "pdtrim.models.replacements.write_bytes"):
+    for owner in ("pdtrim.plan.write_json", "pdtrim.models.block_files.write_bytes"):
         with monkeypatch.context() as patch, pytest.raises(CannotWrite):
             patch.setattr(owner, full)
             save_at(model, path, 2)

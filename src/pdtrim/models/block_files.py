@@ -27,7 +27,7 @@ from pdtrim.finite import finite
 from pdtrim.keep.files import sha256_of, write_bytes
 from pdtrim.models.model import Model
 from pdtrim.models.narrow import outline
-from pdtrim.models.replace import Blocks, Weights
+from pdtrim.models.swap import Blocks, Weights
 from pdtrim.plan import PrunePlan, Replacement, Stage
 
 FILE_NAME = re.compile(r"(prefill|decode)-\d+(-[0-9a-f]{12})?\.safetensors")

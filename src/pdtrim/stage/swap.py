@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from pdtrim.models.model import Model
 from pdtrim.models.narrow import narrow_stage
-from pdtrim.models.replace import Weights, swap_blocks
+from pdtrim.models.swap import Weights, swap_blocks
 from pdtrim.plan import PrunePlan, Stage
 from pdtrim.stage.forward import Pair
 

@@ -10,12 +10,12 @@ from helpers import make_plan, pair_of, random_batch, tiny_model, trim_of, trimm
 from pdtrim.cli import app
 from pdtrim.distill.job import DistillConfig
 from pdtrim.distill.merge import MergeConfig
+from pdtrim.distill.plan import Training, pairs_of, train_plan, trained_plan, with_slot
+from pdtrim.distill.sets import SetRule
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.quality import measure_quality
 from pdtrim.exported import load_pair
 from pdtrim.kv.policy import HandoverPolicy
-from pdtrim.methods.sets import SetRule
-from pdtrim.methods.training import Training, pairs_of, train_plan, trained_plan, with_slot
 from pdtrim.plan import Gates, LayerKV, PrunePlan, Width, Widths
 from pdtrim.repair.apply import repair
 from pdtrim.stage.forward import Trimmed
@@ -72,7 +72,7 @@ def test_a_merged_and_trained_plan_is_better_and_survives_export(setting, tmp_pa
     assert exported == pytest.approx(kl(model, made, tmp_path, held_out), abs=1e-5)
 
 
-def test_training_starts_from_the_plans_repairs_and_keeps_prefills(setting, tmp_path):
+def test_distill_plan_starts_from_the_plans_repairs_and_keeps_prefills(setting, tmp_path):
     model, plan, text, held_out = setting
     gates = Gates.removing(5, prefill={1, 3}, decode={2})
     blocks = repair(model, trimmed(model, gates, HandoverPolicy.full(5)), text, "linear")

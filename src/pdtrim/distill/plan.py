@@ -16,11 +16,11 @@ import torch
 from pdtrim.bundle import TrimPlan
 from pdtrim.distill.job import DistillConfig
 from pdtrim.distill.merge import MergeConfig, Merged, merge
+from pdtrim.distill.sets import SetRule, merges, similarity
 from pdtrim.distill.train import Distilled, distill
 from pdtrim.errors import PlanError
-from pdtrim.methods.sets import SetRule, merges, similarity
 from pdtrim.models.model import Model
-from pdtrim.models.replace import Blocks
+from pdtrim.models.swap import Blocks
 from pdtrim.plan import Gates, PrunePlan
 from pdtrim.progress import Progress, silent
 from pdtrim.repair.cuts import merged_layers
