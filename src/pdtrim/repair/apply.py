@@ -10,8 +10,8 @@ its first change on, be that a block, an attention, an MLP or a part of them. Wh
 read the stream of one cut, the target is the mean of the dense streams there: in squares it is
 their best. ``kv`` fits the projections of blocks that prefill skips but computes keys and values
 for, alone or behind ``linear`` or ``outputs``.
-Tokens count by their squares, not alike: the few with huge channels (attention sinks) must come
-through unharmed, and a fit to relative errors spoils them.
+The loss is the absolute squared error, so tokens with large activations weigh more: attention sinks
+must come through unharmed, and a fit to relative errors spoils them.
 
 Shapes: E hidden width.
 """
