@@ -4,10 +4,12 @@ import json
 import os
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -283,7 +285,8 @@ def test_a_killed_export_leaves_the_old_pair_the_new_one_or_a_refusal(
     assert pair_files(folder) == before, "the old pair is back"
     export(new, model, folder)
     assert load_pair(folder)[1] == new
-    assert sorted(p.name for p in folder.iterdir()) == ["decode", "notes.txt", "prefill"]
+    names = {path.name for path in folder.iterdir()}
+    assert names - {"README.md"} == {"decode", "notes.txt", "prefill"}
 
 
 def full_disk(*_, **__):
@@ -308,7 +311,7 @@ def test_an_export_that_fails_at_a_rename_puts_the_old_pair_back(tmp_path, monke
     with pytest.raises(PdtrimError, match=r"cannot write .*pair: No space left"):
         export(new, model, folder)
     assert pair_files(tmp_path) == before
-    assert sorted(p.name for p in folder.iterdir()) == ["decode", "prefill"]
+    assert {"decode", "prefill", "README.md"} == {path.name for path in folder.iterdir()}
 
 
 def test_a_failed_first_export_leaves_nothing(tmp_path, monkeypatch):
@@ -375,3 +378,23 @@ def test_a_pair_is_no_dense_model(tmp_path):
     export(make_plan(model, Gates.dense(4)), model, tmp_path / "pair")
     with pytest.raises(ModelError, match="exported pair"):
         load_model(str(tmp_path / "pair"))
+
+
+def test_a_pair_carries_a_card_and_a_users_own_stays(tmp_path, tiny_folder):
+    source = tmp_path / "model"
+    shutil.copytree(tiny_folder, source)
+    (source / "README.md").write_text("---\nlicense: apache-2.0\ntags:\n- x\n---\n# Mine\n")
+    model = load_model(str(source), dtype="float32")
+    plan = make_plan(model, Gates.removing(4, prefill={1}, decode={2}))
+    folder = export(plan, model, tmp_path / "pair")
+    text = (folder / "README.md").read_text()
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["license"] == "apache-2.0" and head["base_model"] == str(source)
+    assert plan.digest in text and "| decode | 3 of 4 | 2 | none |" in text
+    (folder / "README.md").write_text(text.replace("not measured", "measured: fine"))
+    export(plan, model, folder)
+    assert (folder / "README.md").read_text() == text  # it was ours
+    (folder / "README.md").write_text("mine\n")
+    export(plan, model, folder)
+    assert (folder / "README.md").read_text() == "mine\n"
+    load_pair(folder)

@@ -12,6 +12,7 @@ FLOORS = (
     ("keep",),
     ("kv.groups", "kv.view", "kv.bias", "kv.selectors", "kv.codecs", "kv.bearable"),
     ("plan",),
+    ("card",),
     ("kv", "models"),
     ("stage",),
     ("exported", "bundle"),

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from pdtrim import card
 from pdtrim.errors import PdtrimError, PlanError
-from pdtrim.keep.files import cannot_write, sync_file, sync_folder
+from pdtrim.keep.files import cannot_write, sync_file, sync_folder, write_text
 from pdtrim.keep.folder import LOCK
 from pdtrim.keep.lock import lock
 from pdtrim.models.checkpoint import (
@@ -174,6 +175,7 @@ def _check_place(folder: Path) -> None:
     names = [] if not folder.exists() else sorted(path.name for path in folder.iterdir())
     stages = [name for name in names if name in STAGES]
     others = [n for n in names if n not in STAGES and n != LOCK and not ASIDE.fullmatch(n)]
+    others = [n for n in others if n != card.NAME or not card.is_card(folder / n)]
     foreign = [stage for stage in stages if _entry(folder / stage) is None]
     if foreign or (others and not stages):
         raise PlanError(
@@ -205,6 +207,9 @@ def _write(pair: Pair, plan: PrunePlan, folder: Path) -> None:
         for stage in STAGES:
             _check_known(folder / stage, file_names(aside / stage))
         _swap(folder, aside)
+        place = folder / card.NAME
+        if card.is_card(place) or not place.exists():  # a user's own stays
+            write_text(place, card.card_of(plan, pair.decode.licence))
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from pdtrim.card import licence_of
 from pdtrim.errors import ModelError, NotFinite, border
 from pdtrim.models.configs import ATTENTION, config_of, generation_ids, head_width
 from pdtrim.models.gguf import FREQUENCIES, is_gguf, read_gguf
@@ -36,7 +37,15 @@ from pdtrim.reading.json_text import read_json
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-HUB_FILES = ("*.json", "model*.safetensors", "tokenizer*", "*.model", "merges.txt", "*.jinja")
+HUB_FILES = (
+    "README.md",
+    "*.json",
+    "model*.safetensors",
+    "tokenizer*",
+    "*.model",
+    "merges.txt",
+    "*.jinja",
+)
 """What is downloaded of a hub model: no pickles, no code."""
 
 
@@ -64,7 +73,8 @@ def load_model(
         network, tokenizer = read(place, DTYPES[dtype])
         check_finite(network, source)
         network.to(device)
-        model = Model(network, tokenizer, name=source, revision=revision)
+        licence = licence_of(place) if place.is_dir() else {}
+        model = Model(network, tokenizer, name=source, revision=revision, licence=licence)
         # the guard needs the simulator, which is built on models: only this function looks up
         from pdtrim.stage.guard import check_forward
 

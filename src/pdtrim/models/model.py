@@ -48,6 +48,7 @@ class Model:
         name: what the user called it; written into plans.
         layers: dense layer index of each of the network's blocks; None means all, in order.
         num_layers: layers of the dense model, where ``layers`` is given.
+        licence: what the model's card says of it; goes into the card of an exported pair.
 
     Raises:
         ModelError: an unsupported architecture, or RoPE that is not understood.
@@ -62,6 +63,7 @@ class Model:
         revision: str | None = None,
         layers: tuple[int, ...] | None = None,
         num_layers: int | None = None,
+        licence: dict[str, str] | None = None,
     ) -> None:
         family = family_of(network.config)
         check_rope(network.config, f"'{name}'")
@@ -72,9 +74,20 @@ class Model:
         self.tokenizer = tokenizer
         self.name = name
         self.revision = revision
+        self.licence = licence or {}
         self.blocks: list[Block | None] = [None] * (num_layers or len(modules))
         for slot, (layer, module) in enumerate(zip(layers, modules, strict=True)):
             self.blocks[layer] = family(module, window=family.window_of(network.config, slot))
+
+    def like(self, network: PreTrainedModel) -> Model:
+        """Another network under the same name."""
+        return Model(
+            network,
+            self.tokenizer,
+            name=self.name,
+            revision=self.revision,
+            licence=self.licence,
+        )
 
     @property
     def config(self) -> PreTrainedConfig:

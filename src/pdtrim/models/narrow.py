@@ -28,7 +28,7 @@ def narrow_blocks(model: Model, widths: Mapping[int, Width]) -> Model:
     network = own_blocks(model, widths)
     for layer, width in widths.items():
         narrow(network.model.layers[layer], width, head_dim=model.head_dim, layer=layer)
-    return Model(network, model.tokenizer, name=model.name, revision=model.revision)
+    return model.like(network)
 
 
 def narrow_stage(model: Model, plan: PrunePlan, stage: Stage) -> Model:

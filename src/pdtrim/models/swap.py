@@ -34,7 +34,7 @@ def swap_blocks(model: Model, blocks: Mapping[int, Weights]) -> Model:
         module = network.model.layers[layer]
         for name, tensor in weights.items():
             _put(module, layer, name, tensor.to(model.device, model.dtype))
-    return Model(network, model.tokenizer, name=model.name, revision=model.revision)
+    return model.like(network)
 
 
 def own_blocks(model: Model, layers: Iterable[int]) -> Any:

@@ -39,6 +39,17 @@ class LayerKV(Frozen):
     selector: Selector = Full()
     codec: Codec = Raw()
 
+    @property
+    def text(self) -> str:
+        """The rule on one line, long parameters left out."""
+        parts = []
+        for record in (self.selector, self.codec):
+            data = record.model_dump()
+            name = data.pop("name")
+            shown = ", ".join(f"{k} {v}" for k, v in data.items() if len(str(v)) < 30)
+            parts.append(f"{name} ({shown})" if shown else name)
+        return ", ".join(parts)
+
 
 class BaseModelRef(Frozen):
     """The dense model that a plan was made for."""

@@ -9,7 +9,7 @@ from rich.text import Text
 from pdtrim.kv.codecs import Raw
 from pdtrim.kv.frame import Layout
 from pdtrim.models.loading import DTYPES
-from pdtrim.plan import STAGES, LayerKV, PrunePlan
+from pdtrim.plan import STAGES, PrunePlan
 
 PARTS = ("KV heads", "neurons")
 ATTENTION = {"full": ("A", "green"), "kv": ("k", "yellow"), "off": ("·", "bright_black")}
@@ -103,7 +103,7 @@ def _handover(plan: PrunePlan, prompt_tokens: int) -> Text:
     )
     rules: dict[str, list[int]] = {}
     for layer in plan.sent_layers:
-        rules.setdefault(_describe(plan.kv[layer]), []).append(layer)
+        rules.setdefault(plan.kv[layer].text, []).append(layer)
     lines = [f"{len(plan.sent_layers)} of {plan.model.num_layers} layers travel:"]
     lines += [f"  {len(layers)} x {rule}" for rule, layers in rules.items()]
     bound = "" if layout.exact else "at most "
@@ -112,14 +112,3 @@ def _handover(plan: PrunePlan, prompt_tokens: int) -> Text:
         f" bytes of {dense:,} in bf16 ({dense / layout.frame_bytes:.2f}x)"
     )
     return Text("\n".join(lines))
-
-
-def _describe(rule: LayerKV) -> str:
-    """A rule on one line, long parameters left out."""
-    parts = []
-    for record in (rule.selector, rule.codec):
-        data = record.model_dump()
-        name = data.pop("name")
-        shown = ", ".join(f"{k} {v}" for k, v in data.items() if len(str(v)) < 30)
-        parts.append(f"{name} ({shown})" if shown else name)
-    return ", ".join(parts)
