@@ -1,0 +1,134 @@
+"""Arithmetic on tiles in registers, equal to torch's to the bit, in Triton and its interpreter.
+
+Launch with ``EXACT``: a fused multiply-add rounds once where torch rounds twice.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+EXACT = {"enable_fp_fusion": False}
+"""Launch options of every kernel."""
+
+ROUND = tl.constexpr(1.5 * 2**23)
+"""Added to a number below 2**22 in fp32, it leaves the number, rounded to even, in the low bits."""
+
+LEAST_SCALE = tl.constexpr(2.0**-24)
+GREATEST_FP16 = tl.constexpr(65504.0)
+
+
+@triton.jit
+def widened(x):
+    """fp32 of any float; bf16 is the upper half of its bits."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def narrowed(x, dtype: tl.constexpr):
+    """A float dtype of finite fp32, rounded to even; in integers for bf16, as the interpreter
+    rounds wrongly there."""
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def ordered(x):
+    """int32 in the order of fp32 numbers, with NaN at both ends, so that it is never lost."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def number(order):
+    """fp32 of what :func:`ordered` made."""
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fp16_below(x):
+    """The largest fp16 number that is not above ``x`` of fp32; -inf below fp16's range."""
+    near = x.to(tl.float16)
+    wide = near.to(tl.float32)
+    bits = near.to(tl.int16, bitcast=True).to(tl.int32)
+    down = tl.where(wide == 0, -0x7FFF, tl.where(wide > 0, bits - 1, bits + 1))
+    return tl.where(wide > x, down.to(tl.int16).to(tl.float16, bitcast=True), near)
+
+
+@triton.jit
+def grid_of(least, most, BITS: tl.constexpr):
+    """lo and scale as fp32 of their fp16, of groups' ordered extremes."""
+    lo = fp16_below(number(least) + 0.0).to(tl.float32)
+    span = number(most) - lo
+    levels = tl.full(span.shape, (1 << BITS) - 1, tl.float32)
+    scale = -fp16_below(tl.div_rn(-span, levels)).to(tl.float32)
+    return lo, tl.where(scale < LEAST_SCALE, LEAST_SCALE, scale)
+
+
+@triton.jit
+def codes_of(x, lo, scale, BITS: tl.constexpr):
+    """int32 codes of fp32 on a grid, which are 0 at least and ``2**BITS - 1`` at most."""
+    y = tl.div_rn(x - lo, scale) + ROUND
+    return y.to(tl.int32, bitcast=True) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def broken(lo, scale):
+    """int32 1 where a grid is none that an encoder makes."""
+    sound = (tl.abs(lo) <= GREATEST_FP16) & (scale > 0) & (scale <= GREATEST_FP16)
+    return (sound == 0).to(tl.int32)
+
+
+@triton.jit
+def hadamard(x, ROWS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr):
+    """fp32 ``[ROWS, D] H``; the additions of ``kv/codecs/hadamard.py`` in their order.
+
+    Each stage works on neighbours and moves its bit of the channel number to the top, so that
+    the last stage leaves the channels in order.
+    """
+    for _ in tl.static_range(STAGES):
+        left, right = tl.split(tl.reshape(x, [ROWS, D // 2, 2]))
+        both = tl.join(left + right, left - right)
+        x = tl.reshape(tl.permute(both, [0, 2, 1]), [ROWS, D])
+    return x * (D**-0.5)
+
+
+@triton.jit
+def load_rows(x_ptr, kept_ptr, head, n, x_head, x_row, kept_head, kept_row, D: tl.constexpr,
+              KEPT: tl.constexpr):  # fmt: skip
+    """A tile ``[rows, D's power of two]`` of pairs ``n`` of a head, straight from the cache.
+
+    Copies of the last channel fill the width. ``x_*`` and ``kept_*`` are strides.
+    """
+    head = head.to(tl.int64)
+    row = tl.load(kept_ptr + head * kept_head + n * kept_row) if KEPT else n
+    d = channels(D)
+    return tl.load(x_ptr + head * x_head + row.to(tl.int64)[:, None] * x_row + d[None, :])
+
+
+@triton.jit
+def load_side(
+    k_ptr, v_ptr, kept_ptr, heads, side, n, k_head, k_row, v_head, v_row, kept_head, kept_row,
+    D: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """The same of keys or of values: ``side`` counts the keys' heads, then the values'."""
+    if side < heads:
+        x = load_rows(k_ptr, kept_ptr, side, n, k_head, k_row, kept_head, kept_row, D, KEPT)
+    else:
+        head = side - heads
+        x = load_rows(v_ptr, kept_ptr, head, n, v_head, v_row, kept_head, kept_row, D, KEPT)
+    return x
+
+
+@triton.jit
+def channels(D: tl.constexpr):
+    """Channel numbers to the next power of two; the last channel's in those too many."""
+    d = tl.arange(0, triton.next_power_of_2(D))
+    if triton.next_power_of_2(D) != D:
+        d = tl.minimum(d, D - 1)
+    return d
