@@ -38,8 +38,8 @@ class CodecBase(Frozen):
         On a GPU they go straight from the cache to the wire, where the codec has kernels. The
         cache may have any strides; all of ``kept_LM`` must be below T, which a GPU cannot check.
         """
-        D = k_LTD.shape[2]
-        if kernels := kernels_of(self, k_LTD.device, D):
+        M, D = kept_LM.shape[1], k_LTD.shape[2]
+        if kernels := kernels_of(self, k_LTD.device, M, D):
             return kernels.encode(self, k_LTD, v_LTD, kept_LM)
         at = kept_LM.to(torch.int64)[..., None].expand(-1, -1, D)
         return self.encode(k_LTD.gather(1, at), v_LTD.gather(1, at))

@@ -39,7 +39,7 @@ class Fp8(CodecBase):
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
         """See the base class."""
         L, M, D = k_LMD.shape
-        if kernels := kernels_of(self, k_LMD.device, D):
+        if kernels := kernels_of(self, k_LMD.device, M, D):
             return kernels.encode(self, k_LMD, v_LMD)
         size = self.nbytes(L, M, D, k_LMD.dtype)
         data = torch.empty(size, dtype=torch.uint8, device=k_LMD.device)
@@ -65,7 +65,7 @@ class Fp8(CodecBase):
         L, M, D = heads, tokens, width
         if data.numel() != self.nbytes(L, M, D, dtype):
             raise WireError(f"fp8 KV of {data.numel()} bytes does not fit its shape")
-        if kernels := kernels_of(self, data.device, D):
+        if kernels := kernels_of(self, data.device, M, D):
             k_LMD, v_LMD, broken = kernels.decode(self, data, L, M, D, dtype)
             if broken:
                 raise WireError("fp8 KV holds a scale or a value that is no number, or no scale")

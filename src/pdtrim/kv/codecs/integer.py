@@ -62,7 +62,7 @@ class Integer(CodecBase):
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
         """See the base class."""
         L, M, D = k_LMD.shape
-        if kernels := kernels_of(self, k_LMD.device, D):
+        if kernels := kernels_of(self, k_LMD.device, M, D):
             return kernels.encode(self, k_LMD, v_LMD)
         start, stop = self.coded(M)
         N, sizes = stop - start, self.sizes(L, M, D, k_LMD.dtype)
@@ -90,7 +90,7 @@ class Integer(CodecBase):
         L, M, D = heads, tokens, width
         if data.numel() != self.nbytes(L, M, D, dtype):
             raise WireError(f"int KV of {data.numel()} bytes does not fit its shape")
-        if kernels := kernels_of(self, data.device, D):
+        if kernels := kernels_of(self, data.device, M, D):
             k_LMD, v_LMD, broken = kernels.decode(self, data, L, M, D, dtype)
             if broken:
                 raise WireError(NO_GRID)

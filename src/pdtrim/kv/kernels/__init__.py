@@ -4,7 +4,7 @@ The torch path of ``kv/codecs`` is the reference: every step of a kernel is the 
 rounded operation in the same order, never a fused one, so that bytes and results are equal to the
 bit. A codec's kernels are the module here of its name. A module has
 
-- ``takes(codec, width)``: whether the kernels code heads of a width; the torch path codes others;
+- ``takes(codec, tokens, width)``: whether it codes heads of a shape; the torch path codes others;
 - ``encode(codec, k_LTD, v_LTD, kept_LM)``: the wire bytes of all pairs, or of those at ``kept_LM``
   of each head (int32 or int64, any strides), which are never copied in between;
 - ``decode(codec, data, heads, tokens, width, dtype)``: keys and values, and whether the bytes
@@ -38,13 +38,13 @@ MODULES = {"int": "integer", "fp8": "fp8", "raw": "raw"}
 _forced: ContextVar[Way | None] = ContextVar("forced", default=None)
 
 
-def kernels_of(codec: CodecBase, device: torch.device, width: int) -> Any:
-    """A codec's kernels for heads of a width on a device; None where the torch path codes them."""
+def kernels_of(codec: CodecBase, device: torch.device, tokens: int, width: int) -> Any:
+    """A codec's kernels for heads of a shape on a device; None where the torch path codes them."""
     way = _forced.get() or ("triton" if device.type == "cuda" and _installed() else "torch")
     if way == "torch" or codec.name not in MODULES:
         return None
     module = import_module(f"{__name__}.{MODULES[codec.name]}")
-    return module if module.takes(codec, width) else None
+    return module if module.takes(codec, tokens, width) else None
 
 
 @contextmanager

@@ -40,9 +40,9 @@ STEPS = tl.constexpr(2.0**14)
 """Added to a number below 2**-6 in fp32, it leaves its multiple of 2**-9 in the low bits."""
 
 
-def takes(codec: Fp8, width: int) -> bool:
-    """Any head that fits a tile."""
-    return 1 <= width <= 1024
+def takes(codec: Fp8, tokens: int, width: int) -> bool:
+    """Whether a token fits a tile, and where it lies in a head 32 bits."""
+    return 1 <= width <= 1024 and tokens * width < 2**31 - TILE
 
 
 def encode(codec: Fp8, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None = None) -> Tensor:
@@ -108,9 +108,7 @@ def peak_kernel(
     tl.store(peak_ptr + pid, tl.max(tl.max(peak, axis=1), axis=0))
 
 
-@triton.jit(
-    do_not_specialize=["M", "tiles", "runs"], do_not_specialize_on_alignment=["kept_ptr"]
-)
+@triton.jit(do_not_specialize=["M", "tiles", "runs"], do_not_specialize_on_alignment=["kept_ptr"])
 def code_kernel(
     k_ptr, v_ptr, kept_ptr, peak_ptr, scale_ptr, code_ptr, M, tiles, runs,
     k_head, k_row, v_head, v_row, kept_head, kept_row,

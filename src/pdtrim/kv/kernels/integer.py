@@ -23,10 +23,11 @@ PACK = 1024
 """Units that a program packs."""
 
 
-def takes(codec: Integer, width: int) -> bool:
-    """Whether a token's codes are whole bytes, and a token fits a tile."""
+def takes(codec: Integer, tokens: int, width: int) -> bool:
+    """Whether a token's codes are whole bytes, a token fits a tile, and a head's bits 32 bits."""
     power = width & (width - 1) == 0
-    return width % 8 == 0 and 8 <= width <= 256 and (power or not codec.rotate)
+    fits = width % 8 == 0 and 8 <= width <= 256 and tokens * width < 2**28
+    return fits and (power or not codec.rotate)
 
 
 def encode(codec: Integer, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None = None) -> Tensor:
@@ -101,10 +102,10 @@ class _Tiles:
         # two of a head's tiles of 64 tokens, where a group is that long
         self.k_rows = min(triton.next_power_of_2(max(self.size, 16)), max(16, 2 * TILE // wide))
         self.chunks = triton.cdiv(self.size, self.k_rows)
-        self.v_rows = tokens_of(width)
+        self.v_rows = max(tokens_of(width), self.k_rows)
         self.v_tiles = triton.cdiv(self.coded, self.v_rows)
         self.end_tiles = triton.cdiv(self.first + self.last, self.v_rows)
-        self.elements = wide * max(self.k_rows, self.v_rows)
+        self.elements = wide * self.v_rows
 
     def constants(self, codec: Integer, width: int) -> dict[str, int | bool]:
         """What the kernels are compiled for."""
@@ -121,4 +122,4 @@ class _Tiles:
 
     def options(self) -> dict[str, int]:
         """Threads of a program."""
-        return {"num_warps": 8 if self.elements >= TILE else 4}
+        return {"num_warps": min(16, max(4, self.elements // 1024))}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pdtrim.kv.kernels.integer_encode import SCALARS, unit_of
+from pdtrim.kv.kernels.integer_encode import SCALARS, bytes_of, unit_of
 from pdtrim.kv.kernels.numbers import broken, channels, hadamard, narrowed
 
 
@@ -36,8 +36,8 @@ def decode_kernel(
     v_to = v_ptr + head.to(tl.int64) * (first + N + last) * D
     if tile < k_tiles:
         _keys(
-            k_grid_ptr, k_codes_ptr, k_to + first * D, broken_ptr, heads, head, tile // (k_tiles // J),
-            tile % (k_tiles // J), N, J, size, D, STAGES, K_BITS, BT, PACKED,
+            k_grid_ptr, k_codes_ptr, k_to + first * D, broken_ptr, heads, head,
+            tile // (k_tiles // J), tile % (k_tiles // J), N, J, size, D, STAGES, K_BITS, BT, PACKED,
         )  # fmt: skip
     elif tile < k_tiles + v_tiles:
         _values(
@@ -67,23 +67,24 @@ def _keys(
     Q: tl.constexpr = BT // U
     DP: tl.constexpr = triton.next_power_of_2(D)
     d = channels(D)
-    row = head.to(tl.int64) * D + d
-    at = grid_ptr + row * J + j
+    at = grid_ptr + head.to(tl.int64) * D * J + (d * J + j)
     lo = tl.load(at).to(tl.float32)
     scale = tl.load(at + heads.to(tl.int64) * D * J).to(tl.float32)
     _note(broken_ptr, broken(lo, scale))
     count = tl.minimum(size, N - j * size)
+    # within a head, 32 bits say where
+    codes_ptr += head.to(tl.int64) * bytes_of(D, BITS) * N
     if PACKED:
         q = chunk * Q + tl.arange(0, Q)
-        at = row[None, :] * (N // U) + (j * (size // U) + q)[:, None]
+        at = (d * (N // U))[None, :] + (j * (size // U) + q)[:, None]
         units = _load_units(codes_ptr, at, (q * U < count)[:, None], BITS)
         shifts = tl.arange(0, U)[:, None, None] * BITS
         codes = tl.reshape((units[None, :, :] >> shifts) & ((1 << BITS) - 1), [BT, DP])
     else:
         n = chunk * BT + tl.arange(0, BT)
-        at = (row[None, :] * N + (j * size + n)[:, None]) * BITS
+        at = ((d * N)[None, :] + (j * size + n)[:, None]) * BITS
         ok = (n < count)[:, None]
-        byte, shift = at >> 3, (at & 7).to(tl.int32)
+        byte, shift = at >> 3, at & 7
         units = tl.load(codes_ptr + byte, mask=ok, other=0).to(tl.int32)
         if BITS == 3:
             more = tl.load(codes_ptr + byte + 1, mask=ok & (shift > 5), other=0).to(tl.int32)
@@ -94,7 +95,7 @@ def _keys(
         x = hadamard(x, BT, D, STAGES)
     r = tl.arange(0, BT)
     n = chunk * BT + r % Q * U + r // Q
-    to = to_ptr + (j * size + n).to(tl.int64)[:, None] * D + d[None, :]
+    to = to_ptr + (j * size + n)[:, None] * D + d[None, :]
     tl.store(to, narrowed(x, to_ptr.dtype.element_ty), mask=(n < count)[:, None])
 
 
@@ -110,9 +111,9 @@ def _values(
     DP: tl.constexpr = triton.next_power_of_2(D)
     n = tile * BV + tl.arange(0, BV)
     ok = (n < N)[:, None]
-    row = head.to(tl.int64) * N + n
-    q = tl.arange(0, DP // U)
-    at = row[:, None] * (D // U) + tl.minimum(q, D // U - 1)[None, :]
+    grid_ptr += head.to(tl.int64) * N * J
+    codes_ptr += head.to(tl.int64) * N * bytes_of(D, BITS)
+    at = n[:, None] * (D // U) + channels(D // U)[None, :]
     units = _load_units(codes_ptr, at, ok, BITS)
     shifts = tl.arange(0, U)[None, None, :] * BITS
     codes = tl.reshape((units[:, :, None] >> shifts) & ((1 << BITS) - 1), [BV, DP])
@@ -120,21 +121,21 @@ def _values(
     scales = heads.to(tl.int64) * N * J
     if GROUP & (GROUP - 1) == 0 and GROUP <= DP:
         JP: tl.constexpr = DP // GROUP
-        at = grid_ptr + row[:, None] * J + tl.minimum(tl.arange(0, JP), J - 1)[None, :]
+        at = grid_ptr + n[:, None] * J + channels(J)[None, :]
         lo = tl.load(at, mask=ok, other=0).to(tl.float32)
         scale = tl.load(at + scales, mask=ok, other=1).to(tl.float32)
         _note(broken_ptr, tl.reshape(broken(lo, scale), [BV * JP]))
         x = tl.reshape(codes, [BV, JP, GROUP]).to(tl.float32)
         x = tl.reshape(x * scale[:, :, None] + lo[:, :, None], [BV, DP])
     else:
-        at = grid_ptr + row[:, None] * J + (d // GROUP)[None, :]
+        at = grid_ptr + n[:, None] * J + (d // GROUP)[None, :]
         lo = tl.load(at, mask=ok, other=0).to(tl.float32)
         scale = tl.load(at + scales, mask=ok, other=1).to(tl.float32)
         _note(broken_ptr, tl.reshape(broken(lo, scale), [BV * DP]))
         x = codes.to(tl.float32) * scale + lo
     if STAGES:
         x = hadamard(x, BV, D, STAGES)
-    to = to_ptr + n.to(tl.int64)[:, None] * D + d[None, :]
+    to = to_ptr + n[:, None] * D + d[None, :]
     tl.store(to, narrowed(x, to_ptr.dtype.element_ty), mask=ok)
 
 
@@ -149,8 +150,10 @@ def _note(broken_ptr, bad):
 def _load_units(codes_ptr, at, ok, BITS: tl.constexpr):
     """int32 units, as ``store_units`` writes them."""
     if BITS == 3:
-        at = codes_ptr + at * 3
-        units = tl.load(at, mask=ok, other=0).to(tl.int32)
-        units |= tl.load(at + 1, mask=ok, other=0).to(tl.int32) << 8
-        return units | (tl.load(at + 2, mask=ok, other=0).to(tl.int32) << 16)
-    return tl.load(codes_ptr + at, mask=ok, other=0).to(tl.int32)
+        to = codes_ptr + at * 3
+        units = tl.load(to, mask=ok, other=0).to(tl.int32)
+        units |= tl.load(to + 1, mask=ok, other=0).to(tl.int32) << 8
+        units |= tl.load(to + 2, mask=ok, other=0).to(tl.int32) << 16
+    else:
+        units = tl.load(codes_ptr + at, mask=ok, other=0).to(tl.int32)
+    return units

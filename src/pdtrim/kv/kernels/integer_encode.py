@@ -97,28 +97,29 @@ def _keys(
         order = ordered(x)
         least = tl.minimum(least, tl.min(order, axis=0))
         most = tl.maximum(most, tl.max(order, axis=0))
-    lo, scale = grid_of(least, most, BITS)
+    lo, scale, inverse = grid_of(least, most, BITS)
     d = channels(D)
-    row = head.to(tl.int64) * D + d
-    to = grid_ptr + row * J + j
+    to = grid_ptr + head.to(tl.int64) * D * J + (d * J + j)
     tl.store(to, lo.to(tl.float16))
     tl.store(to + heads.to(tl.int64) * D * J, scale.to(tl.float16))
+    # within a head, 32 bits say where
+    codes_ptr += head.to(tl.int64) * (bytes_of(D, BITS) if PACKED else D) * N
     for chunk in range(CHUNKS):
         if CHUNKS > 1:
             n = start + tl.minimum(chunk * BT + token, count - 1)
             x = _turned(k_ptr, kept_ptr, head, n, k_head, k_row, kept_head, kept_row, D, STAGES,
                         BT, KEPT)  # fmt: skip
-        codes = codes_of(x, lo[None, :], scale[None, :], BITS)
+        codes = codes_of(x, lo[None, :], scale[None, :], inverse[None, :], BITS)
         if PACKED:
             Q: tl.constexpr = BT // U
             shifts = tl.arange(0, U)[:, None, None] * BITS
             units = tl.sum(tl.reshape(codes, [U, Q, DP]) << shifts, axis=0)
             q = chunk * Q + tl.arange(0, Q)
-            at = row[None, :] * (N // U) + (j * (size // U) + q)[:, None]
+            at = (d * (N // U))[None, :] + (j * (size // U) + q)[:, None]
             store_units(codes_ptr, at, units, (q * U < count)[:, None], BITS)
         else:
             n = chunk * BT + token
-            at = row[None, :] * N + (j * size + n)[:, None]
+            at = (d * N)[None, :] + (j * size + n)[:, None]
             tl.store(codes_ptr + at, codes.to(tl.uint8), mask=(n < count)[:, None])
 
 
@@ -137,18 +138,20 @@ def _values(
     x = _turned(v_ptr, kept_ptr, head, first + tl.minimum(n, N - 1), v_head, v_row, kept_head,
                 kept_row, D, STAGES, BV, KEPT)  # fmt: skip
     order = ordered(x)
-    row = head.to(tl.int64) * N + n
+    grid_ptr += head.to(tl.int64) * N * J
+    codes_ptr += head.to(tl.int64) * N * bytes_of(D, BITS)
     scales = heads.to(tl.int64) * N * J
     if GROUP & (GROUP - 1) == 0 and GROUP <= DP:
         JP: tl.constexpr = DP // GROUP
         order = tl.reshape(order, [BV, JP, GROUP])
-        lo, scale = grid_of(tl.min(order, axis=2), tl.max(order, axis=2), BITS)
+        lo, scale, inverse = grid_of(tl.min(order, axis=2), tl.max(order, axis=2), BITS)
         j = tl.arange(0, JP)
-        to, ok = grid_ptr + row[:, None] * J + j[None, :], (n < N)[:, None] & (j < J)[None, :]
+        to = grid_ptr + n[:, None] * J + j[None, :]
+        ok = (n < N)[:, None] & (j < J)[None, :] if J < JP else (n < N)[:, None]
         tl.store(to, lo.to(tl.float16), mask=ok)
         tl.store(to + scales, scale.to(tl.float16), mask=ok)
         x = tl.reshape(x, [BV, JP, GROUP])
-        codes = codes_of(x, lo[:, :, None], scale[:, :, None], BITS)
+        codes = codes_of(x, lo[:, :, None], scale[:, :, None], inverse[:, :, None], BITS)
     else:
         d = channels(D)
         codes = tl.zeros([BV, DP], tl.int32)
@@ -156,15 +159,17 @@ def _values(
             inside = (d // GROUP == j)[None, :]
             least = tl.min(tl.where(inside, order, 0x7FFFFFFF), axis=1)
             most = tl.max(tl.where(inside, order, -0x80000000), axis=1)
-            lo, scale = grid_of(least, most, BITS)
-            tl.store(grid_ptr + row * J + j, lo.to(tl.float16), mask=n < N)
-            tl.store(grid_ptr + row * J + j + scales, scale.to(tl.float16), mask=n < N)
-            codes = tl.where(inside, codes_of(x, lo[:, None], scale[:, None], BITS), codes)
+            lo, scale, inverse = grid_of(least, most, BITS)
+            tl.store(grid_ptr + n * J + j, lo.to(tl.float16), mask=n < N)
+            tl.store(grid_ptr + n * J + j + scales, scale.to(tl.float16), mask=n < N)
+            new = codes_of(x, lo[:, None], scale[:, None], inverse[:, None], BITS)
+            codes = tl.where(inside, new, codes)
     shifts = tl.arange(0, U)[None, None, :] * BITS
     units = tl.sum(tl.reshape(codes, [BV, DP // U, U]) << shifts, axis=2)
     q = tl.arange(0, DP // U)
-    at = row[:, None] * (D // U) + q[None, :]
-    store_units(codes_ptr, at, units, (n < N)[:, None] & (q < D // U)[None, :], BITS)
+    at = n[:, None] * (D // U) + q[None, :]
+    ok = (n < N)[:, None] & (q < D // U)[None, :] if D < DP else (n < N)[:, None]
+    store_units(codes_ptr, at, units, ok, BITS)
 
 
 @triton.jit
@@ -196,6 +201,12 @@ def pack_kernel(
 def unit_of(bits):
     """The fewest codes that fill whole bytes."""
     return 8 if bits == 3 else 8 // bits
+
+
+@triton.constexpr_function
+def bytes_of(codes, bits):
+    """Bytes of a number of codes that is a whole number of octets."""
+    return codes // 8 * bits
 
 
 @triton.jit

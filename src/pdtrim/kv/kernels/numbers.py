@@ -22,19 +22,23 @@ GREATEST_FP16 = tl.constexpr(65504.0)
 def widened(x):
     """fp32 of any float; bf16 is the upper half of its bits."""
     if x.dtype == tl.bfloat16:
-        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
+        wide = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = x.to(tl.float32)
+    return wide
 
 
 @triton.jit
 def narrowed(x, dtype: tl.constexpr):
-    """A float dtype of finite fp32, rounded to even; in integers for bf16, as the interpreter
+    """A float dtype of finite fp32, rounded to even; by integers for bf16, as the interpreter
     rounds wrongly there."""
     if dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return x.to(dtype)
+        narrow = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        narrow = x.to(dtype)
+    return narrow
 
 
 @triton.jit
@@ -62,18 +66,28 @@ def fp16_below(x):
 
 @triton.jit
 def grid_of(least, most, BITS: tl.constexpr):
-    """lo and scale as fp32 of their fp16, of groups' ordered extremes."""
+    """lo and scale as fp32 of their fp16, and 1 / scale, of groups' ordered extremes."""
     lo = fp16_below(number(least) + 0.0).to(tl.float32)
     span = number(most) - lo
     levels = tl.full(span.shape, (1 << BITS) - 1, tl.float32)
     scale = -fp16_below(tl.div_rn(-span, levels)).to(tl.float32)
-    return lo, tl.where(scale < LEAST_SCALE, LEAST_SCALE, scale)
+    scale = tl.where(scale < LEAST_SCALE, LEAST_SCALE, scale)
+    return lo, scale, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
 
 
 @triton.jit
-def codes_of(x, lo, scale, BITS: tl.constexpr):
-    """int32 codes of fp32 on a grid, which are 0 at least and ``2**BITS - 1`` at most."""
-    y = tl.div_rn(x - lo, scale) + ROUND
+def codes_of(x, lo, scale, inverse, BITS: tl.constexpr):
+    """int32 codes of fp32 on a grid, which are 0 at least and ``2**BITS - 1`` at most.
+
+    The code is the quotient rounded to even, without a division an element: the remainder of
+    ``y = d * (1 / scale)`` is exact in fp32, as ``scale`` has 11 bits, and so corrects ``y``
+    before its last rounding to less than 2**-23 of a step of fp32. A quotient that is no tie is
+    over half a step away from one (the tie times ``scale`` is exact, and so is ``d``), so that
+    it falls on the side that a rounded division puts it on.
+    """
+    d = x - lo
+    y = d * inverse
+    y = tl.fma(tl.fma(-y, scale, d), inverse, y) + ROUND
     return y.to(tl.int32, bitcast=True) & ((1 << BITS) - 1)
 
 
@@ -88,13 +102,16 @@ def broken(lo, scale):
 def hadamard(x, ROWS: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr):
     """fp32 ``[ROWS, D] H``; the additions of ``kv/codecs/hadamard.py`` in their order.
 
-    Each stage works on neighbours and moves its bit of the channel number to the top, so that
-    the last stage leaves the channels in order.
+    A channel gets its partner as the sum of both's bits (modulo 2**32) less its own: a shuffle
+    between two threads, where moving the tile about would pass through shared memory.
     """
-    for _ in tl.static_range(STAGES):
-        left, right = tl.split(tl.reshape(x, [ROWS, D // 2, 2]))
-        both = tl.join(left + right, left - right)
-        x = tl.reshape(tl.permute(both, [0, 2, 1]), [ROWS, D])
+    upper = (tl.arange(0, 2) << 31)[None, None, :, None]  # the sign of right in left - right
+    for stage in tl.static_range(STAGES):
+        bits = x.to(tl.int32, bitcast=True)
+        own = tl.reshape(bits, [ROWS, D >> (stage + 1), 2, 1 << stage])
+        other = tl.sum(own, axis=2, keep_dims=True) - own
+        x = other.to(tl.float32, bitcast=True) + (own ^ upper).to(tl.float32, bitcast=True)
+        x = tl.reshape(x, [ROWS, D])
     return x * (D**-0.5)
 
 

@@ -14,16 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdtrim.kv.kernels.launch import on, rows, source, tokens_of
+from pdtrim.kv.kernels.launch import TILE, on, rows, source, tokens_of
 from pdtrim.kv.kernels.numbers import EXACT, channels, load_side
 
 if TYPE_CHECKING:
     from pdtrim.kv.codecs.raw import Raw
 
 
-def takes(codec: Raw, width: int) -> bool:
-    """Any head that fits a tile."""
-    return 1 <= width <= 1024
+def takes(codec: Raw, tokens: int, width: int) -> bool:
+    """Whether a token fits a tile, and where it lies in a head 32 bits."""
+    return 1 <= width <= 1024 and tokens * width < 2**31 - TILE
 
 
 def encode(codec: Raw, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None = None) -> Tensor:
