@@ -4,10 +4,12 @@ Import this before whatever may import Triton, as much of torch and transformers
 start does not see the variable.
 """
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if find_spec("triton") and not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         import pdtrim.kv.kernels.fp8

@@ -14,6 +14,7 @@ from pdtrim.kv.codecs import Integer, parse_codec
 from pdtrim.kv.codecs.integer import quantise
 from test_codecs import pairs
 
+pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's numpy
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

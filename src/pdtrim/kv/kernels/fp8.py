@@ -16,15 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdtrim.kv.kernels.launch import TILE, aligned, on, rows, source, tokens_of
+from pdtrim.kv.kernels.launch import TILE, aligned, on, rows, source, threads, tokens_of
 from pdtrim.kv.kernels.numbers import (
     EXACT,
     GREATEST_FP16,
     LEAST_SCALE,
     channels,
     fp16_below,
+    inverse_of,
     load_side,
     narrowed,
+    quotient,
     widened,
 )
 
@@ -55,7 +57,7 @@ def encode(codec: Fp8, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None = No
         return data
     scales, codes = data[: 4 * L].view(torch.float16), data[4 * L :]
     pointers, strides = source(k_LTD, v_LTD, kept_LM)
-    constants = {"D": D, "BM": tokens_of(D), "KEPT": kept_LM is not None}
+    constants = {"D": D, "BM": tokens_of(D), "KEPT": kept_LM is not None, **threads(TILE)}
     tiles = triton.cdiv(M, tokens_of(D))
     runs = triton.cdiv(tiles, RUN)
     peaks = torch.empty(2 * L * runs, dtype=torch.int32, device=data.device)
@@ -84,6 +86,7 @@ def decode(
         decode_kernel[(2 * L * tiles,)](
             *(data[: 4 * L].view(torch.float16), data[4 * L :], kv_2LMD, broken, M * D, tiles),
             BLOCK=TILE,
+            **threads(TILE),
             **EXACT,
         )
     return k_LMD, v_LMD, bool(broken.item())
@@ -131,12 +134,15 @@ def code_kernel(
     scale = _scale(peak.to(tl.float32, bitcast=True))
     if tile == 0:
         tl.store(scale_ptr + side + tl.arange(0, 1), scale.to(tl.float16))
-    codes = _e4m3(tl.div_rn(widened(x), scale[:, None]))
+    x = widened(x)
+    # the quotient loses the sign of a zero
+    sign = x.to(tl.int32, bitcast=True) >> 24 & 0x80
+    codes = sign | _e4m3(quotient(x, scale[:, None], inverse_of(scale)[:, None]))
     to = code_ptr + (side.to(tl.int64) * M + m)[:, None] * D + channels(D)[None, :]
     tl.store(to, codes.to(tl.uint8), mask=(m < M)[:, None])
 
 
-@triton.jit(do_not_specialize=["elements", "tiles"])
+@triton.jit(do_not_specialize=["tiles"])
 def decode_kernel(
     scale_ptr, code_ptr, to_ptr, broken_ptr, elements, tiles, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -167,10 +173,9 @@ def _scale(peak):
 
 @triton.jit
 def _e4m3(x):
-    """int32 codes of fp32, rounded to even; beyond the largest the largest."""
-    bits = x.to(tl.int32, bitcast=True)
+    """int32 codes of the magnitudes of fp32, rounded to even; beyond the largest the largest."""
     size = tl.minimum(tl.abs(x), LARGEST)
-    plain = size.to(tl.int32, bitcast=True)
-    normal = ((plain + 0x7FFFF + ((plain >> 20) & 1)) >> 20) - (120 << 3)
+    bits = size.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
     small = (size + STEPS).to(tl.int32, bitcast=True) & 0xF
-    return (bits >> 24 & 0x80) | tl.where(size < LEAST_NORMAL, small, normal)
+    return tl.where(size < LEAST_NORMAL, small, normal)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pdtrim.kv.kernels.integer_decode import decode_kernel
 from pdtrim.kv.kernels.integer_encode import encode_kernel, pack_kernel, unit_of
-from pdtrim.kv.kernels.launch import TILE, aligned, on, rows, source, tokens_of
+from pdtrim.kv.kernels.launch import aligned, on, rows, source, threads, tokens_of
 from pdtrim.kv.kernels.numbers import EXACT
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def encode(codec: Integer, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None 
             *strides,
             **plan.constants(codec, D),
             **{"CHUNKS": plan.chunks, "KEPT": kept_LM is not None},
-            **plan.options(),
+            **threads(plan.elements),
             **EXACT,
         )
         if not plan.packed:
@@ -82,7 +82,7 @@ def decode(
             *(plan.coded, tiles, k_tiles, plan.v_tiles, plan.first, plan.last, plan.size),
             plan.groups,
             **plan.constants(codec, D),
-            **plan.options(),
+            **threads(plan.elements),
             **EXACT,
         )
     return k_LMD, v_LMD, bool(broken.item())
@@ -100,7 +100,7 @@ class _Tiles:
         self.groups = triton.cdiv(self.coded, self.size)
         self.packed = self.coded % unit == 0 and (self.groups <= 1 or self.size % unit == 0)
         # two of a head's tiles of 64 tokens, where a group is that long
-        self.k_rows = min(triton.next_power_of_2(max(self.size, 16)), max(16, 2 * TILE // wide))
+        self.k_rows = min(triton.next_power_of_2(max(self.size, 16)), 2 * tokens_of(width))
         self.chunks = triton.cdiv(self.size, self.k_rows)
         self.v_rows = max(tokens_of(width), self.k_rows)
         self.v_tiles = triton.cdiv(self.coded, self.v_rows)
@@ -119,7 +119,3 @@ class _Tiles:
             "BV": self.v_rows,
             "PACKED": self.packed,
         }
-
-    def options(self) -> dict[str, int]:
-        """Threads of a program."""
-        return {"num_warps": min(16, max(4, self.elements // 1024))}

@@ -37,7 +37,8 @@ def decode_kernel(
     if tile < k_tiles:
         _keys(
             k_grid_ptr, k_codes_ptr, k_to + first * D, broken_ptr, heads, head,
-            tile // (k_tiles // J), tile % (k_tiles // J), N, J, size, D, STAGES, K_BITS, BT, PACKED,
+            tile // (k_tiles // J), tile % (k_tiles // J), N, J, size, D, STAGES, K_BITS, BT,
+            PACKED,
         )  # fmt: skip
     elif tile < k_tiles + v_tiles:
         _values(

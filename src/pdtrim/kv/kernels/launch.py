@@ -27,6 +27,12 @@ def tokens_of(width: int) -> int:
     return max(16, TILE // triton.next_power_of_2(width))
 
 
+def threads(elements: int) -> dict[str, int]:
+    """Launch options of a program of so many elements: 32 a thread, two such programs a core."""
+    warps = min(16, max(4, elements // 1024))
+    return {"num_warps": warps, "maxnreg": 1024 // warps}
+
+
 def rows(x_LTD: Tensor) -> Tensor:
     """The cache itself where a token's channels lie together, else a copy."""
     return x_LTD if x_LTD.stride(2) == 1 or x_LTD.shape[2] == 1 else x_LTD.contiguous()

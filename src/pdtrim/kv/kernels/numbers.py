@@ -72,22 +72,32 @@ def grid_of(least, most, BITS: tl.constexpr):
     levels = tl.full(span.shape, (1 << BITS) - 1, tl.float32)
     scale = -fp16_below(tl.div_rn(-span, levels)).to(tl.float32)
     scale = tl.where(scale < LEAST_SCALE, LEAST_SCALE, scale)
-    return lo, scale, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    return lo, scale, inverse_of(scale)
+
+
+@triton.jit
+def quotient(d, scale, inverse):
+    """``d / scale`` in fp32, to be rounded further to few bits, by the inverse of an fp16 scale.
+
+    The remainder of ``y = d * inverse`` is exact, as ``scale`` has 11 bits, and so corrects ``y``
+    to less than 2**-23 of fp32's last bit before it is rounded. A *tie* of the rounding to come
+    times ``scale`` is exact in fp32, and so is ``d``: a quotient that is no tie is over half of
+    the last bit away from one, and falls on the side where an exact division puts it.
+    """
+    y = d * inverse
+    return tl.fma(tl.fma(-y, scale, d), inverse, y)
+
+
+@triton.jit
+def inverse_of(scale):
+    """``1 / scale``, rounded once."""
+    return tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
 
 
 @triton.jit
 def codes_of(x, lo, scale, inverse, BITS: tl.constexpr):
-    """int32 codes of fp32 on a grid, which are 0 at least and ``2**BITS - 1`` at most.
-
-    The code is the quotient rounded to even, without a division an element: the remainder of
-    ``y = d * (1 / scale)`` is exact in fp32, as ``scale`` has 11 bits, and so corrects ``y``
-    before its last rounding to less than 2**-23 of a step of fp32. A quotient that is no tie is
-    over half a step away from one (the tie times ``scale`` is exact, and so is ``d``), so that
-    it falls on the side that a rounded division puts it on.
-    """
-    d = x - lo
-    y = d * inverse
-    y = tl.fma(tl.fma(-y, scale, d), inverse, y) + ROUND
+    """int32 codes of fp32 on a grid, which are 0 at least and ``2**BITS - 1`` at most."""
+    y = quotient(x - lo, scale, inverse) + ROUND
     return y.to(tl.int32, bitcast=True) & ((1 << BITS) - 1)
 
 
