@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pdtrim.bench.codec import bench_codecs
 from pdtrim.errors import WireError
 from pdtrim.kv import kernels
 from pdtrim.kv.codecs import Integer, parse_codec
@@ -113,7 +114,7 @@ def test_kept_pairs_go_from_the_cache_to_the_wire(name, index):
             assert torch.equal(data, wanted)
 
 
-@pytest.mark.parametrize("name", ("fp8", "int4"))
+@pytest.mark.parametrize("name", ("raw", "fp8", "int4"))
 def test_strides_of_a_cache_are_followed(name):
     codec = parse_codec(name)
     k, v = on_device(*pairs(2, 90, 128, BF16))
@@ -208,3 +209,12 @@ def test_the_torch_path_codes_what_kernels_do_not_take():
     assert kernels.kernels_of(codec, torch.device("cpu"), 100, 64) is None
     if DEVICE == "cuda":
         assert kernels.kernels_of(codec, device, 100, 64) is not None
+
+
+def test_the_bench_times_the_path_that_it_names():
+    shape = {"heads": 1, "tokens": 60, "width": 64, "repeats": 1, "device": DEVICE}
+    for way in ("triton", "torch"):
+        report = bench_codecs(["raw", "int4", "fp8", "lossless"], **shape, way=way)
+        paths = [entry["path"] for entry in report["codecs"]]
+        assert paths == ["torch" if way == "torch" else "triton"] * 3 + ["torch"]
+        assert (report["hardware"] is None) == (DEVICE == "cpu")
