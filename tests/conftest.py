@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import interpreted  # noqa: F401
+
+# isort: split
 import os
 import signal
 from pathlib import Path

@@ -22,10 +22,14 @@ def test_every_codec_is_reported_with_its_compression(dtype, itemsize):
     assert report["copy_gb_s"] > 0
     assert [entry["codec"] for entry in report["codecs"]] == NAMES
     for entry in report["codecs"]:
-        assert set(entry) == {"codec", "compression", "break_even_gbit_s"} | {
-            f"{part}_{what}" for part in ("encode", "decode", "both") for what in ("gb_s", "ratio")
+        parts = ("encode", "decode", "both")
+        assert set(entry) == {"codec", "path", "compression", "break_even_gbit_s"} | {
+            f"{part}_{what}" for part in parts for what in ("gb_s", "ratio", "range")
         }
-        for part in ("encode", "decode", "both"):
+        assert entry["path"] == "torch"
+        for part in parts:
+            slowest, fastest = entry[f"{part}_range"]
+            assert 0 < slowest <= entry[f"{part}_gb_s"] <= fastest
             assert entry[f"{part}_ratio"] == entry[f"{part}_gb_s"] / report["copy_gb_s"] > 0
         gain = max(0, 1 - 1 / entry["compression"])
         assert entry["break_even_gbit_s"] == pytest.approx(8 * gain * entry["both_gb_s"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from pdtrim.errors import PdtrimError
 from pdtrim.kv.codecs import parse_codec
+from pdtrim.kv.kernels import Way, kernels_of, use
 from pdtrim.models.loading import DTYPES
 from pdtrim.progress import Progress, silent
 from pdtrim.search.kv_menu import Codecs
@@ -37,13 +39,20 @@ def bench_codecs(
     dtype: str = "bfloat16",
     device: str | torch.device = "cpu",
     repeats: int,
+    way: Way | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Median throughputs over interleaved runs, the same keys and values for every codec.
 
     GB/s count the raw bytes, ``2 L M D`` elements, whatever the codec makes of them. ``*_ratio``
-    is over a plain copy of those bytes, timed in the same rounds. The codec ``raw`` decodes to a
-    view of what it is given, so that its decoding has no speed to speak of.
+    is over a plain copy of those bytes, timed in the same rounds; ``*_range`` are the GB/s of the
+    slowest and of the fastest run. ``path`` is ``triton`` where kernels code on this device. The
+    codec ``raw`` decodes to a view of what it is given, so that its decoding has no speed to speak
+    of. A GPU's own clock counts, from before the first launch to the end of the last, so that
+    launches are part of small shapes' times.
+
+    Args:
+        way: the path to code on, whatever the device.
 
     Raises:
         PdtrimError: a codec text, the dtype or a number is out of range.
@@ -61,7 +70,12 @@ def bench_codecs(
     # both, encoding and decoding, of each round
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in codecs}
     coded_bytes: dict[str, int] = {}
-    with progress("timing", (repeats + 1) * (len(codecs) + 1)) as advance:
+    path = use(way) if way else nullcontext()
+    with path, progress("timing", (repeats + 1) * (len(codecs) + 1)) as advance:
+        paths = {
+            name: "triton" if kernels_of(codec, device, tokens, width) else "torch"
+            for name, codec in codecs.items()
+        }
         for repeat in range(repeats + 1):  # the first round warms up
             seconds, _ = _timed(kv_2LMD.clone, device)
             if repeat:
@@ -82,11 +96,17 @@ def bench_codecs(
         "width": width,
         "dtype": dtype,
         "device": str(device),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "repeats": repeats,
         "raw_bytes": raw_bytes,
         "copy_gb_s": copy,
-        "codecs": [_entry(name, raw_bytes, coded_bytes[name], times[name], copy) for name in times],
+        "copy_range": _range(raw_bytes, copies),
+        "codecs": [
+            {"codec": name, "path": paths[name]}
+            | _entry(raw_bytes, coded_bytes[name], times[name], copy)
+            for name in times
+        ],
     }
 
 
@@ -118,35 +138,40 @@ def sample(heads: int, tokens: int, width: int) -> Tensor:
 
 
 def _entry(
-    name: str, raw_bytes: int, coded_bytes: int, times: list[tuple[float, float]], copy: float
+    raw_bytes: int, coded_bytes: int, times: list[tuple[float, float]], copy: float
 ) -> dict[str, Any]:
     """One codec's row of the report."""
     encoding, decoding = zip(*times, strict=True)
     # one round's two halves are added, because on a real handover two machines do them in turn
     both = [sum(pair) for pair in times]
-    speeds = {
-        part: raw_bytes / statistics.median(seconds) / 1e9
-        for part, seconds in (("encode", encoding), ("decode", decoding), ("both", both))
-    }
+    parts = {"encode": encoding, "decode": decoding, "both": both}
+    speeds = {part: raw_bytes / statistics.median(s) / 1e9 for part, s in parts.items()}
     compression = raw_bytes / coded_bytes
     return {
-        "codec": name,
         "compression": compression,
         **{f"{part}_gb_s": speed for part, speed in speeds.items()},
+        **{f"{part}_range": _range(raw_bytes, seconds) for part, seconds in parts.items()},
         **{f"{part}_ratio": speed / copy for part, speed in speeds.items()},
         "break_even_gbit_s": break_even(compression, speeds["both"]),
     }
 
 
+def _range(raw_bytes: int, seconds: Sequence[float]) -> list[float]:
+    """GB/s of the slowest run and of the fastest."""
+    return [raw_bytes / some / 1e9 for some in (max(seconds), min(seconds))]
+
+
 def _timed(run: Callable[[], T], device: torch.device) -> tuple[float, T]:
     """Seconds, and what came out; freeing the result is not part of them."""
-    _finish(device)
-    started = time.perf_counter()
-    result = run()
-    _finish(device)
-    return time.perf_counter() - started, result
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cuda":
+        started = time.perf_counter()
+        result = run()
+        return time.perf_counter() - started, result
+    with torch.cuda.device(device):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        before.record()
+        result = run()
+        after.record()
+        after.synchronize()
+    return before.elapsed_time(after) / 1000, result

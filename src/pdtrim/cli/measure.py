@@ -341,7 +341,11 @@ def bench_codec(
     tokens: Annotated[int, typer.Option()] = 2048,
     width: Annotated[int, typer.Option(help="Of a head.")] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Dtype = "bfloat16",
     repeats: Annotated[int, typer.Option(help="Runs of each; the median counts.")] = 5,
+    torch_path: Annotated[
+        bool, typer.Option("--torch-path", help="On a GPU too, not the kernels.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Time the codecs beside a plain copy, and say up to which link speed they pay."""
@@ -352,8 +356,10 @@ def bench_codec(
         heads=heads,
         tokens=tokens,
         width=width,
+        dtype=dtype,
         device=device,
         repeats=repeats,
+        way="torch" if torch_path else None,
         progress=progress_of(as_json),
     )
     print_json(report)

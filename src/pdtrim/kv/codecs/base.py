@@ -5,7 +5,7 @@ bytes that cross the wire. Heads are independent of one another: encoding them t
 one gives the same values, so the simulator may encode a whole batch at once. The same input gives
 the same bytes on a CPU and on a GPU.
 
-Shapes: L heads (of any number of rows), M kept tokens in order, D head width.
+Shapes: L heads (of any number of rows), T tokens of a cache, M kept ones in order, D head width.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pdtrim.kv.kernels import kernels_of
 from pdtrim.records import Frozen
 
 
@@ -30,6 +31,18 @@ class CodecBase(Frozen):
 
         Numbers that the codec cannot hold are refused by :meth:`decode`, never clipped.
         """
+
+    def encode_kept(self, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor) -> Tensor:
+        """The bytes of the pairs ``kept_LM`` (int32 or int64) of a larger cache.
+
+        On a GPU they go straight from the cache to the wire, where the codec has kernels. The
+        cache may have any strides; all of ``kept_LM`` must be below T, which a GPU cannot check.
+        """
+        M, D = kept_LM.shape[1], k_LTD.shape[2]
+        if kernels := kernels_of(self, k_LTD.device, M, D):
+            return kernels.encode(self, k_LTD, v_LTD, kept_LM)
+        at = kept_LM.to(torch.int64)[..., None].expand(-1, -1, D)
+        return self.encode(k_LTD.gather(1, at), v_LTD.gather(1, at))
 
     @abstractmethod
     def decode(

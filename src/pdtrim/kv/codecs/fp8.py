@@ -22,6 +22,7 @@ from torch import Tensor
 from pdtrim.errors import WireError
 from pdtrim.kv.codecs.base import CodecBase
 from pdtrim.kv.codecs.integer import fp16_below, head_runs
+from pdtrim.kv.kernels import kernels_of
 
 LARGEST = 448.0
 NO_NUMBER = 0x7F  # the code, but for its sign
@@ -38,6 +39,8 @@ class Fp8(CodecBase):
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
         """See the base class."""
         L, M, D = k_LMD.shape
+        if kernels := kernels_of(self, k_LMD.device, M, D):
+            return kernels.encode(self, k_LMD, v_LMD)
         size = self.nbytes(L, M, D, k_LMD.dtype)
         data = torch.empty(size, dtype=torch.uint8, device=k_LMD.device)
         if M == 0:  # there is no largest of nothing
@@ -62,6 +65,11 @@ class Fp8(CodecBase):
         L, M, D = heads, tokens, width
         if data.numel() != self.nbytes(L, M, D, dtype):
             raise WireError(f"fp8 KV of {data.numel()} bytes does not fit its shape")
+        if kernels := kernels_of(self, data.device, M, D):
+            k_LMD, v_LMD, broken = kernels.decode(self, data, L, M, D, dtype)
+            if broken:
+                raise WireError("fp8 KV holds a scale or a value that is no number, or no scale")
+            return k_LMD, v_LMD
         k_LMD, v_LMD = kv_2LMD = data.new_empty(2, L, M, D, dtype=dtype)
         if M == 0:
             return k_LMD, v_LMD

@@ -36,9 +36,12 @@ from torch import Tensor
 from pdtrim.errors import WireError
 from pdtrim.kv.codecs.base import CodecBase
 from pdtrim.kv.codecs.hadamard import hadamard
+from pdtrim.kv.kernels import kernels_of
 from pdtrim.records import MOST_TOKENS
 
 Bits = Literal[2, 3, 4, 8]
+
+NO_GRID = "int KV holds a minimum or a scale that is no number or beyond fp16, or no scale"
 
 RUN = 2**18
 """Elements a thread: a megabyte in fp32, so that they stay in the caches near a core."""
@@ -59,8 +62,10 @@ class Integer(CodecBase):
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
         """See the base class."""
         L, M, D = k_LMD.shape
-        start, stop = self._coded(M)
-        N, sizes = stop - start, self._sizes(L, M, D, k_LMD.dtype)
+        if kernels := kernels_of(self, k_LMD.device, M, D):
+            return kernels.encode(self, k_LMD, v_LMD)
+        start, stop = self.coded(M)
+        N, sizes = stop - start, self.sizes(L, M, D, k_LMD.dtype)
         data = torch.empty(sum(sizes), dtype=torch.uint8, device=k_LMD.device)
         ends, k_grid, v_grid, k_codes, v_codes = data.split(sizes)
         ends_2LRD = ends.view(k_LMD.dtype).view(2, L, M - N, D)
@@ -85,9 +90,14 @@ class Integer(CodecBase):
         L, M, D = heads, tokens, width
         if data.numel() != self.nbytes(L, M, D, dtype):
             raise WireError(f"int KV of {data.numel()} bytes does not fit its shape")
-        start, stop = self._coded(M)
+        if kernels := kernels_of(self, data.device, M, D):
+            k_LMD, v_LMD, broken = kernels.decode(self, data, L, M, D, dtype)
+            if broken:
+                raise WireError(NO_GRID)
+            return k_LMD, v_LMD
+        start, stop = self.coded(M)
         N = stop - start
-        ends, k_grid, v_grid, k_codes, v_codes = data.split(self._sizes(L, M, D, dtype))
+        ends, k_grid, v_grid, k_codes, v_codes = data.split(self.sizes(L, M, D, dtype))
         # the copies start at aligned addresses, wherever in a frame the bytes lie
         ends_2LRD = ends.clone().view(dtype).view(2, L, M - N, D)
         k_grid_2LDJ = k_grid.clone().view(torch.float16).view(2, L, D, -(-N // self.group))
@@ -111,17 +121,17 @@ class Integer(CodecBase):
 
     def nbytes(self, heads: int, tokens: int, width: int, dtype: torch.dtype) -> int:
         """See the base class."""
-        return sum(self._sizes(heads, tokens, width, dtype))
+        return sum(self.sizes(heads, tokens, width, dtype))
 
-    def _coded(self, tokens: int) -> tuple[int, int]:
+    def coded(self, tokens: int) -> tuple[int, int]:
         """The run of tokens that is coded, ``[start, stop)``; empty in a short prompt."""
         if tokens <= self.first + self.recent:
             return tokens, tokens
         return self.first, tokens - self.recent
 
-    def _sizes(self, heads: int, tokens: int, width: int, dtype: torch.dtype) -> list[int]:
+    def sizes(self, heads: int, tokens: int, width: int, dtype: torch.dtype) -> list[int]:
         """Bytes of each part, in wire order."""
-        start, stop = self._coded(tokens)
+        start, stop = self.coded(tokens)
         N, elements = stop - start, heads * (stop - start) * width
         return [
             2 * heads * (tokens - N) * width * dtype.itemsize,
@@ -164,7 +174,7 @@ def quantise(x: Tensor, group: int, bits: int) -> tuple[Tensor, Tensor]:
         # copies of the last element fill a short group: they move neither its least nor its most
         x = torch.cat((x, x[..., -1:].expand(*x.shape[:-1], -n % size)), dim=-1)
     x = x.view(*x.shape[:-1], -(-n // size), size)
-    lo = fp16_below(x.amin(dim=-1))
+    lo = fp16_below(x.amin(dim=-1) + 0.0)  # 0, where -0 is the least
     span = x.amax(dim=-1) - lo.to(torch.float32)
     # by a tensor: CUDA would turn a division by a number into a product with its inverse
     scale = -fp16_below(-span / torch.full_like(span, 2**bits - 1))
@@ -181,9 +191,7 @@ def restore(grid: Tensor, codes: Tensor, group: int) -> Tensor:
     """fp32 ``[*, n]`` of what :func:`quantise` made; refuses a grid that it cannot have made."""
     lo, scale = grid
     if not (grid.isfinite().all() and (scale > 0).all()):
-        raise WireError(
-            "int KV holds a minimum or a scale that is no number or beyond fp16, or no scale"
-        )
+        raise WireError(NO_GRID)
     n = codes.shape[-1]
     size = max(1, min(group, n))
     if n % size:  # zeros fill a short group

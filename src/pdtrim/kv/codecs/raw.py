@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pdtrim.errors import WireError
 from pdtrim.kv.codecs.base import CodecBase
+from pdtrim.kv.kernels import kernels_of
 
 
 class Raw(CodecBase):
@@ -21,6 +22,9 @@ class Raw(CodecBase):
 
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
         """See the base class."""
+        _, M, D = k_LMD.shape
+        if kernels := kernels_of(self, k_LMD.device, M, D):
+            return kernels.encode(self, k_LMD, v_LMD)
         return torch.stack((k_LMD, v_LMD)).contiguous().view(-1).view(torch.uint8)
 
     def decode(

@@ -1,0 +1,62 @@
+"""Triton kernels of the codecs: the same bytes as the torch path, in one pass on a GPU.
+
+The torch path of ``kv/codecs`` is the reference: every step of a kernel is the same correctly
+rounded operation in the same order, never a fused one, so that bytes and results are equal to the
+bit. A codec's kernels are the module here of its name. A module has
+
+- ``takes(codec, tokens, width)``: whether it codes heads of a shape; the torch path codes others;
+- ``encode(codec, k_LTD, v_LTD, kept_LM)``: the wire bytes of all pairs, or of those at ``kept_LM``
+  of each head (int32 or int64, any strides), which are never copied in between;
+- ``decode(codec, data, heads, tokens, width, dtype)``: keys and values, and whether the bytes
+  hold what ``encode`` cannot have made. The raw code needs none.
+
+Which path codes a tensor is decided here and nowhere else. Triton is imported when first used.
+
+Shapes: L heads, T tokens of the cache, M of them kept, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from pdtrim.kv.codecs.base import CodecBase
+
+Way = Literal["triton", "torch"]
+
+MODULES = {"int": "integer", "fp8": "fp8", "raw": "raw"}
+"""Codecs that have kernels, and the module of each."""
+
+_forced: ContextVar[Way | None] = ContextVar("forced", default=None)
+
+
+def kernels_of(codec: CodecBase, device: torch.device, tokens: int, width: int) -> Any:
+    """A codec's kernels for heads of a shape on a device; None where the torch path codes them."""
+    way = _forced.get() or ("triton" if device.type == "cuda" and _installed() else "torch")
+    if way == "torch" or codec.name not in MODULES:
+        return None
+    module = import_module(f"{__name__}.{MODULES[codec.name]}")
+    return module if module.takes(codec, tokens, width) else None
+
+
+@contextmanager
+def use(way: Way) -> Iterator[None]:
+    """Code on one path only, whatever the device; on a CPU Triton needs ``TRITON_INTERPRET=1``."""
+    token = _forced.set(way)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None

@@ -1,0 +1,160 @@
+"""Decoding of ``kv/codecs/integer.py`` on a GPU: the bytes to dense pairs in one launch.
+
+One program a tile of a head, as in encoding; a tile of keys is ``BT`` tokens of one group. Where
+a channel's codes do not fill whole bytes (``PACKED`` is false), each code is read from the byte or
+the two bytes where its bits lie.
+
+Shapes: L heads, N coded tokens, D head width, J groups.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pdtrim.kv.kernels.integer_encode import SCALARS, bytes_of, unit_of
+from pdtrim.kv.kernels.numbers import broken, channels, hadamard, narrowed
+
+
+@triton.jit(
+    do_not_specialize=[*SCALARS, "J"],
+    do_not_specialize_on_alignment=["ends_ptr", "k_grid_ptr", "v_grid_ptr", "k_codes_ptr"],
+)
+def decode_kernel(
+    ends_ptr, k_grid_ptr, v_grid_ptr, k_codes_ptr, v_codes_ptr, k_ptr, v_ptr, broken_ptr,
+    N, tiles, k_tiles, v_tiles, first, last, size, J,
+    D: tl.constexpr, STAGES: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    GROUP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys, of values or of raw ends; ``tiles`` of them a head, in that order.
+
+    ``broken_ptr`` is set where a grid is none that an encoder makes.
+    """
+    pid = tl.program_id(0)
+    head, tile, heads = pid // tiles, pid % tiles, tl.num_programs(0) // tiles
+    k_to = k_ptr + head.to(tl.int64) * (first + N + last) * D
+    v_to = v_ptr + head.to(tl.int64) * (first + N + last) * D
+    if tile < k_tiles:
+        _keys(
+            k_grid_ptr, k_codes_ptr, k_to + first * D, broken_ptr, heads, head,
+            tile // (k_tiles // J), tile % (k_tiles // J), N, J, size, D, STAGES, K_BITS, BT,
+            PACKED,
+        )  # fmt: skip
+    elif tile < k_tiles + v_tiles:
+        _values(
+            v_grid_ptr, v_codes_ptr, v_to + first * D, broken_ptr, heads, head, tile - k_tiles, N,
+            D, STAGES, V_BITS, GROUP, BV,
+        )  # fmt: skip
+    else:
+        r = (tile - k_tiles - v_tiles) * BV + tl.arange(0, BV)
+        ends = first + last
+        n = tl.where(r < first, r, r + N)
+        d = channels(D)
+        at = ends_ptr + (head.to(tl.int64) * ends + r)[:, None] * D + d[None, :]
+        ok = (r < ends)[:, None]
+        to = n[:, None] * D + d[None, :]
+        tl.store(k_to + to, tl.load(at, mask=ok), mask=ok)
+        tl.store(v_to + to, tl.load(at + heads.to(tl.int64) * ends * D, mask=ok), mask=ok)
+
+
+@triton.jit
+def _keys(
+    grid_ptr, codes_ptr, to_ptr, broken_ptr, heads, head, j, chunk, N, J, size,
+    D: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr, BT: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """``BT`` tokens of group ``j`` of every channel."""
+    U: tl.constexpr = unit_of(BITS) if PACKED else 1
+    Q: tl.constexpr = BT // U
+    DP: tl.constexpr = triton.next_power_of_2(D)
+    d = channels(D)
+    at = grid_ptr + head.to(tl.int64) * D * J + (d * J + j)
+    lo = tl.load(at).to(tl.float32)
+    scale = tl.load(at + heads.to(tl.int64) * D * J).to(tl.float32)
+    _note(broken_ptr, broken(lo, scale))
+    count = tl.minimum(size, N - j * size)
+    # within a head, 32 bits say where
+    codes_ptr += head.to(tl.int64) * bytes_of(D, BITS) * N
+    if PACKED:
+        q = chunk * Q + tl.arange(0, Q)
+        at = (d * (N // U))[None, :] + (j * (size // U) + q)[:, None]
+        units = _load_units(codes_ptr, at, (q * U < count)[:, None], BITS)
+        shifts = tl.arange(0, U)[:, None, None] * BITS
+        codes = tl.reshape((units[None, :, :] >> shifts) & ((1 << BITS) - 1), [BT, DP])
+    else:
+        n = chunk * BT + tl.arange(0, BT)
+        at = ((d * N)[None, :] + (j * size + n)[:, None]) * BITS
+        ok = (n < count)[:, None]
+        byte, shift = at >> 3, at & 7
+        units = tl.load(codes_ptr + byte, mask=ok, other=0).to(tl.int32)
+        if BITS == 3:
+            more = tl.load(codes_ptr + byte + 1, mask=ok & (shift > 5), other=0).to(tl.int32)
+            units |= more << 8
+        codes = (units >> shift) & ((1 << BITS) - 1)
+    x = codes.to(tl.float32) * scale[None, :] + lo[None, :]
+    if STAGES:
+        x = hadamard(x, BT, D, STAGES)
+    r = tl.arange(0, BT)
+    n = chunk * BT + r % Q * U + r // Q
+    to = to_ptr + (j * size + n)[:, None] * D + d[None, :]
+    tl.store(to, narrowed(x, to_ptr.dtype.element_ty), mask=(n < count)[:, None])
+
+
+@triton.jit
+def _values(
+    grid_ptr, codes_ptr, to_ptr, broken_ptr, heads, head, tile, N,
+    D: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    BV: tl.constexpr,
+):  # fmt: skip
+    """All groups of ``BV`` tokens."""
+    J: tl.constexpr = (D + GROUP - 1) // GROUP
+    U: tl.constexpr = unit_of(BITS)
+    DP: tl.constexpr = triton.next_power_of_2(D)
+    n = tile * BV + tl.arange(0, BV)
+    ok = (n < N)[:, None]
+    grid_ptr += head.to(tl.int64) * N * J
+    codes_ptr += head.to(tl.int64) * N * bytes_of(D, BITS)
+    at = n[:, None] * (D // U) + channels(D // U)[None, :]
+    units = _load_units(codes_ptr, at, ok, BITS)
+    shifts = tl.arange(0, U)[None, None, :] * BITS
+    codes = tl.reshape((units[:, :, None] >> shifts) & ((1 << BITS) - 1), [BV, DP])
+    d = channels(D)
+    scales = heads.to(tl.int64) * N * J
+    if GROUP & (GROUP - 1) == 0 and GROUP <= DP:
+        JP: tl.constexpr = DP // GROUP
+        at = grid_ptr + n[:, None] * J + channels(J)[None, :]
+        lo = tl.load(at, mask=ok, other=0).to(tl.float32)
+        scale = tl.load(at + scales, mask=ok, other=1).to(tl.float32)
+        _note(broken_ptr, tl.reshape(broken(lo, scale), [BV * JP]))
+        x = tl.reshape(codes, [BV, JP, GROUP]).to(tl.float32)
+        x = tl.reshape(x * scale[:, :, None] + lo[:, :, None], [BV, DP])
+    else:
+        at = grid_ptr + n[:, None] * J + (d // GROUP)[None, :]
+        lo = tl.load(at, mask=ok, other=0).to(tl.float32)
+        scale = tl.load(at + scales, mask=ok, other=1).to(tl.float32)
+        _note(broken_ptr, tl.reshape(broken(lo, scale), [BV * DP]))
+        x = codes.to(tl.float32) * scale + lo
+    if STAGES:
+        x = hadamard(x, BV, D, STAGES)
+    to = to_ptr + n[:, None] * D + d[None, :]
+    tl.store(to, narrowed(x, to_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _note(broken_ptr, bad):
+    """Say it if any grid is broken; all programs would write the same number."""
+    if tl.max(bad, axis=0) > 0:
+        tl.store(broken_ptr, 1)
+
+
+@triton.jit
+def _load_units(codes_ptr, at, ok, BITS: tl.constexpr):
+    """int32 units, as ``store_units`` writes them."""
+    if BITS == 3:
+        to = codes_ptr + at * 3
+        units = tl.load(to, mask=ok, other=0).to(tl.int32)
+        units |= tl.load(to + 1, mask=ok, other=0).to(tl.int32) << 8
+        units |= tl.load(to + 2, mask=ok, other=0).to(tl.int32) << 16
+    else:
+        units = tl.load(codes_ptr + at, mask=ok, other=0).to(tl.int32)
+    return units

@@ -1,0 +1,221 @@
+"""Encoding of ``kv/codecs/integer.py`` on a GPU: each pair is read once, coded in registers.
+
+One launch, one program a tile of a head. Tiles of keys are the groups of ``size`` tokens, by ``BT``
+tokens at a time; tiles of values and of raw ends are ``BV`` tokens. A *unit* is the fewest codes
+that fill whole bytes: 8 of 3 bits in 3 bytes, else ``8 / bits`` in one. Codes of a channel's tokens
+follow one another, so that a tile of keys fills whole bytes where ``N`` and ``size`` are whole
+units (``PACKED``). Elsewhere a tile leaves its key codes as bytes ``[L, D, N]``, and a second
+launch packs those, eight at a time.
+
+Row ``r`` of a tile of keys is token ``r % Q * U + r // Q`` of it, with U codes a unit and Q units:
+the codes of a unit then lie in one thread's registers.
+
+Shapes: L heads, N coded tokens, D head width, J groups.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pdtrim.kv.kernels.numbers import (
+    channels,
+    codes_of,
+    grid_of,
+    hadamard,
+    load_rows,
+    ordered,
+    widened,
+)
+
+SCALARS = ["N", "tiles", "k_tiles", "v_tiles", "first", "last", "size"]
+"""Numbers that change with a prompt's length: no kernel is compiled anew for a new one."""
+
+
+@triton.jit(do_not_specialize=SCALARS, do_not_specialize_on_alignment=["kept_ptr"])
+def encode_kernel(
+    k_ptr, v_ptr, kept_ptr, ends_ptr, k_grid_ptr, v_grid_ptr, k_codes_ptr, v_codes_ptr,
+    N, tiles, k_tiles, v_tiles, first, last, size,
+    k_head, k_row, v_head, v_row, kept_head, kept_row,
+    D: tl.constexpr, STAGES: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    GROUP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, CHUNKS: tl.constexpr,
+    PACKED: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys, of values or of raw ends; ``tiles`` of them a head, in that order.
+
+    ``first`` tokens before the coded ones are raw and ``last`` behind them. ``*_head`` and
+    ``*_row`` are strides. ``STAGES`` is log2 D with a rotation, else 0.
+    """
+    pid = tl.program_id(0)
+    head, tile, heads = pid // tiles, pid % tiles, tl.num_programs(0) // tiles
+    if tile < k_tiles:
+        _keys(
+            k_ptr, kept_ptr, k_grid_ptr, k_codes_ptr, heads, head, tile, N, k_tiles, first, size,
+            k_head, k_row, kept_head, kept_row, D, STAGES, K_BITS, BT, CHUNKS, PACKED, KEPT,
+        )  # fmt: skip
+    elif tile < k_tiles + v_tiles:
+        _values(
+            v_ptr, kept_ptr, v_grid_ptr, v_codes_ptr, heads, head, tile - k_tiles, N, first,
+            v_head, v_row, kept_head, kept_row, D, STAGES, V_BITS, GROUP, BV, KEPT,
+        )  # fmt: skip
+    else:
+        r = (tile - k_tiles - v_tiles) * BV + tl.arange(0, BV)
+        ends = first + last
+        n = tl.minimum(tl.where(r < first, r, r + N), N + ends - 1)
+        d = channels(D)
+        to = ends_ptr + (head.to(tl.int64) * ends + r)[:, None] * D + d[None, :]
+        ok = (r < ends)[:, None]
+        k = load_rows(k_ptr, kept_ptr, head, n, k_head, k_row, kept_head, kept_row, D, KEPT)
+        tl.store(to, k, mask=ok)
+        v = load_rows(v_ptr, kept_ptr, head, n, v_head, v_row, kept_head, kept_row, D, KEPT)
+        tl.store(to + heads.to(tl.int64) * ends * D, v, mask=ok)
+
+
+@triton.jit
+def _keys(
+    k_ptr, kept_ptr, grid_ptr, codes_ptr, heads, head, j, N, J, first, size,
+    k_head, k_row, kept_head, kept_row,
+    D: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr, BT: tl.constexpr,
+    CHUNKS: tl.constexpr, PACKED: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """Group ``j`` of every channel."""
+    U: tl.constexpr = unit_of(BITS) if PACKED else 1
+    DP: tl.constexpr = triton.next_power_of_2(D)
+    r = tl.arange(0, BT)
+    token = r % (BT // U) * U + r // (BT // U)
+    count = tl.minimum(size, N - j * size)
+    start = first + j * size
+    # copies of the last token fill a short group: they move neither its least nor its most
+    x = _turned(k_ptr, kept_ptr, head, start + tl.minimum(token, count - 1), k_head, k_row,
+                kept_head, kept_row, D, STAGES, BT, KEPT)  # fmt: skip
+    order = ordered(x)
+    least, most = tl.min(order, axis=0), tl.max(order, axis=0)
+    for chunk in range(1, CHUNKS):
+        n = start + tl.minimum(chunk * BT + token, count - 1)
+        x = _turned(k_ptr, kept_ptr, head, n, k_head, k_row, kept_head, kept_row, D, STAGES, BT,
+                    KEPT)  # fmt: skip
+        order = ordered(x)
+        least = tl.minimum(least, tl.min(order, axis=0))
+        most = tl.maximum(most, tl.max(order, axis=0))
+    lo, scale, inverse = grid_of(least, most, BITS)
+    d = channels(D)
+    to = grid_ptr + head.to(tl.int64) * D * J + (d * J + j)
+    tl.store(to, lo.to(tl.float16))
+    tl.store(to + heads.to(tl.int64) * D * J, scale.to(tl.float16))
+    # within a head, 32 bits say where
+    codes_ptr += head.to(tl.int64) * (bytes_of(D, BITS) if PACKED else D) * N
+    for chunk in range(CHUNKS):
+        if CHUNKS > 1:
+            n = start + tl.minimum(chunk * BT + token, count - 1)
+            x = _turned(k_ptr, kept_ptr, head, n, k_head, k_row, kept_head, kept_row, D, STAGES,
+                        BT, KEPT)  # fmt: skip
+        codes = codes_of(x, lo[None, :], scale[None, :], inverse[None, :], BITS)
+        if PACKED:
+            Q: tl.constexpr = BT // U
+            shifts = tl.arange(0, U)[:, None, None] * BITS
+            units = tl.sum(tl.reshape(codes, [U, Q, DP]) << shifts, axis=0)
+            q = chunk * Q + tl.arange(0, Q)
+            at = (d * (N // U))[None, :] + (j * (size // U) + q)[:, None]
+            store_units(codes_ptr, at, units, (q * U < count)[:, None], BITS)
+        else:
+            n = chunk * BT + token
+            at = (d * N)[None, :] + (j * size + n)[:, None]
+            tl.store(codes_ptr + at, codes.to(tl.uint8), mask=(n < count)[:, None])
+
+
+@triton.jit
+def _values(
+    v_ptr, kept_ptr, grid_ptr, codes_ptr, heads, head, tile, N, first,
+    v_head, v_row, kept_head, kept_row,
+    D: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    BV: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """All groups of ``BV`` tokens."""
+    DP: tl.constexpr = triton.next_power_of_2(D)
+    J: tl.constexpr = (D + GROUP - 1) // GROUP
+    U: tl.constexpr = unit_of(BITS)
+    n = tile * BV + tl.arange(0, BV)
+    x = _turned(v_ptr, kept_ptr, head, first + tl.minimum(n, N - 1), v_head, v_row, kept_head,
+                kept_row, D, STAGES, BV, KEPT)  # fmt: skip
+    order = ordered(x)
+    grid_ptr += head.to(tl.int64) * N * J
+    codes_ptr += head.to(tl.int64) * N * bytes_of(D, BITS)
+    scales = heads.to(tl.int64) * N * J
+    if GROUP & (GROUP - 1) == 0 and GROUP <= DP:
+        JP: tl.constexpr = DP // GROUP
+        order = tl.reshape(order, [BV, JP, GROUP])
+        lo, scale, inverse = grid_of(tl.min(order, axis=2), tl.max(order, axis=2), BITS)
+        j = tl.arange(0, JP)
+        to = grid_ptr + n[:, None] * J + j[None, :]
+        ok = (n < N)[:, None] & (j < J)[None, :] if J < JP else (n < N)[:, None]
+        tl.store(to, lo.to(tl.float16), mask=ok)
+        tl.store(to + scales, scale.to(tl.float16), mask=ok)
+        x = tl.reshape(x, [BV, JP, GROUP])
+        codes = codes_of(x, lo[:, :, None], scale[:, :, None], inverse[:, :, None], BITS)
+    else:
+        d = channels(D)
+        codes = tl.zeros([BV, DP], tl.int32)
+        for j in range(J):
+            inside = (d // GROUP == j)[None, :]
+            least = tl.min(tl.where(inside, order, 0x7FFFFFFF), axis=1)
+            most = tl.max(tl.where(inside, order, -0x80000000), axis=1)
+            lo, scale, inverse = grid_of(least, most, BITS)
+            tl.store(grid_ptr + n * J + j, lo.to(tl.float16), mask=n < N)
+            tl.store(grid_ptr + n * J + j + scales, scale.to(tl.float16), mask=n < N)
+            new = codes_of(x, lo[:, None], scale[:, None], inverse[:, None], BITS)
+            codes = tl.where(inside, new, codes)
+    shifts = tl.arange(0, U)[None, None, :] * BITS
+    units = tl.sum(tl.reshape(codes, [BV, DP // U, U]) << shifts, axis=2)
+    q = tl.arange(0, DP // U)
+    at = n[:, None] * (D // U) + q[None, :]
+    ok = (n < N)[:, None] & (q < D // U)[None, :] if D < DP else (n < N)[:, None]
+    store_units(codes_ptr, at, units, ok, BITS)
+
+
+@triton.jit
+def _turned(
+    x_ptr, kept_ptr, head, n, x_head, x_row, kept_head, kept_row,
+    D: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """fp32 pairs, rotated where there are stages."""
+    x = load_rows(x_ptr, kept_ptr, head, n, x_head, x_row, kept_head, kept_row, D, KEPT)
+    x = widened(x)
+    return hadamard(x, ROWS, D, STAGES) if STAGES else x
+
+
+@triton.jit(do_not_specialize=["elements"])
+def pack_kernel(
+    loose_ptr, codes_ptr, elements, BITS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """``BLOCK`` units of codes that came as bytes; ``elements`` is a whole number of units."""
+    U: tl.constexpr = unit_of(BITS)
+    q = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = q * U < elements
+    i = tl.arange(0, U)
+    codes = tl.load(loose_ptr + q[:, None] * U + i[None, :], mask=ok[:, None], other=0)
+    units = tl.sum(codes.to(tl.int32) << (i * BITS)[None, :], axis=1)
+    store_units(codes_ptr, q, units, ok, BITS)
+
+
+@triton.constexpr_function
+def unit_of(bits):
+    """The fewest codes that fill whole bytes."""
+    return 8 if bits == 3 else 8 // bits
+
+
+@triton.constexpr_function
+def bytes_of(codes, bits):
+    """Bytes of a number of codes that is a whole number of octets."""
+    return codes // 8 * bits
+
+
+@triton.jit
+def store_units(codes_ptr, at, units, ok, BITS: tl.constexpr):
+    """Write units, the earlier byte the lower one; ``at`` counts units."""
+    if BITS == 3:
+        to = codes_ptr + at * 3
+        tl.store(to, units.to(tl.uint8), mask=ok)
+        tl.store(to + 1, (units >> 8).to(tl.uint8), mask=ok)
+        tl.store(to + 2, (units >> 16).to(tl.uint8), mask=ok)
+    else:
+        tl.store(codes_ptr + at, units.to(tl.uint8), mask=ok)

@@ -1,0 +1,220 @@
+"""The kernels against the torch path, on a GPU or, without one, in Triton's interpreter.
+
+``interpreted.py`` sees to that. Shapes: L heads, T tokens of a cache, M kept, D head width.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pdtrim.bench.codec import bench_codecs
+from pdtrim.errors import WireError
+from pdtrim.kv import kernels
+from pdtrim.kv.codecs import Integer, parse_codec
+from pdtrim.kv.codecs.integer import quantise
+from test_codecs import pairs
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's numpy
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+CASES = [
+    # every number of bits, whole groups and short ones, N of every rest by eight
+    ("int8", 105, 64, BF16),
+    ("int4", 101, 64, BF16),  # 65 coded: a channel's codes end within a byte
+    ("int4", 164, 128, FP16),
+    ("int3", 140, 128, BF16),  # 104: whole octets
+    ("int3", 77, 64, FP32),  # 41: a short group, and codes across bytes
+    ("int2", 72, 64, FP32),
+    ("int2", 75, 128, BF16),
+    ("k8v4", 70, 64, FP32),
+    ("k3v2:first=0", 50, 128, FP32),
+    ("int4:rotate=true", 101, 64, BF16),
+    ("k2v8:rotate=true", 112, 128, FP16),
+    ("k3v4:rotate=true,recent=0", 71, 128, FP32),
+    # groups: of part of a head, of no power of two, of one, longer than a tile and than the head
+    ("int4:group=32,recent=5", 80, 128, BF16),
+    ("int3:group=24,first=0,recent=0", 50, 64, FP16),
+    ("k3v2:group=20,first=1,recent=3", 45, 64, BF16),
+    ("int4:group=1,first=0,recent=0", 9, 8, BF16),
+    ("int3:group=128,recent=0,rotate=true", 140, 128, BF16),
+    ("k4v3:group=300,first=0,recent=0", 311, 128, BF16),
+    ("int4:group=300,first=0,recent=0,rotate=true", 290, 64, BF16),
+    # widths that are no power of two
+    ("int4", 81, 80, BF16),
+    ("k3v2", 84, 96, BF16),
+    # nothing coded, nothing raw, nothing at all
+    ("int4", 36, 64, BF16),
+    ("int4:first=0,recent=0", 1, 64, FP32),
+    ("int4", 0, 128, BF16),
+    ("fp8", 150, 64, BF16),
+    ("fp8", 133, 128, FP16),
+    ("fp8", 3, 80, FP32),
+    ("fp8", 0, 64, BF16),
+]
+IDS = [f"{name}-{M}-{D}-{str(dtype)[6:]}" for name, M, D, dtype in CASES]
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    """It asks again when it runs."""
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def on_device(*tensors):
+    return [x.to(DEVICE) for x in tensors]
+
+
+def both(run):
+    """What the kernels make and what torch makes."""
+    with kernels.use("triton"):
+        ours = run()
+    with kernels.use("torch"):
+        return ours, run()
+
+
+def assert_same(ours, theirs):
+    for x, y in zip(ours, theirs, strict=True):
+        assert x.shape == y.shape and x.dtype == y.dtype
+        assert torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize(("name", "M", "D", "dtype"), CASES, ids=IDS)
+def test_bytes_and_pairs_are_those_of_torch(name, M, D, dtype):
+    codec = parse_codec(name)
+    k, v = on_device(*pairs(2, M, D, dtype))
+    k[:, M // 2 :, 5] = 3.0  # a group of equal elements
+    assert kernels.MODULES[codec.name]
+    data, wanted = both(lambda: codec.encode(k, v))
+    assert torch.equal(data, wanted)
+    assert_same(*both(lambda: codec.decode(data, 2, M, D, dtype)))
+    if M:  # a codec may follow one of odd length in a frame
+        odd = torch.cat((data.new_zeros(1), data))[1:]
+        assert_same(*both(lambda: codec.decode(odd, 2, M, D, dtype)))
+
+
+@pytest.mark.parametrize("index", (torch.int32, torch.int64))
+@pytest.mark.parametrize("name", ("raw", "fp8", "int4", "k3v2:rotate=true"))
+def test_kept_pairs_go_from_the_cache_to_the_wire(name, index):
+    """Of a paged cache: slots of all heads, and an index that one or all heads share."""
+    codec, L, T, M, D = parse_codec(name), 3, 190, 117, 64
+    k, v = pairs(1, T * L, D, BF16)
+    k_LTD, v_LTD = on_device(*(x.view(T, L, D).transpose(0, 1) for x in (k, v)))
+    draw = torch.Generator().manual_seed(0)
+    kept_LM = torch.stack([torch.randperm(T, generator=draw)[:M].sort().values for _ in range(L)])
+    (kept_LM,) = on_device(kept_LM.to(index))
+    for kept in (kept_LM, kept_LM[:1].expand(L, M), kept_LM.T.contiguous().T):
+        at = kept.long()[..., None].expand(-1, -1, D)
+        with kernels.use("torch"):
+            wanted = codec.encode(k_LTD.gather(1, at), v_LTD.gather(1, at))
+        for data in both(lambda kept=kept: codec.encode_kept(k_LTD, v_LTD, kept)):
+            assert torch.equal(data, wanted)
+
+
+@pytest.mark.parametrize("name", ("raw", "fp8", "int4"))
+def test_strides_of_a_cache_are_followed(name):
+    codec = parse_codec(name)
+    k, v = on_device(*pairs(2, 90, 128, BF16))
+    slots = k.transpose(0, 1).contiguous().transpose(0, 1)
+    columns = v.transpose(1, 2).contiguous().transpose(1, 2)  # not even a token's lie together
+    with kernels.use("triton"):
+        assert torch.equal(codec.encode(slots, columns), codec.encode(k, v))
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+def test_ties_round_as_a_division_does(bits):
+    """Quotients at ``code + 1/2`` and the nearest numbers on both sides of each."""
+    top, size = 2**bits - 1, 256
+    scales = [1.0, 1.0009765625, 1.25, 1.333, 1.5, 1.75, 1.998, 1.9990234375, 2.0**-9]
+    scale_S1 = torch.tensor(scales).half().float()[:, None]
+    tie_SC = scale_S1 * (torch.arange(top) + 0.5)
+    x_SN = torch.cat((tie_SC, tie_SC.nextafter(2 * tie_SC), tie_SC.nextafter(0 * tie_SC)), 1)
+    x_SN = torch.nn.functional.pad(x_SN, (0, -x_SN.shape[1] % (size - 2)))
+    x_SJn = x_SN.view(len(scales), -1, size - 2)
+    # both ends of the grid in each group
+    ends_SJ2 = torch.stack((0 * scale_S1, top * scale_S1), -1).expand(-1, x_SJn.shape[1], -1)
+    v = torch.cat((ends_SJ2, x_SJn), -1).view(1, -1, size)
+    grid, codes = quantise(v, size, bits)
+    assert not grid[0].any() and set(grid[1].unique().tolist()) <= set(scale_S1.flatten().tolist())
+    assert codes.unique().numel() == 2**bits
+    codec = Integer(k_bits=bits, v_bits=bits, group=size, first=0, recent=0)
+    k, v = on_device(v, v)
+    assert torch.equal(*both(lambda: codec.encode(k, v)))
+
+
+def test_every_fp8_code_is_rounded_as_torch_does():
+    """All bf16 numbers below the largest code, both signs: normal codes, small ones and ties."""
+    x = torch.arange(0x43E1, dtype=torch.int32).to(torch.int16).view(BF16)  # to 448
+    x = torch.cat((x, -x, x.new_zeros(-2 * len(x) % 64), x.new_full((64,), 448.0)))
+    k, v = on_device(x.view(1, -1, 64), (x.float() * 0.37).to(BF16).view(1, -1, 64))
+    data, wanted = both(lambda: parse_codec("fp8").encode(k, v))
+    assert torch.equal(data, wanted) and data[4 : 4 + k.numel()].unique().numel() == 254
+    assert_same(*both(lambda: parse_codec("fp8").decode(data, 1, k.shape[1], 64, BF16)))
+
+
+@pytest.mark.parametrize("name", ("int8", "int3:rotate=true", "int4:group=24", "fp8"))
+@pytest.mark.parametrize("value", (1e9, -1e9, torch.inf, -torch.inf, torch.nan, -torch.nan))
+@pytest.mark.parametrize("side", (0, 1))
+def test_what_fp16_cannot_hold_is_refused(name, value, side):
+    kv = on_device(*pairs(1, 60, 8))
+    kv[side][0, 25, 3] = value
+    with kernels.use("triton"), pytest.raises(WireError, match="KV holds"):
+        parse_codec(name).round_trip(*kv)
+
+
+@pytest.mark.parametrize("name", ("fp8", "int4:first=0,recent=0"))
+@pytest.mark.parametrize("at", (0, -1))
+def test_a_broken_number_anywhere_is_refused(name, at):
+    codec = parse_codec(name)
+    k, v = on_device(*pairs(2, 70, 64, BF16))
+    data = codec.encode(k, v)
+    sizes = codec.sizes(2, 70, 64, BF16) if isinstance(codec, Integer) else [8, 2 * 2 * 70 * 64]
+    start, stop = (sizes[0], sum(sizes[:3])) if isinstance(codec, Integer) else (0, 8)
+    grids = data[start:stop].view(torch.float16)
+    with kernels.use("triton"):
+        for bad in (torch.inf, torch.nan):
+            kept = grids[at].clone()
+            grids[at] = bad
+            with pytest.raises(WireError, match="KV holds"):
+                codec.decode(data, 2, 70, 64, BF16)
+            grids[at] = kept
+        codec.decode(data, 2, 70, 64, BF16)
+        if name == "fp8":
+            data[-1] = 0xFF
+            with pytest.raises(WireError, match="KV holds"):
+                codec.decode(data, 2, 70, 64, BF16)
+
+
+def test_a_least_of_minus_zero_travels_as_zero():
+    k, v = on_device(torch.zeros(1, 64, 64), torch.zeros(1, 64, 64))
+    k[:, ::2], v[..., ::2] = -0.0, -0.0
+    codec = Integer(first=0, recent=0)
+    data, wanted = both(lambda: codec.encode(k, v))
+    assert torch.equal(data, wanted) and not data.view(torch.float16)[: 2 * 64].signbit().any()
+
+
+def test_the_torch_path_codes_what_kernels_do_not_take():
+    codec, device = parse_codec("int4"), torch.device(DEVICE)
+    with kernels.use("triton"):
+        assert kernels.kernels_of(codec, device, 100, 64) is not None
+        assert kernels.kernels_of(codec, device, 100, 12) is None
+        assert kernels.kernels_of(codec, device, 2**22, 64) is None
+        assert kernels.kernels_of(parse_codec("entropy"), device, 100, 64) is None
+        assert kernels.kernels_of(parse_codec("int4:rotate=true"), device, 100, 80) is None
+    with kernels.use("torch"):
+        assert kernels.kernels_of(codec, torch.device("cuda"), 100, 64) is None
+    assert kernels.kernels_of(codec, torch.device("cpu"), 100, 64) is None
+    if DEVICE == "cuda":
+        assert kernels.kernels_of(codec, device, 100, 64) is not None
+
+
+def test_the_bench_times_the_path_that_it_names():
+    shape = {"heads": 1, "tokens": 60, "width": 64, "repeats": 1, "device": DEVICE}
+    for way in ("triton", "torch"):
+        report = bench_codecs(["raw", "int4", "fp8", "lossless"], **shape, way=way)
+        paths = [entry["path"] for entry in report["codecs"]]
+        assert paths == ["torch" if way == "torch" else "triton"] * 3 + ["torch"]
+        assert (report["hardware"] is None) == (DEVICE == "cpu")
