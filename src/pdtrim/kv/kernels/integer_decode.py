@@ -137,6 +137,8 @@ def _values(
     if STAGES:
         x = hadamard(x, BV, D, STAGES)
     to = to_ptr + n[:, None] * D + d[None, :]
+    if D < DP:  # padding repeats the last unit, whose codes are not the last channel's
+        ok &= (tl.arange(0, DP) < D)[None, :]
     tl.store(to, narrowed(x, to_ptr.dtype.element_ty), mask=ok)
 
 
