@@ -7,7 +7,7 @@ from pathlib import Path
 import pdtrim
 
 FLOORS = (
-    ("errors", "progress", "records", "versions"),
+    ("errors", "progress", "records", "versions", "words"),
     ("finite", "reading"),
     ("keep",),
     ("kv.groups", "kv.view", "kv.bias", "kv.selectors", "kv.codecs", "kv.bearable"),
@@ -20,7 +20,7 @@ FLOORS = (
     ("methods", "runtime", "engines"),
     ("bench", "evaluate"),
     ("report",),
-    ("demo", "cli", "__main__", ""),
+    ("demo", "lm_eval", "cli", "__main__", ""),
 )
 """From the ground up; a part of a package may stand lower than the rest of it."""
 UPWARD = {("models.loading", "stage.guard")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -22,15 +22,9 @@ from pdtrim.cli.work import Work
 from pdtrim.errors import PdtrimError
 from pdtrim.keep.files import sweep
 from pdtrim.keep.folder import output_file
+from pdtrim.words import Grain, Metric, Reading, Repair, Search, Which
 
 app = typer.Typer()
-
-Metric = Literal["blocks", "parameters", "flops", "kv_bytes", "latency"]
-Grain = Literal["block", "part"]
-Search = Literal["one_shot", "greedy", "anneal", "evolution", "hybrid"]
-Repair = Literal["best", "none"]
-Which = Literal["pairs", "neighbours", "all"]
-Reading = Literal["pairs", "redundancy", "none"]
 
 
 def _count(text: str, blocks: int, option: str) -> int:

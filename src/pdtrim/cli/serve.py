@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from pdtrim.cli.common import err, out
+from pdtrim.words import LocalPrefill
 
 app = typer.Typer()
-
-LocalPrefill = Literal["refuse", "count"]
 
 
 @app.command(epilog="Example: pdtrim serve pair --port 8000 --decode-replicas 2")
