@@ -20,6 +20,7 @@ FLOORS = (
     ("methods", "runtime", "engines"),
     ("bench", "evaluate"),
     ("report",),
+    ("verbs",),
     ("demo", "lm_eval", "cli", "__main__", ""),
 )
 """From the ground up; a part of a package may stand lower than the rest of it."""

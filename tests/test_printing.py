@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 import pdtrim.cli as cli
 from helpers import make_plan, tiny_model
-from pdtrim.cli.common import console, need_file_place, need_folder_place, visible
+from pdtrim.cli.common import console, visible
 from pdtrim.cli.run import _stream
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.result import Result
+from pdtrim.keep.places import need_file_place, need_folder_place
 from pdtrim.plan import Gates
 from pdtrim.progress import lines
 
