@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pdtrim.bench.codec import bench_codecs
+    from pdtrim.bench.forward import bench_forward
     from pdtrim.bundle import TrimPlan, export
     from pdtrim.calibration.batches import Calibration, CalibrationConfig, load_calibration
     from pdtrim.demo import run_demo
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from pdtrim.evaluate.compare.measure import CompareConfig
     from pdtrim.evaluate.kv_sweep import SweepConfig
     from pdtrim.evaluate.quality import Quality, measure_quality
-    from pdtrim.evaluate.run import EvalConfig
+    from pdtrim.evaluate.run import EvalConfig, evaluate_text
     from pdtrim.evaluate.tasks.result import evaluate_tasks
     from pdtrim.evaluate.tasks.run import TasksConfig
     from pdtrim.exported import load_pair
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from pdtrim.stage.forward import Batch, Pair, Trimmed, forward
     from pdtrim.stage.sampling import Sampling
     from pdtrim.verbs.compare import compare_methods
+    from pdtrim.verbs.distill import TrainConfig, train
     from pdtrim.verbs.export import export_pair
     from pdtrim.verbs.measure import measure_sensitivity, run_ablation, sweep_kv
     from pdtrim.verbs.plan import PlanConfig, make_plan
@@ -70,11 +72,14 @@ __all__ = [
     "SweepConfig",
     "Target",
     "TasksConfig",
+    "TrainConfig",
     "TrimPlan",
     "Trimmed",
     "bench_codecs",
+    "bench_forward",
     "compare_methods",
     "evaluate_tasks",
+    "evaluate_text",
     "export",
     "export_pair",
     "forward",
@@ -88,9 +93,14 @@ __all__ = [
     "run_demo",
     "serve_pair",
     "sweep_kv",
+    "train",
 ]
 
 _HOMES = {
+    "TrainConfig": "pdtrim.verbs.distill",
+    "train": "pdtrim.verbs.distill",
+    "bench_forward": "pdtrim.bench.forward",
+    "evaluate_text": "pdtrim.evaluate.run",
     "AblationConfig": "pdtrim.evaluate.ablation",
     "Batch": "pdtrim.stage.forward",
     "Calibration": "pdtrim.calibration.batches",

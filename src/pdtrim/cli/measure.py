@@ -66,8 +66,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure KL, NLL and perplexity of continuations, or benchmark tasks; dense beside it."""
-    from pdtrim.evaluate.run import EvalConfig
-    from pdtrim.evaluate.run import evaluate as run
+    from pdtrim.evaluate.run import EvalConfig, evaluate_text
     from pdtrim.report.table import table
 
     if (text is None) == (tasks is None):
@@ -96,7 +95,7 @@ def evaluate(
         model=model,
         probes=probes if suite else 0,
     )
-    result = run(target, config, progress=progress_of(as_json))
+    result = evaluate_text(target, config, progress=progress_of(as_json))
     if output is not None:
         result.save(output)
     if as_json:
@@ -347,7 +346,7 @@ def bench_forward(
     as_json: Json = False,
 ) -> None:
     """Time the simulator against transformers' forward, and prefix reuse by depth."""
-    from pdtrim.bench.forward import bench
+    from pdtrim.bench.forward import bench_forward as bench
     from pdtrim.models.loading import load_model
 
     report = bench(
