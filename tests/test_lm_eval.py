@@ -86,7 +86,8 @@ def test_a_chat_template_is_the_tokenizers(setting):
     [
         ({"device": "cpu"}, "'pair' is missing"),
         ({"pair": "x", "pretrained": "gpt2"}, "'pretrained' is not known"),
-        ({"pair": "/nowhere"}, "no prefill checkpoint"),
+        ({"pair": "/nowhere"}, "no prefill checkpoint"),  # lm-eval's cuda:0 is the CPU here
+        ({"pair": "/nowhere", "device": "cuda"}, "device=cuda, but torch finds no GPU"),
     ],
 )
 def test_a_mistake_in_model_args_is_one_line(monkeypatch, capsys, given, words):
@@ -94,6 +95,7 @@ def test_a_mistake_in_model_args_is_one_line(monkeypatch, capsys, given, words):
         ours.PairLM.create_from_arg_obj(given, {"device": "cuda:0", "batch_size": 1})
 
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", asked)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit) as ended:
         ours.main()
     (line,) = capsys.readouterr().err.splitlines()
