@@ -7,10 +7,10 @@ from pathlib import Path
 import pdtrim
 
 FLOORS = (
-    ("errors", "progress", "records", "versions"),
+    ("errors", "progress", "records", "versions", "words"),
     ("finite", "reading"),
     ("keep",),
-    ("kv.groups", "kv.view", "kv.bias", "kv.selectors", "kv.codecs", "kv.bearable"),
+    ("kv.groups", "kv.view", "kv.bias", "kv.selectors", "kv.codecs", "kv.kernels", "kv.bearable"),
     ("plan",),
     ("card",),
     ("kv", "models"),
@@ -21,7 +21,8 @@ FLOORS = (
     ("methods", "runtime", "engines"),
     ("bench", "evaluate"),
     ("report",),
-    ("demo", "cli", "__main__", ""),
+    ("verbs",),
+    ("demo", "lm_eval", "cli", "__main__", ""),
 )
 """From the ground up; a part of a package may stand lower than the rest of it."""
 UPWARD = {("models.loading", "stage.guard")}

@@ -10,6 +10,7 @@ from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PdtrimError, PlanError
 from pdtrim.keep.journal import Journal
 from pdtrim.methods import Paper, PDTrim, Target
+from pdtrim.methods.problem import Problem
 from pdtrim.search.anneal import Annealing
 from pdtrim.search.objective import Objective
 from pdtrim.search.state import Removal
@@ -51,7 +52,7 @@ class Meter:
 
             return counted
 
-        monkeypatch.setitem(Objective.__init__.__kwdefaults__, "loss", maker)
+        monkeypatch.setitem(Problem.objective.__kwdefaults__, "loss", maker)
 
     def count(self, run):
         before = self.losses
@@ -174,5 +175,5 @@ def test_measured_times_are_replayed(model, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("timed again")
 
-    monkeypatch.setattr("pdtrim.methods.goals.measure_latency", fail)
+    monkeypatch.setattr("pdtrim.methods.problem.measure_latency", fail)
     assert run().digest == first.digest

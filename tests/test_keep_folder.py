@@ -10,12 +10,12 @@ from typer.testing import CliRunner
 from helpers import make_plan, tiny_model
 from pdtrim.bundle import export
 from pdtrim.cli import app
-from pdtrim.cli.work import Work
 from pdtrim.errors import PdtrimError
 from pdtrim.keep.files import CannotWrite, beside, write_text
 from pdtrim.keep.folder import LOCK, MARK, claim, is_there, output_file, output_folder, remove
 from pdtrim.keep.lock import lock
 from pdtrim.plan import Gates
+from pdtrim.verbs.work import Work
 
 HOLDER = """
 import sys
@@ -233,14 +233,14 @@ def test_two_exports_into_one_folder(tmp_path, held):
 
 def test_a_search_keeps_its_work_when_the_disk_is_full(tmp_path):
     folder = tmp_path / "plan.search"
-    with pytest.raises(CannotWrite), Work(folder, resume=False) as work:
+    with pytest.raises(CannotWrite), Work(folder, resume=False, say=print) as work:
         work.journal.write_text("hours")
         raise CannotWrite("no space")
     with pytest.raises(PdtrimError, match="add --resume"):
-        Work(folder, resume=False)
-    with Work(folder, resume=True) as work:
+        Work(folder, resume=False, say=print)
+    with Work(folder, resume=True, say=print) as work:
         assert work.journal.read_text() == "hours"
     assert not folder.exists()
-    with pytest.raises(PdtrimError), Work(folder, resume=False) as work:
+    with pytest.raises(PdtrimError), Work(folder, resume=False, say=print) as work:
         raise PdtrimError("a mistake")
     assert not folder.exists()

@@ -352,7 +352,9 @@ def test_the_reference_sends_the_heads_that_decode_has(letters):
     places = (None, (1,), None, None)
     sent = HandoverPolicy(rules=(LayerKV(),) * LAYERS, places=places)
     found = run_suite(
-        trimmed(pair, DENSE), {"it": sent}, KvSuiteConfig(tasks=("needle",), probes=2, tokens=200)
+        trimmed(pair, DENSE, sent),
+        {"it": sent},
+        KvSuiteConfig(tasks=("needle",), probes=2, tokens=200),
     )
     assert found["it"] == found["full"]
 

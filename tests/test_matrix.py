@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from helpers import make_plan, random_batch, tiny_model
+from pdtrim import kv
+from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.plan import Gates
 from pdtrim.search.kv_request import KVRequest
@@ -21,6 +23,7 @@ SELECTORS = (
     "snapkv:share=0.4,window=4",
     "snapkv:share=0.4,window=4,heads=shared,value_norm=true",
     "tova:share=0.4",
+    "h2o:share=0.4",
     "expected_attention:share=0.4,horizon=16",
     "gate:share=0.5,first=1,last=2",
 )
@@ -33,6 +36,11 @@ CODECS = (
     "int4:first=1,recent=2,group=8",
     "k4v2:rotate=true,first=1,recent=2",
 )
+
+
+def test_the_matrix_has_every_selector_and_every_codec():
+    assert {text.partition(":")[0] for text in SELECTORS} == set(kv.selectors.SELECTORS)
+    assert {parse_codec(text).name for text in CODECS} == set(kv.codecs.CODECS)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])

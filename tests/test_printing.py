@@ -6,14 +6,16 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import pdtrim.cli as cli
 from helpers import make_plan, tiny_model
-from pdtrim.cli.common import console, need_file_place, need_folder_place, visible
+from pdtrim.cli.common import console, visible
 from pdtrim.cli.run import _stream
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.result import Result
+from pdtrim.keep.places import need_file_place, need_folder_place
 from pdtrim.plan import Gates
 from pdtrim.progress import lines
 
@@ -68,7 +70,12 @@ def test_a_plans_words_are_not_obeyed(plan_file, monkeypatch, capsys):
     assert clean_of_controls(out + err)
 
 
-VERBS = ("inspect", "export", "distill", "eval", "generate", "serve", "plan", "kv-sweep", "ablate")
+VERBS = tuple(
+    name
+    for name, verb in typer.main.get_command(cli.app).commands.items()
+    if any(isinstance(parameter, typer.core.TyperArgument) for parameter in verb.params)
+)
+"""The verbs that are given a plan, a pair or a model."""
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -82,6 +89,8 @@ def test_a_hostile_path_is_one_line_with_what_was_asked(verb, tmp_path, monkeypa
         "plan": ["-o", tmp_path / "p.json"],
         "kv-sweep": ["--text", "a.txt", "-o", tmp_path / "o"],
         "ablate": ["--text", "a.txt", "-o", tmp_path / "o"],
+        "compare": ["-o", tmp_path / "o", "--methods", "none"],
+        "sensitivity": ["-o", tmp_path / "o"],
     }
     code, out, err = run(monkeypatch, capsys, verb, path, *more.get(verb, []))
     assert code == 2 and out == "" and len(err.splitlines()) == 1

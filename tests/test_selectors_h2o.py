@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import test_matrix
 from fake_view import SCALE, B, FakeView, G, R, fake_view
 from helpers import make_plan, random_batch, tiny_model
 from pdtrim.engines.pages import check_servable
@@ -25,8 +24,6 @@ from pdtrim.models.model import Model
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.search.kv_request import KVRequest
 from pdtrim.search.objective import dense_trace
-
-setting = test_matrix.setting  # the fixture: a model, its prompts and its calibration text
 
 
 def hand_view() -> FakeView:
@@ -117,11 +114,6 @@ def test_no_matrix_of_all_queries_is_made(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module, "window_attention", counted)
     H2O().keep(fake_view(2 * module.CHUNK + 5))
     assert made == [(64, 64), (64, 128), (5, 133)]
-
-
-@pytest.mark.parametrize("codec", test_matrix.CODECS)
-def test_h2o_through_both_layouts_and_the_socket(setting, codec, tmp_path) -> None:
-    test_matrix.test_layouts_and_the_real_path_agree(setting, "h2o:share=0.4", codec, tmp_path)
 
 
 def test_vllm_refuses_h2o_and_serves_streaming() -> None:

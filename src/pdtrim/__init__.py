@@ -19,10 +19,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pdtrim.bench.codec import bench_codecs
+    from pdtrim.bench.forward import bench_forward
     from pdtrim.bundle import TrimPlan, export
     from pdtrim.calibration.batches import Calibration, CalibrationConfig, load_calibration
+    from pdtrim.demo import run_demo
+    from pdtrim.engines.vllm.launch import ServeConfig
     from pdtrim.errors import PdtrimError
+    from pdtrim.evaluate.ablation import AblationConfig
+    from pdtrim.evaluate.compare.measure import CompareConfig
+    from pdtrim.evaluate.kv_sweep import SweepConfig
     from pdtrim.evaluate.quality import Quality, measure_quality
+    from pdtrim.evaluate.run import EvalConfig, evaluate_text
+    from pdtrim.evaluate.tasks.result import evaluate_tasks
+    from pdtrim.evaluate.tasks.run import TasksConfig
     from pdtrim.exported import load_pair
     from pdtrim.methods import Paper, PDTrim, Target
     from pdtrim.models.loading import load_model
@@ -31,11 +41,20 @@ if TYPE_CHECKING:
     from pdtrim.runtime.session import Generation, Session
     from pdtrim.stage.forward import Batch, Pair, Trimmed, forward
     from pdtrim.stage.sampling import Sampling
+    from pdtrim.verbs.compare import compare_methods
+    from pdtrim.verbs.distill import TrainConfig, train
+    from pdtrim.verbs.export import export_pair
+    from pdtrim.verbs.measure import measure_sensitivity, run_ablation, sweep_kv
+    from pdtrim.verbs.plan import PlanConfig, make_plan
+    from pdtrim.verbs.serve import serve_pair
 
 __all__ = [
+    "AblationConfig",
     "Batch",
     "Calibration",
     "CalibrationConfig",
+    "CompareConfig",
+    "EvalConfig",
     "Gates",
     "Generation",
     "LayerKV",
@@ -44,25 +63,50 @@ __all__ = [
     "Pair",
     "Paper",
     "PdtrimError",
+    "PlanConfig",
     "PrunePlan",
     "Quality",
     "Sampling",
+    "ServeConfig",
     "Session",
+    "SweepConfig",
     "Target",
+    "TasksConfig",
+    "TrainConfig",
     "TrimPlan",
     "Trimmed",
+    "bench_codecs",
+    "bench_forward",
+    "compare_methods",
+    "evaluate_tasks",
+    "evaluate_text",
     "export",
+    "export_pair",
     "forward",
     "load_calibration",
     "load_model",
     "load_pair",
+    "make_plan",
     "measure_quality",
+    "measure_sensitivity",
+    "run_ablation",
+    "run_demo",
+    "serve_pair",
+    "sweep_kv",
+    "train",
 ]
 
 _HOMES = {
+    "TrainConfig": "pdtrim.verbs.distill",
+    "train": "pdtrim.verbs.distill",
+    "bench_forward": "pdtrim.bench.forward",
+    "evaluate_text": "pdtrim.evaluate.run",
+    "AblationConfig": "pdtrim.evaluate.ablation",
     "Batch": "pdtrim.stage.forward",
     "Calibration": "pdtrim.calibration.batches",
     "CalibrationConfig": "pdtrim.calibration.batches",
+    "CompareConfig": "pdtrim.evaluate.compare.measure",
+    "EvalConfig": "pdtrim.evaluate.run",
     "Gates": "pdtrim.plan",
     "Generation": "pdtrim.runtime.session",
     "LayerKV": "pdtrim.plan",
@@ -71,19 +115,33 @@ _HOMES = {
     "Pair": "pdtrim.stage.forward",
     "Paper": "pdtrim.methods",
     "PdtrimError": "pdtrim.errors",
+    "PlanConfig": "pdtrim.verbs.plan",
     "PrunePlan": "pdtrim.plan",
     "Quality": "pdtrim.evaluate.quality",
     "Sampling": "pdtrim.stage.sampling",
+    "ServeConfig": "pdtrim.engines.vllm.launch",
     "Session": "pdtrim.runtime.session",
+    "SweepConfig": "pdtrim.evaluate.kv_sweep",
     "Target": "pdtrim.methods",
+    "TasksConfig": "pdtrim.evaluate.tasks.run",
     "TrimPlan": "pdtrim.bundle",
     "Trimmed": "pdtrim.stage.forward",
+    "bench_codecs": "pdtrim.bench.codec",
+    "compare_methods": "pdtrim.verbs.compare",
+    "evaluate_tasks": "pdtrim.evaluate.tasks.result",
     "export": "pdtrim.bundle",
+    "export_pair": "pdtrim.verbs.export",
     "forward": "pdtrim.stage.forward",
     "load_calibration": "pdtrim.calibration.batches",
     "load_model": "pdtrim.models.loading",
     "load_pair": "pdtrim.exported",
+    "make_plan": "pdtrim.verbs.plan",
     "measure_quality": "pdtrim.evaluate.quality",
+    "measure_sensitivity": "pdtrim.verbs.measure",
+    "run_ablation": "pdtrim.verbs.measure",
+    "run_demo": "pdtrim.demo",
+    "serve_pair": "pdtrim.verbs.serve",
+    "sweep_kv": "pdtrim.verbs.measure",
 }
 
 

@@ -15,13 +15,13 @@ from pdtrim.stage.forward import Batch, Trimmed
 
 
 @torch.inference_mode()
-def bench(
+def bench_forward(
     model: Model,
     *,
-    prompt: int,
-    continuation: int,
-    rows: int,
-    repeats: int,
+    prompt: int = 512,
+    continuation: int = 256,
+    rows: int = 4,
+    repeats: int = 5,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Median times over interleaved runs, the same batch and the same logits for both.

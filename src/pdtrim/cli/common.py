@@ -7,17 +7,12 @@ and never as control codes of the terminal, which are shown instead of obeyed.
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.segment import Segment
-
-from pdtrim.errors import PdtrimError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; no progress bars.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda.")]
@@ -91,38 +86,3 @@ def say_of(as_json: bool) -> Any:
 def print_json(data: Any) -> None:
     """JSON on standard output, in ASCII."""
     print(json.dumps(data, indent=1, allow_nan=False))
-
-
-def need_file_place(path: Path) -> None:
-    """Refuse a place where a file cannot be written, before the work and not after it.
-
-    Raises:
-        PdtrimError: a folder is there, or its folder cannot be made or written to.
-    """
-    if path.is_dir():
-        raise PdtrimError(f"{path} is a folder: name a file in it")
-    if path.exists() and not path.is_file():
-        raise PdtrimError(f"{path} is not a plain file: name another")
-    _probe(path.parent)
-
-
-def need_folder_place(path: Path) -> None:
-    """Refuse a place where a folder cannot be made or written to, before the work.
-
-    Raises:
-        PdtrimError: a file is there, or it cannot be written to.
-    """
-    if path.exists() and not path.is_dir():
-        raise PdtrimError(f"{path} is a file: name a folder")
-    _probe(path)
-
-
-def _probe(folder: Path) -> None:
-    """Write and remove a file in the nearest folder that is there."""
-    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    try:
-        handle, name = tempfile.mkstemp(prefix=".pdtrim-", dir=nearest)
-        os.close(handle)
-        os.unlink(name)
-    except OSError as error:
-        raise PdtrimError(f"cannot write to {nearest}: {error.strerror}") from error

@@ -18,8 +18,7 @@ from pdtrim.cli.common import (
     say_of,
 )
 from pdtrim.errors import PdtrimError
-from pdtrim.keep.files import write_text
-from pdtrim.keep.folder import output_folder
+from pdtrim.verbs.compare import compare_methods
 
 app = typer.Typer()
 
@@ -30,7 +29,6 @@ TASKS = "piqa,winogrande,hellaswag,boolq,arc_easy,arc_challenge,openbookqa"
     epilog="Example: pdtrim compare smollm2 --remove 0.2 --data hub --limit 500 -o out/compare"
 )
 def compare(
-    context: typer.Context,
     model: ModelName,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder; what is there is kept.")],
     remove: Annotated[
@@ -41,17 +39,24 @@ def compare(
     data: Annotated[str, typer.Option(help="Where the tasks' items are: a folder, hub, olmo.")] = (
         "hub"
     ),
-    limit: Annotated[int | None, typer.Option(help="Items of each task.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each task; all if not given.")] = None,
     shots: Annotated[int | None, typer.Option(help="Worked examples in front of an item.")] = None,
     seeds: Annotated[
-        str, typer.Option("--seeds", "--seed", help="Of calibration text and search: 0 or 0,1,2.")
+        str,
+        typer.Option(
+            "--seeds", "--seed", help="Seeds of calibration text and search, such as 0,1,2."
+        ),
     ] = "0",
     calibration: Annotated[str, typer.Option(help="Text that steers the methods, or self.")] = (
         "self"
     ),
-    sequences: Annotated[int, typer.Option(help="Of calibration text.")] = 32,
-    prompt_tokens: Annotated[int, typer.Option(help="Prompt of a calibration sequence.")] = 256,
-    continuation_tokens: Annotated[int, typer.Option(help="Its continuation.")] = 256,
+    sequences: Annotated[
+        int, typer.Option(help="Calibration sequences that steer the methods.")
+    ] = 32,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each calibration prompt.")] = 256,
+    continuation_tokens: Annotated[
+        int, typer.Option(help="Tokens of each calibration continuation.")
+    ] = 256,
     row: Annotated[
         list[str], typer.Option(help="NAME=PLAN.json, a plan to measure too; again for more.")
     ] = [],  # noqa: B006
@@ -59,7 +64,7 @@ def compare(
         True
     ),
     batch_tokens: Annotated[
-        int, typer.Option(help="Of a task, that run together; more is faster on a large GPU.")
+        int, typer.Option(help="Tokens of a task that run together; more is faster on a large GPU.")
     ] = 8192,
     only: Annotated[
         str | None,
@@ -74,11 +79,8 @@ def compare(
 ) -> None:
     """Compare methods at the same share removed; write result.json, table.md and compare.png."""
     from pdtrim.evaluate.compare.measure import CompareConfig
-    from pdtrim.evaluate.compare.run import compare as run
-    from pdtrim.evaluate.compare.run import measure_part, parts_of
     from pdtrim.evaluate.compare.systems import chosen_methods
-    from pdtrim.models.loading import load_model
-    from pdtrim.report.compare import markdown, plot_compare, table
+    from pdtrim.report.compare import table
     from pdtrim.stage.cost import Lengths
 
     try:
@@ -100,29 +102,23 @@ def compare(
         latency=latency,
         batch_tokens=batch_tokens,
     )
-    part = [name.strip() for name in only.split(",")] if only else []
-    parts_of(config, part)  # a typing mistake should not wait for the model
-    context.with_resource(output_folder(output, "comparison", shared=bool(part)))
-    progress, say = progress_of(as_json), say_of(as_json)
-    with progress("loading the model", 1):
-        dense = load_model(model, dtype=dtype, device=device)
-    if part:
-        measure_part(dense, config, output, part, progress=progress, say=say)
+    result = compare_methods(
+        model,
+        config,
+        output,
+        only=[name.strip() for name in only.split(",")] if only else (),
+        dtype=dtype,
+        device=device,
+        progress=progress_of(as_json),
+        say=say_of(as_json),
+    )
+    if result is None:
         return
-    result = run(dense, config, output, progress=progress, say=say)
-    result.save(output / "result.json")
-    write_text(output / "table.md", markdown(result))
-    wrote = "result.json, table.md"
-    try:
-        plot_compare(result, output / "compare.png")
-        wrote += " and compare.png"
-    except PdtrimError as error:  # the numbers are there, with a picture or without
-        say(f"no picture: {error}")
     if as_json:
         print_json(result.to_json())
     else:
         out.print(table(result))
-        out.print(f"wrote {output}/{wrote}")
+        out.print(f"wrote {output}: result.json, table.md and, with matplotlib, compare.png")
 
 
 def _named(text: str) -> tuple[str, Path]:

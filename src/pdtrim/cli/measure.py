@@ -18,8 +18,8 @@ from pdtrim.cli.common import (
     say_of,
 )
 from pdtrim.errors import PdtrimError
-from pdtrim.keep.files import write_json, write_text
 from pdtrim.keep.folder import output_file, output_folder
+from pdtrim.verbs.measure import measure_sensitivity, run_ablation, sweep_kv
 
 app = typer.Typer()
 
@@ -66,8 +66,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure KL, NLL and perplexity of continuations, or benchmark tasks; dense beside it."""
-    from pdtrim.evaluate.run import EvalConfig
-    from pdtrim.evaluate.run import evaluate as run
+    from pdtrim.evaluate.run import EvalConfig, evaluate_text
     from pdtrim.report.table import table
 
     if (text is None) == (tasks is None):
@@ -96,7 +95,7 @@ def evaluate(
         model=model,
         probes=probes if suite else 0,
     )
-    result = run(target, config, progress=progress_of(as_json))
+    result = evaluate_text(target, config, progress=progress_of(as_json))
     if output is not None:
         result.save(output)
     if as_json:
@@ -155,7 +154,6 @@ def demo(
 
 @app.command(epilog="Example: pdtrim kv-sweep smollm2 --text held_out.jsonl -o out/kv")
 def kv_sweep(
-    context: typer.Context,
     model: ModelName,
     text: Annotated[str, typer.Option(help="Held-out text: FILE.txt, FILE.jsonl or hub:NAME.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all it makes.")],
@@ -172,9 +170,7 @@ def kv_sweep(
     as_json: Json = False,
 ) -> None:
     """Measure quality against bytes for all KV policies; write a table and a plot."""
-    from pdtrim.evaluate.kv_sweep import SweepConfig, markdown, sweep
-    from pdtrim.models.loading import load_model
-    from pdtrim.report.plot import plot_kv
+    from pdtrim.evaluate.kv_sweep import SweepConfig
     from pdtrim.report.table import table
     from pdtrim.stage.cost import Lengths
 
@@ -186,12 +182,9 @@ def kv_sweep(
         probes=probes,
         seed=seed,
     )
-    context.with_resource(output_folder(output, "sweep of KV policies"))
-    dense = load_model(model, dtype=dtype, device=device)
-    result = sweep(dense, config, output, progress=progress_of(as_json))
-    result.save(output / "result.json")
-    write_text(output / "table.md", markdown(result))
-    plot_kv(result, output / "kv")
+    result = sweep_kv(
+        model, config, output, dtype=dtype, device=device, progress=progress_of(as_json)
+    )
     if as_json:
         print_json(result.to_json())
     else:
@@ -203,7 +196,6 @@ def kv_sweep(
 
 @app.command(epilog="Example: pdtrim ablate smollm2 --text held_out.jsonl -o out/ablation")
 def ablate(
-    context: typer.Context,
     model: ModelName,
     text: Annotated[list[str], typer.Option(help="Held-out text; give it again for more.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder; what is there is kept.")],
@@ -227,11 +219,8 @@ def ablate(
     as_json: Json = False,
 ) -> None:
     """Measure what each part of the method is worth; write result.json and a table."""
-    from pdtrim.evaluate.ablation import AblationConfig, markdown
-    from pdtrim.evaluate.ablation import ablate as run
-    from pdtrim.models.loading import load_model
+    from pdtrim.evaluate.ablation import AblationConfig
     from pdtrim.stage.cost import Lengths
-    from pdtrim.versions import host, versions
 
     try:
         numbers = tuple(int(seed) for seed in seeds.split(","))
@@ -252,22 +241,19 @@ def ablate(
         train_steps=train_steps,
         fit=fit_sequences,
     )
-    context.with_resource(output_folder(output, "ablation"))
-    dense = load_model(model, dtype=dtype, device=device)
-    cells = run(dense, config, output, progress=progress_of(as_json), say=say_of(as_json))
-    made = {
-        "model": dense.name,
-        "dtype": dtype,
-        "versions": versions(),
-        "host": host(),
-        "cells": [cell.model_dump() for cell in cells],
-    }
-    write_json(output / "result.json", made)
-    write_text(output / "table.md", markdown(cells))
+    made = run_ablation(
+        model,
+        config,
+        output,
+        dtype=dtype,
+        device=device,
+        progress=progress_of(as_json),
+        say=say_of(as_json),
+    )
     if as_json:
         print_json(made)
     else:
-        out.print(markdown(cells))
+        out.print((output / "table.md").read_text(encoding="utf-8"))
 
 
 def _named(sources: list[str]) -> dict[str, str]:
@@ -281,7 +267,6 @@ def _named(sources: list[str]) -> dict[str, str]:
 
 @app.command(epilog="Example: pdtrim sensitivity smollm2 --text held_out.jsonl -o out/blocks")
 def sensitivity(
-    context: typer.Context,
     model: ModelName,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all it makes.")],
     text: Annotated[str, typer.Option(help="FILE.txt, FILE.jsonl, hub:NAME, or self.")] = "self",
@@ -294,16 +279,10 @@ def sensitivity(
     as_json: Json = False,
 ) -> None:
     """Measure what losing each block alone costs each stage; write a table and a heat map."""
-    from pdtrim.calibration.batches import CalibrationConfig, load_calibration
+    from pdtrim.calibration.batches import CalibrationConfig
     from pdtrim.evaluate.sensitivity import WAYS
-    from pdtrim.evaluate.sensitivity import sensitivity as measure
-    from pdtrim.models.loading import load_model
-    from pdtrim.report.heatmap import plot_sensitivity
     from pdtrim.report.table import sensitivity_table
 
-    context.with_resource(output_folder(output, "sensitivity"))
-    progress = progress_of(as_json)
-    dense = load_model(model, dtype=dtype, device=device)
     config = CalibrationConfig(
         source=text,
         prompt_tokens=prompt_tokens,
@@ -313,12 +292,9 @@ def sensitivity(
         fit=0,
         seed=seed,
     )
-    kl_WL = measure(
-        dense, load_calibration(dense, config, progress=progress).search, progress=progress
+    kl_WL = measure_sensitivity(
+        model, config, output, dtype=dtype, device=device, progress=progress_of(as_json)
     )
-    write_text(output / "table.md", sensitivity_table(kl_WL, tuple(WAYS)))
-    title = f"{dense.name}: KL of losing one block"
-    plot_sensitivity(kl_WL, tuple(WAYS), output / "blocks.png", title=title)
     if as_json:
         print_json({way: row for way, row in zip(WAYS, kl_WL.tolist(), strict=True)})
     else:
@@ -376,7 +352,7 @@ def bench_forward(
     as_json: Json = False,
 ) -> None:
     """Time the simulator against transformers' forward, and prefix reuse by depth."""
-    from pdtrim.bench.forward import bench
+    from pdtrim.bench.forward import bench_forward as bench
     from pdtrim.models.loading import load_model
 
     report = bench(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from pdtrim.cli.common import err, out
+from pdtrim.words import LocalPrefill
 
 app = typer.Typer()
-
-LocalPrefill = Literal["refuse", "count"]
 
 
 @app.command(epilog="Example: pdtrim serve pair --port 8000 --decode-replicas 2")
@@ -49,11 +48,8 @@ def serve(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands only.")] = False,
 ) -> None:
     """Serve a pair with vLLM behind a router, a GPU each server, until Ctrl-C."""
-    from pdtrim.engines import engine_named
-    from pdtrim.engines.supervise import serve as supervise
-    from pdtrim.engines.vllm.launch import ServeConfig, free_port
-
-    engine = engine_named("vllm")
+    from pdtrim.engines.vllm.launch import ServeConfig
+    from pdtrim.verbs.serve import serve_pair
 
     config = ServeConfig(
         pair=folder,
@@ -70,15 +66,11 @@ def serve(
         decode_args=tuple(decode_arg),
         start_seconds=start_seconds,
     )
-    started = engine.processes(config, free_port=free_port)
+    lines = serve_pair(config, dry_run=dry_run, say=_say, log=_log, advise=err.print)
     if dry_run:
-        for process in started:
-            print(process.shell)
+        for line in lines:
+            print(line)
         return
-    engine.check_runnable(config)
-    if words := engine.advice(config):
-        err.print(words)
-    supervise(started, start_seconds=start_seconds, say=_say, log=_log)
     err.print("stopped")
 
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from pdtrim.distill.student import Compute, Descent
-from pdtrim.distill.trainable import Which
 from pdtrim.errors import PlanError
 from pdtrim.keep.settings import Settings
 from pdtrim.keep.tensors import ids_digest, tensors_digest
 from pdtrim.models.model import Model
 from pdtrim.models.swap import Weights
 from pdtrim.stage.forward import Batch, Trimmed
+from pdtrim.words import Which
 
 FREE = ("max_seconds", "checkpoint_seconds")
 """Settings that may change when a run is resumed: they decide when it stops, not what it does."""

@@ -18,7 +18,6 @@ Shapes: L layers.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +28,8 @@ from pdtrim.finite import finite
 from pdtrim.plan import Stage
 from pdtrim.records import Frozen
 from pdtrim.stage.forward import Trace
+from pdtrim.words import Reading
 
-Reading = Literal["pairs", "redundancy", "none"]
 Pair = tuple[int, int]
 """Two neighbouring layers, the first one first."""
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection
-from typing import Literal
 
 from pdtrim.errors import PlanError
 from pdtrim.plan import Gates
-
-Which = Literal["pairs", "neighbours", "all"]
-"""``pairs``: merged blocks alone; ``neighbours``: the blocks beside each cut too; ``all`` kept."""
+from pdtrim.words import Which
 
 
 def trainable_layers(which: Which, gates: Gates, merged: Collection[int]) -> tuple[int, ...]:

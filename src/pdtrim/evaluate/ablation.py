@@ -22,7 +22,7 @@ from pdtrim.calibration.batches import Calibration, CalibrationConfig, text_batc
 from pdtrim.calibration.kept import kept_calibration, source_digest
 from pdtrim.distill.job import DistillConfig
 from pdtrim.distill.plan import Training, pairs_of, train_plan
-from pdtrim.distill.sets import Reading, SetRule
+from pdtrim.distill.sets import SetRule
 from pdtrim.evaluate.quality import measure_quality
 from pdtrim.keep.settings import Settings, package_versions
 from pdtrim.keep.store import claim, once
@@ -30,7 +30,7 @@ from pdtrim.keep.tensors import ids_digest
 from pdtrim.methods.base import Method
 from pdtrim.methods.paper import Paper
 from pdtrim.methods.pdtrim import PDTrim
-from pdtrim.methods.problem import Search, Target
+from pdtrim.methods.problem import Target
 from pdtrim.models.model import Model
 from pdtrim.models.swap import Blocks
 from pdtrim.plan import Gates, Stage
@@ -40,6 +40,7 @@ from pdtrim.repair.apply import KINDS, SHARED, best_repair, repair
 from pdtrim.stage.cost import Lengths, block_tokens
 from pdtrim.stage.forward import Batch, Pair, Trimmed
 from pdtrim.stage.swap import swap_pair
+from pdtrim.words import Reading, Search
 
 SEARCHES: tuple[Search, ...] = ("one_shot", "greedy", "evolution", "anneal", "hybrid")
 

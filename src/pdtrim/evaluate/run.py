@@ -38,7 +38,7 @@ class EvalConfig:
             raise PdtrimError("prompt tokens, continuation tokens and limit must be at least 1")
 
 
-def evaluate(target: str | Path, config: EvalConfig, *, progress: Progress = silent) -> Result:
+def evaluate_text(target: str | Path, config: EvalConfig, *, progress: Progress = silent) -> Result:
     """Rows ``dense`` and the plan's method, on the same tokens.
 
     Args:

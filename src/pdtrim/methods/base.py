@@ -13,7 +13,7 @@ from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
 from pdtrim.keep.journal import Journal
 from pdtrim.keep.settings import Settings
-from pdtrim.methods.problem import Metric, Problem, Repair, Target
+from pdtrim.methods.problem import Problem, Target
 from pdtrim.models.model import Model
 from pdtrim.models.swap import Blocks
 from pdtrim.plan import (
@@ -26,8 +26,8 @@ from pdtrim.plan import (
 from pdtrim.progress import Progress, silent
 from pdtrim.repair.cuts import merged_layers
 from pdtrim.search.objective import BudgetSpent
-from pdtrim.search.state import Grain
 from pdtrim.versions import versions
+from pdtrim.words import Grain, Metric, Repair
 
 
 @dataclass(frozen=True, kw_only=True)

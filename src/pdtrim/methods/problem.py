@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 import torch
 
@@ -20,13 +19,10 @@ from pdtrim.search.kv_budget import KV_SEQUENCES, resolve_policy, rule_bytes
 from pdtrim.search.kv_request import prompt_and_queries
 from pdtrim.search.latency import measure_latency
 from pdtrim.search.objective import LossMaker, Objective, kl_loss
-from pdtrim.search.state import Grain, Removal
+from pdtrim.search.state import Removal
 from pdtrim.stage.cost import Lengths
 from pdtrim.stage.forward import Batch, Trimmed
-
-Search = Literal["one_shot", "greedy", "anneal", "evolution", "hybrid"]
-Metric = Literal["blocks", "parameters", "flops", "kv_bytes", "latency"]
-Repair = Literal["none", "best"]
+from pdtrim.words import Grain, Metric, Repair, Search
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The plan: gates, widths and KV rules of both stages, as one file of data."""
 
-from pdtrim.plan.gates import STAGES, AttentionGate, Gates, Mode, Stage
+from pdtrim.plan.gates import AttentionGate, Gates
 from pdtrim.plan.plan import (
     MAX_PLAN_BYTES,
     BaseModelRef,
@@ -11,6 +11,7 @@ from pdtrim.plan.plan import (
     Sha256,
 )
 from pdtrim.plan.width import Width, Widths
+from pdtrim.words import STAGES, Mode, Stage
 
 __all__ = [
     "MAX_PLAN_BYTES",

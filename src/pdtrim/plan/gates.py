@@ -12,11 +12,9 @@ from pydantic import model_validator
 
 from pdtrim.errors import PlanError
 from pdtrim.records import Frozen
+from pdtrim.words import Mode, Stage
 
-Stage = Literal["prefill", "decode"]
 AttentionGate = Literal["full", "kv", "off"]
-Mode = Literal["projected", "subset", "unified"]
-STAGES: tuple[Stage, ...] = ("prefill", "decode")
 
 
 class Gates(Frozen):

@@ -21,10 +21,11 @@ from pdtrim.errors import PlanError, border
 from pdtrim.keep.files import write_json
 from pdtrim.kv.codecs import Codec, Raw
 from pdtrim.kv.selectors import Duo, Full, Gate, Selector
-from pdtrim.plan.gates import STAGES, Gates, Mode, Stage
+from pdtrim.plan.gates import Gates
 from pdtrim.plan.width import MAX_HEADS, Width, Widths
 from pdtrim.reading.json_text import read_json
 from pdtrim.records import Frozen, first_problem
+from pdtrim.words import STAGES, Mode, Stage
 
 MAX_PLAN_BYTES = 16 * 2**20
 MAX_LAYERS, MAX_HEAD_DIM = 4096, 4096

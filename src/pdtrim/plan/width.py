@@ -7,8 +7,8 @@ from itertools import pairwise
 
 from pydantic import Field, field_validator
 
-from pdtrim.plan.gates import Stage
 from pdtrim.records import Frozen
+from pdtrim.words import Stage
 
 MAX_HEADS, MAX_NEURONS = 4096, 2**20
 """Far beyond any model; a plan that claims more is damaged, and must not cost memory."""

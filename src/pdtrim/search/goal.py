@@ -17,8 +17,9 @@ from transformers import PreTrainedConfig
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates, Mode, Stage
-from pdtrim.search.state import Grain, Removal
+from pdtrim.search.state import Removal
 from pdtrim.stage.cost import Lengths, block_parameters, stage_flops
+from pdtrim.words import Grain
 
 SEARCH_ORDER: tuple[Stage, ...] = ("decode", "prefill")
 """Decode first: it is the sensitive stage, and in mode ``subset`` prefill's set lies in its."""

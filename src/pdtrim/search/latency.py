@@ -15,10 +15,10 @@ from torch import Tensor
 from pdtrim.kv.policy import HandoverPolicy, hand_over
 from pdtrim.models.model import Model
 from pdtrim.plan import STAGES, AttentionGate, Mode, Stage
-from pdtrim.search.state import Grain
 from pdtrim.stage.cache import LayerCache
 from pdtrim.stage.cost import Lengths
 from pdtrim.stage.step import decode_block, prefill_block
+from pdtrim.words import Grain
 
 Key = tuple[Stage, int, str]
 Run = Callable[[], object]

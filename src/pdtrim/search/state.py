@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from pdtrim.errors import PlanError
 from pdtrim.plan import Gates, Mode, Stage
-
-Grain = Literal["block", "part"]
+from pdtrim.words import Grain
 
 
 @dataclass(frozen=True, kw_only=True)

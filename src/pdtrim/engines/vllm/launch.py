@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 from pdtrim.engines.base import Engine, Process
 from pdtrim.engines.pages import check_servable, padding
@@ -26,6 +26,7 @@ from pdtrim.exported import read_pair
 from pdtrim.models.checkpoint import check_files, read_stage
 from pdtrim.plan import STAGES, PrunePlan, Stage
 from pdtrim.runtime.start import python_module
+from pdtrim.words import LocalPrefill
 
 LOOPBACK = "127.0.0.1"
 BLOCK_SIZE = 32  # of a plan that is exact to the token: what vLLM is fast with on CPU and GPU
@@ -66,7 +67,7 @@ class ServeConfig:
     name: str | None = None
     block_size: int | None = None
     max_model_len: int | None = None
-    local_prefill: Literal["refuse", "count"] = "refuse"
+    local_prefill: LocalPrefill = "refuse"
     staged_prompts: int | None = None
     prefill_args: tuple[str, ...] = ()
     decode_args: tuple[str, ...] = ()

@@ -19,7 +19,8 @@ from pdtrim.errors import PlanError
 from pdtrim.methods.base import Found, Method
 from pdtrim.methods.problem import Problem
 from pdtrim.plan import Mode
-from pdtrim.search.state import Grain, Removal
+from pdtrim.search.state import Removal
+from pdtrim.words import Grain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pdtrim.cli.common import err
 from pdtrim.errors import PdtrimError
 from pdtrim.keep.files import CannotWrite
 from pdtrim.keep.folder import claim, is_there, remove
@@ -23,8 +23,8 @@ class Work:
             one of ours.
     """
 
-    def __init__(self, folder: Path, *, resume: bool) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, resume: bool, say: Callable[[str], None]) -> None:
+        self.folder, self.say = folder, say
         self.resumed = is_there(folder, WHAT)
         if self.resumed and not resume:
             raise PdtrimError(
@@ -53,7 +53,7 @@ class Work:
         trace: TracebackType | None,
     ) -> None:
         if kind is not None and issubclass(kind, KeyboardInterrupt) and self.journal.exists():
-            err.print("interrupted: the same command with --resume goes on", highlight=False)
+            self.say("interrupted: the same command with --resume goes on")
         elif kind is None or (not self.resumed and _is_mistake(kind)):
             remove(self.folder, NAMES)
 

@@ -1,0 +1,132 @@
+"""Train decode's kept blocks for what was removed: what ``pdtrim distill`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pdtrim.errors import PdtrimError
+from pdtrim.keep.files import sweep
+from pdtrim.keep.folder import output_file
+from pdtrim.progress import Progress, silent
+from pdtrim.words import Reading, Which
+
+if TYPE_CHECKING:
+    from pdtrim.bundle import TrimPlan
+    from pdtrim.distill.plan import Trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train a plan.
+
+    Attributes:
+        text: sources of training text, as FILE, hub:NAME, or self.
+        blocks: which decode blocks train, as merged pairs, the cuts' neighbours, or all.
+        merge: which removed blocks merge with a neighbour first; pairs if ``blocks`` is pairs, else
+            none, if not given.
+        prompt_tokens: tokens of each prompt.
+        continuation_tokens: tokens of each continuation.
+        sequences: training sequences of each text, or all that it has.
+        held_out: sequences of each text that choose the best weights.
+        steps: training steps at most.
+        rows: sequences that run together.
+        accumulate: groups of ``rows`` sequences in a step.
+        learning_rate: highest learning rate of the schedule.
+        minutes: minutes of training at most, over all resumes.
+        seed: seed of the text and of the order of the rows.
+    """
+
+    text: tuple[str, ...] = ("self",)
+    blocks: Which = "all"
+    merge: Reading | None = None
+    prompt_tokens: int = 256
+    continuation_tokens: int = 256
+    sequences: int = 256
+    held_out: int = 16
+    steps: int = 1000
+    rows: int = 4
+    accumulate: int = 4
+    learning_rate: float = 3e-4
+    minutes: float | None = None
+    seed: int = 0
+
+
+def train(
+    plan_file: str | Path,
+    output: str | Path,
+    config: TrainConfig = TrainConfig(),
+    *,
+    model: str | None = None,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    progress: Progress = silent,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[TrimPlan, Trained]:
+    """Train decode's kept blocks; an interrupted training goes on from its checkpoint.
+
+    Args:
+        plan_file: the plan; it stays as it is.
+        output: the plan file to write. The checkpoint stands beside it while the training runs.
+        model: where the dense model is, if not where the plan says.
+        say: takes a line for people.
+
+    Returns:
+        The new plan, and what the training did; its KLs are nats a token on held-out text.
+
+    Raises:
+        PdtrimError: no such plan, text that cannot be read, nothing to train, or a checkpoint of
+            another training.
+    """
+    from pdtrim.bundle import TrimPlan
+    from pdtrim.calibration.batches import CalibrationConfig
+    from pdtrim.calibration.mixture import load_mixture
+    from pdtrim.distill.job import DistillConfig
+    from pdtrim.distill.plan import Training, train_plan, trained_plan
+    from pdtrim.distill.sets import SetRule
+    from pdtrim.exported import base_model
+
+    plan_file, output = Path(plan_file), Path(output)
+    if output.resolve() == plan_file.resolve():
+        raise PdtrimError("-o names the plan itself: give the trained one a name of its own")
+    with output_file(output):
+        loaded = TrimPlan.open(plan_file)
+        dense = base_model(loaded.plan, source=model, dtype=dtype, device=device)
+        lengths = CalibrationConfig(
+            prompt_tokens=config.prompt_tokens,
+            continuation_tokens=config.continuation_tokens,
+            search=config.sequences,
+            rerank=config.held_out,
+            seed=config.seed,
+        )
+        data, rest = load_mixture(dense, config.text, lengths, progress=progress, say=say)
+        checkpoint = output.with_name(f"{output.stem}.training.safetensors")
+        sweep(checkpoint)
+        if checkpoint.exists():
+            say(f"going on from {checkpoint}")
+        merge = config.merge or ("pairs" if config.blocks == "pairs" else "none")
+        distillation = DistillConfig(
+            which=config.blocks,
+            steps=config.steps,
+            rows=config.rows,
+            accumulate=config.accumulate,
+            learning_rate=config.learning_rate,
+            max_seconds=None if config.minutes is None else 60 * config.minutes,
+            compute="float32" if dtype == "float32" else "bfloat16",
+            seed=config.seed,
+        )
+        trained = train_plan(
+            loaded,
+            dense,
+            data,
+            rest,
+            Training(rule=SetRule(reading=merge), distillation=distillation),
+            checkpoint=checkpoint,
+            progress=progress,
+            say=say,
+        )
+        made = trained_plan(loaded.plan, trained).save(output)
+        checkpoint.unlink(missing_ok=True)
+    return made, trained

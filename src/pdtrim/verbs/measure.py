@@ -1,0 +1,137 @@
+"""Measurements that end as tables and pictures in a folder: kv-sweep, sensitivity and ablate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pdtrim.keep.files import write_json, write_text
+from pdtrim.keep.folder import output_folder
+from pdtrim.progress import Progress, silent
+from pdtrim.verbs.model import dense_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pdtrim.calibration.batches import CalibrationConfig
+    from pdtrim.evaluate.ablation import AblationConfig
+    from pdtrim.evaluate.kv_sweep import SweepConfig
+    from pdtrim.evaluate.result import Result
+    from pdtrim.models.model import Model
+
+
+def sweep_kv(
+    model: Model | str,
+    config: SweepConfig,
+    folder: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> Result:
+    """Quality against bytes for all KV policies.
+
+    Args:
+        model: the dense model, or its name, which is loaded with ``dtype`` to ``device``.
+        folder: gets ``result.json``, ``table.md``, ``kv.png`` and ``kv.svg``; an interrupted sweep
+            goes on from what is there.
+
+    Returns:
+        A row for the dense model and for each policy; KL in nats a token, sizes in bytes a prompt.
+
+    Raises:
+        PdtrimError: unreadable text, or a folder of other settings.
+    """
+    from pdtrim.evaluate.kv_sweep import markdown, sweep
+    from pdtrim.report.plot import plot_kv
+
+    folder = Path(folder)
+    with output_folder(folder, "sweep of KV policies"):
+        dense = dense_model(model, dtype=dtype, device=device, progress=progress)
+        result = sweep(dense, config, folder, progress=progress)
+        result.save(folder / "result.json")
+        write_text(folder / "table.md", markdown(result))
+        plot_kv(result, folder / "kv")
+    return result
+
+
+def measure_sensitivity(
+    model: Model | str,
+    config: CalibrationConfig,
+    folder: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> Tensor:
+    """What losing each block alone costs each stage.
+
+    Args:
+        model: the dense model, or its name, which is loaded with ``dtype`` to ``device``.
+        config: the text; its ``search`` part is measured on.
+        folder: gets ``table.md`` and ``blocks.png``.
+
+    Returns:
+        KL to the dense model, nats a token, ``[W, L]``: the ways of
+        ``pdtrim.evaluate.sensitivity.WAYS``, then layers.
+
+    Raises:
+        PdtrimError: unreadable text, or a folder that holds something else.
+    """
+    from pdtrim.calibration.batches import load_calibration
+    from pdtrim.evaluate.sensitivity import WAYS, sensitivity
+    from pdtrim.report.heatmap import plot_sensitivity
+    from pdtrim.report.table import sensitivity_table
+
+    folder = Path(folder)
+    with output_folder(folder, "sensitivity"):
+        dense = dense_model(model, dtype=dtype, device=device, progress=progress)
+        text = load_calibration(dense, config, progress=progress).search
+        kl_WL = sensitivity(dense, text, progress=progress)
+        write_text(folder / "table.md", sensitivity_table(kl_WL, tuple(WAYS)))
+        title = f"{dense.name}: KL of losing one block"
+        plot_sensitivity(kl_WL, tuple(WAYS), folder / "blocks.png", title=title)
+    return kl_WL
+
+
+def run_ablation(
+    model: Model | str,
+    config: AblationConfig,
+    folder: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    progress: Progress = silent,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """What each part of the method is worth.
+
+    Args:
+        model: the dense model, or its name, which is loaded with ``dtype`` to ``device``.
+        folder: gets ``result.json`` and ``table.md``; what is there is not measured again.
+        say: takes a line for people.
+
+    Returns:
+        What ``result.json`` holds: the model, versions, host, and a cell for each row and seed.
+
+    Raises:
+        PdtrimError: unreadable text, or a folder of other settings.
+    """
+    from pdtrim.evaluate.ablation import ablate, markdown
+    from pdtrim.versions import host, versions
+
+    folder = Path(folder)
+    with output_folder(folder, "ablation"):
+        dense = dense_model(model, dtype=dtype, device=device, progress=progress)
+        cells = ablate(dense, config, folder, progress=progress, say=say)
+        made = {
+            "model": dense.name,
+            "dtype": str(dense.dtype).removeprefix("torch."),
+            "versions": versions(),
+            "host": host(),
+            "cells": [cell.model_dump() for cell in cells],
+        }
+        write_json(folder / "result.json", made)
+        write_text(folder / "table.md", markdown(cells))
+    return made
