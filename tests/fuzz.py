@@ -46,10 +46,10 @@ from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.frame import Layout, SentLayer, encode_frame
 from pdtrim.kv.groups import HeadGroup
 from pdtrim.kv.wire import FrameReader
+from pdtrim.kvfit.policy import parse_policy
 from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates, LayerKV, PrunePlan
 from pdtrim.reading.text import clean
-from pdtrim.search.kv_menu import parse_budget
 
 SECONDS = 20
 MEMORY = 12 * 2**30
@@ -403,13 +403,12 @@ class Policies:
         with contextlib.suppress(PdtrimError):
             codec = parse_codec(text)
             same(codec.model_validate(codec.model_dump()), codec)
-        budget = parse_budget(text)
-        if budget is not None:
-            same(parse_budget(budget.text), budget)
+        policy = parse_policy(text)
+        same(parse_policy(policy.text), policy)
 
     def __init__(self, folder):
         for text in self.TEXTS:
-            parse_budget(text)
+            parse_policy(text)
 
 
 TARGETS = (Frames, Plans, Blocks, Pairs, Models, Ggufs, Journals, Kept, Results, Texts, Policies)

@@ -6,6 +6,7 @@ from baselines_naive import ALL, ROWS, C, L, N, each, plan_of, pruned, text_of
 from helpers import random_batch, tiny_model
 from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
+from pdtrim.kvfit.policy import parse_policy
 from pdtrim.methods import METHODS, Target
 from pdtrim.methods.baselines import (
     SLEB,
@@ -14,7 +15,7 @@ from pdtrim.methods.baselines import (
     ShortenedTaylor,
     ShortGPT,
 )
-from pdtrim.search.kv_budget import KV_SEQUENCES, resolve_policy
+from pdtrim.methods.problem import KV_SEQUENCES
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +120,9 @@ def test_nothing_to_remove_costs_nothing(model, calibration, method):
 
 @each
 def test_the_kv_policy_goes_into_the_plan_and_not_into_the_ranking(model, calibration, method):
-    kv = "first_last:first=1,last=2,layers=2"
+    kv = parse_policy("first_last:first=1,last=2,layers=2")
     plan = plan_of(method, model, calibration, 2, 2, kv=kv)
-    rules = resolve_policy(kv, model, calibration.search[:KV_SEQUENCES], block_size=1)
+    rules = kv.resolve(model, calibration.search[:KV_SEQUENCES], block_size=1)
     assert plan.kv == rules and rules != rules[::-1]
     assert plan.gates == plan_of(method, model, calibration, 2, 2).gates
 

@@ -16,6 +16,7 @@ from pdtrim.distill.train import distill
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.quality import measure_quality
 from pdtrim.evaluate.sensitivity import sensitivity
+from pdtrim.kvfit.budget import lagrangian
 from pdtrim.methods import METHODS, Target
 from pdtrim.methods.baselines.width import WidthMethod
 from pdtrim.models.model import Model
@@ -26,7 +27,6 @@ from pdtrim.search.evolution import Evolution, evolution
 from pdtrim.search.goal import Goal
 from pdtrim.search.greedy import greedy
 from pdtrim.search.hybrid import Hybrid, hybrid
-from pdtrim.search.kv_budget import lagrangian
 from pdtrim.search.objective import Objective
 from pdtrim.search.state import Removal
 from pdtrim.stage.forward import Trimmed

@@ -17,7 +17,7 @@ FLOORS = (
     ("stage",),
     ("exported", "bundle"),
     ("calibration",),
-    ("search", "repair", "distill"),
+    ("search", "kvfit", "repair", "distill"),
     ("methods", "runtime", "engines"),
     ("bench", "evaluate"),
     ("report",),

@@ -10,8 +10,8 @@ from pdtrim.kv.frame import SentLayer
 from pdtrim.kv.join import join
 from pdtrim.kv.policy import gather, through
 from pdtrim.kv.selectors import FirstLast, Full
-from pdtrim.search.kv_request import KVRequest, concentration
-from pdtrim.search.objective import dense_trace
+from pdtrim.kvfit.observed import Observed
+from pdtrim.kvfit.request import KVRequest
 
 
 @pytest.mark.parametrize(
@@ -124,23 +124,22 @@ def test_concentration_is_measured_for_each_head():
     batch = random_batch(model, prompt=13, new=5)
     with torch.no_grad():
         model.block(1).attention.q_proj.weight[:8] = 0  # head 0 of layer 1: uniform attention
-    trace = dense_trace(model, batch)
-    rule = FirstLast(first=1, last=2)
-    mass_LH = concentration(model, batch, trace, rule)
+    observed = Observed.of(model, batch)
+    mass_LH = observed.concentration(FirstLast(first=1, last=2))
     assert mass_LH.shape == (3, 4)
     assert mass_LH[1, 0] == pytest.approx(3 / 12)
     everything = FirstLast(first=6, last=6)
-    torch.testing.assert_close(concentration(model, batch, trace, everything), torch.ones(3, 4))
+    torch.testing.assert_close(observed.concentration(everything), torch.ones(3, 4))
 
 
 def test_layers_are_chosen_where_attention_concentrates(monkeypatch):
     model = tiny_model("llama", layers=3)
     batch = random_batch(model)
     mass_LH = torch.tensor([[0.9, 0.9, 0.1, 0.1], [0.9, 0.1, 0.1, 0.1], [0.9, 0.9, 0.9, 0.85]])
-    monkeypatch.setattr("pdtrim.search.kv_request.concentration", lambda *a, **k: mass_LH)
+    monkeypatch.setattr(Observed, "concentration", lambda *_: mass_LH)
 
     def selected(text):
-        rules = KVRequest.parse(text).resolve(model, batch, [])
+        rules = KVRequest.parse(text).resolve(model, batch)
         return [i for i, rule in enumerate(rules) if rule.selector.name == "first_last"]
 
     assert selected("first_last:first=1,last=1") == [0, 2]

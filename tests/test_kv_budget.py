@@ -10,17 +10,12 @@ from pdtrim.calibration.recall import with_recall
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.quality import measure_quality
 from pdtrim.kv.policy import HandoverPolicy
+from pdtrim.kvfit.budget import KVBudget, KVObjective, allocate, lagrangian
+from pdtrim.kvfit.menu import default_menu
+from pdtrim.kvfit.policy import parse_policy
+from pdtrim.kvfit.request import KVRequest
+from pdtrim.kvfit.sizes import full_bytes, rule_bytes
 from pdtrim.plan import Gates, LayerKV
-from pdtrim.search.kv_budget import (
-    KVObjective,
-    allocate,
-    full_bytes,
-    lagrangian,
-    resolve_policy,
-    rule_bytes,
-)
-from pdtrim.search.kv_menu import KVBudget, default_menu, parse_budget
-from pdtrim.search.kv_request import KVRequest
 from pdtrim.stage.forward import Pair, Trimmed
 
 MENU = (
@@ -54,7 +49,7 @@ def kl_of(model, batch, rules):
 
 def test_the_decode_only_evaluation_equals_the_simulator(model, text):
     objective = KVObjective(model, text)
-    tables = [KVRequest.parse(m).resolve(model, text, objective.dense) for m in MENU]
+    tables = [KVRequest.parse(m).fit(objective.observed) for m in MENU]
     base, other = tables[2], tables[5]
     assert objective.stand_on(base) == pytest.approx(kl_of(model, text, base), abs=1e-5)
     for layer in range(4):
@@ -68,7 +63,7 @@ def test_rule_bytes_count_pairs_and_masks_in_bf16(model, text):
     view = objective.views[0]
     assert rule_bytes(view, LayerKV()) == 2 * 2 * 32 * 8 * 2
     assert full_bytes(model, 32) == 4 * 2 * 2 * 32 * 8 * 2
-    (snap, *_) = KVRequest.parse(MENU[5]).resolve(model, text, objective.dense)
+    (snap, *_) = KVRequest.parse(MENU[5]).fit(objective.observed)
     assert rule_bytes(view, snap) == 2 * 2 * 13 * 8 * 2 + 2 * 4  # ceil(0.4 * 32), two mask rows
 
 
@@ -113,18 +108,18 @@ def test_a_budget_out_of_reach_or_misspelt_is_refused(model, text):
     with pytest.raises(PlanError, match="at least 1"):
         allocate(model, text, 0.5, menu=MENU)
     with pytest.raises(PlanError, match="write budget:compression=5"):
-        parse_budget("budget:5")
+        parse_policy("budget:5")
     with pytest.raises(PlanError, match="unknown selector"):
-        parse_budget("nearest")
-    assert parse_budget("full") is None
+        parse_policy("nearest")
+    assert parse_policy("full") == KVRequest.parse("full")
     for budget in (KVBudget(compression=5), KVBudget(compression=2.5, codecs="packed")):
-        assert parse_budget(budget.text) == budget
+        assert parse_policy(budget.text) == budget
     assert not any("entropy" in name for name in default_menu(64, "packed"))
     assert any("entropy" in name for name in default_menu(64))
 
 
 def test_a_policys_text_resolves_for_every_layer(model, text):
-    rules = resolve_policy("tova:share=0.5+int8", model, text)
+    rules = parse_policy("tova:share=0.5+int8").resolve(model, text)
     assert [r.selector.name for r in rules] == ["tova"] * 4
     assert [r.codec.name for r in rules] == ["int"] * 4
 

@@ -11,10 +11,10 @@ import pytest
 from helpers import random_batch, tiny_model
 from pdtrim.errors import PlanError
 from pdtrim.kv.codecs import parse_codec
-from pdtrim.search.kv_budget import resolve_policy
-from pdtrim.search.kv_menu import KVBudget, parse_budget
-from pdtrim.search.kv_request import KVRequest
-from pdtrim.search.link import LinkBudget
+from pdtrim.kvfit.budget import KVBudget
+from pdtrim.kvfit.link import FULL, LinkBudget
+from pdtrim.kvfit.policy import parse_policy
+from pdtrim.kvfit.request import KVRequest
 
 MODEL = tiny_model("llama", layers=2)
 HUGE = "9" * 6000
@@ -36,19 +36,19 @@ def numbers(count, seed=0):
 def test_a_budget_reads_what_it_writes(codecs):
     for value in numbers(2000):
         budget = KVBudget(compression=value, codecs=codecs)
-        assert parse_budget(budget.text) == budget, value
+        assert parse_policy(budget.text) == budget, value
 
 
 def test_a_wish_in_bytes_is_read_again():
     """The full cache of this model has 128 bytes a token."""
     for wish in (0.001, 1.0, 3.3, 17.0, 127.0):
-        text = LinkBudget(bytes_per_token=wish).policy(MODEL, "full", 100)
-        assert parse_budget(text).compression == 128 / wish
+        made = LinkBudget(bytes_per_token=wish).policy(MODEL, FULL, 100)
+        assert parse_policy(made.text).compression == 128 / wish
 
 
 @pytest.mark.parametrize("text", ["5", "5.", "5.50", "05", "1e3", "1.5e+03", "2e0"])
 def test_plain_numbers_are_budgets(text):
-    assert parse_budget(f"budget:compression={text}").compression == float(text)
+    assert parse_policy(f"budget:compression={text}").compression == float(text)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_plain_numbers_are_budgets(text):
     ["nan", "inf", "-1", "0", "0.99", "1e400", "", "1.2.3", "5e", "0x9", "\u0665", HUGE, "5\n"],
 )
 def test_bad_budgets_are_refused(number):
-    refused(parse_budget, f"budget:compression={number}")
+    refused(parse_policy, f"budget:compression={number}")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0, -1.0])
@@ -64,14 +64,14 @@ def test_bad_budgets_are_refused(number):
 def test_bad_wishes_are_refused(wish, value):
     more = {"link_gbit_s": 1.0} if wish == "handover_ms" else {}
     with pytest.raises(PlanError, match="must be a number above 0"):
-        LinkBudget(**{wish: value}, **more).policy(MODEL, "full", 100)
+        LinkBudget(**{wish: value}, **more).policy(MODEL, FULL, 100)
     with pytest.raises(PlanError, match="must be a number above 0"):
-        LinkBudget(handover_ms=1.0, link_gbit_s=value).policy(MODEL, "full", 100)
+        LinkBudget(handover_ms=1.0, link_gbit_s=value).policy(MODEL, FULL, 100)
 
 
 def test_a_wish_beyond_numbers_is_refused():
     with pytest.raises(PlanError, match="out of reach"):
-        LinkBudget(bytes_per_token=1e-310).policy(MODEL, "full", 100)
+        LinkBudget(bytes_per_token=1e-310).policy(MODEL, FULL, 100)
 
 
 def refused(read, text):
@@ -136,7 +136,7 @@ def test_codecs_that_are_none_are_refused(text):
     ids=lambda text: repr(text[:20]),
 )
 def test_policies_that_are_none_are_refused(text):
-    refused(parse_budget, text)
+    refused(parse_policy, text)
 
 
 def test_any_text_gives_a_policy_or_one_line():
@@ -152,7 +152,7 @@ def test_any_text_gives_a_policy_or_one_line():
     for _ in range(3000):
         text = "".join(draw.choices(pieces, k=draw.randint(1, 7)))
         try:
-            parse_budget(text)
+            parse_policy(text)
             read += 1
         except PlanError as error:
             assert str(error).isprintable() and len(str(error)) < 400, text
@@ -162,4 +162,4 @@ def test_any_text_gives_a_policy_or_one_line():
 def test_a_rotation_that_the_model_has_no_width_for_is_refused_before_any_work():
     model = tiny_model("llama", layers=2, head_dim=24)
     with pytest.raises(PlanError, match="power of two, not 24"):
-        resolve_policy("full+int4:rotate=true", model, random_batch(model))
+        parse_policy("full+int4:rotate=true").resolve(model, random_batch(model))

@@ -44,8 +44,9 @@ def result(model, config, folder):
 
 
 def test_what_is_there_is_not_measured_again(result, model, config, folder, tmp_path, monkeypatch):
-    for name in ("measure_quality", "loopback_bytes", "load_calibration", "allocate"):
-        monkeypatch.setattr(f"pdtrim.evaluate.kv_sweep.{name}", lambda *_, **__: pytest.fail())
+    unwanted = ("evaluate.kv_sweep.measure_quality", "evaluate.kv_sweep.loopback_bytes")
+    for name in (*unwanted, "evaluate.kv_sweep.load_calibration", "kvfit.budget.allocate"):
+        monkeypatch.setattr(f"pdtrim.{name}", lambda *_, **__: pytest.fail())
     assert sweep(model, config, folder) == result
     other_text = tmp_path / "words.txt"
     other_text.write_text(Path(config.text).read_text()[5:])

@@ -4,7 +4,8 @@ import pytest
 
 from helpers import tiny_model
 from pdtrim.errors import PlanError
-from pdtrim.search.link import LinkBudget, break_even
+from pdtrim.kvfit.link import FULL, LinkBudget, break_even
+from pdtrim.kvfit.policy import parse_policy
 
 MODEL = tiny_model("llama", layers=4)
 TOKEN = 4 * 2 * 2 * 8 * 2  # layers x (K, V) x KV heads x width x bf16
@@ -23,8 +24,8 @@ TOKEN = 4 * 2 * 2 * 8 * 2  # layers x (K, V) x KV heads x width x bf16
     ],
 )
 def test_a_wish_becomes_a_policy(wish, policy):
-    otherwise = "full" if wish else "tova"
-    assert LinkBudget(**wish).policy(MODEL, otherwise, 100) == policy
+    otherwise = FULL if wish else parse_policy("tova")
+    assert LinkBudget(**wish).policy(MODEL, otherwise, 100) == parse_policy(policy)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_a_wish_becomes_a_policy(wish, policy):
 )
 def test_wishes_that_make_no_sense(wish, otherwise, words):
     with pytest.raises(PlanError, match=words):
-        LinkBudget(**wish).policy(MODEL, otherwise, 100)
+        LinkBudget(**wish).policy(MODEL, parse_policy(otherwise), 100)
 
 
 def test_break_even_by_hand():
@@ -66,5 +67,5 @@ def test_break_even_by_hand():
 def test_a_link_that_outruns_a_codec_does_without_it(link, policy):
     wish = LinkBudget(compression=4.0, link_gbit_s=link)
     speeds = {"any": 0.5, "packed": 2.0}
-    assert wish.policy(MODEL, "full", 100, codec_gb_s=speeds) == policy
-    assert wish.policy(MODEL, "full", 100) == "budget:compression=4"
+    assert wish.policy(MODEL, FULL, 100, codec_gb_s=speeds) == parse_policy(policy)
+    assert wish.policy(MODEL, FULL, 100).text == "budget:compression=4"

@@ -7,9 +7,9 @@ from helpers import make_plan, random_batch, tiny_model
 from pdtrim import kv
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.policy import HandoverPolicy
+from pdtrim.kvfit.observed import Observed
+from pdtrim.kvfit.request import KVRequest
 from pdtrim.plan import Gates
-from pdtrim.search.kv_request import KVRequest
-from pdtrim.search.objective import dense_trace
 from pdtrim.stage.forward import Pair, forward
 from test_runtime import through_the_socket
 
@@ -48,14 +48,14 @@ def setting(request):
     model = tiny_model(request.param, layers=3)
     batch = random_batch(model, rows=3, prompt=24, new=5)
     text = random_batch(model, rows=4, prompt=24, new=8, seed=9)
-    return model, batch, text, dense_trace(model, text)
+    return model, batch, Observed.of(model, text)
 
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_layouts_and_the_real_path_agree(setting, selector, codec, tmp_path):
-    model, batch, text, trace = setting
-    rules = KVRequest.parse(f"{selector}+{codec}").resolve(model, text, trace)
+    model, batch, observed = setting
+    rules = KVRequest.parse(f"{selector}+{codec}").fit(observed)
     gates = Gates.removing(3, prefill={1})
     plan = make_plan(model, gates, rules)
     pair, policy = Pair.dense(model), HandoverPolicy.of(plan)

@@ -29,6 +29,7 @@ from pdtrim.evaluate.quality import Quality
 from pdtrim.evaluate.result import make_row
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.kv.selectors import Duo, SnapKV
+from pdtrim.kvfit.policy import parse_policy
 from pdtrim.methods import Target
 from pdtrim.methods.base import Found, Method
 from pdtrim.plan import STAGES, Gates, LayerKV, PrunePlan, Width, Widths
@@ -235,7 +236,7 @@ def test_a_method_may_find_widths_and_their_biases(model, tmp_path):
     assert saved.plan.digest == made.plan.digest
     ours = made.pair(model).decode.block(1).module.mlp.down_proj.bias
     assert torch.equal(ours, biases(model)["decode"][1][BIASES[1]])
-    duo = Target(kv="duo:share=0.5")
+    duo = Target(kv=parse_policy("duo:share=0.5"))
     with pytest.raises(PlanError, match="method 'given': layer 0: 'duo' numbers all") as error:
         Given(bare).plan(model, text, duo)
     assert "\n" not in str(error.value)

@@ -12,6 +12,7 @@ from pdtrim.calibration.batches import Calibration
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.distill.sets import similarity
 from pdtrim.errors import PlanError
+from pdtrim.kvfit.policy import parse_policy
 from pdtrim.methods import Paper, PDTrim, Target
 from pdtrim.plan import Gates
 from pdtrim.search.anneal import Annealing, accepts, anneal, swap
@@ -265,7 +266,7 @@ def test_paper_keeps_prefills_set_inside_decodes_and_optimises_the_cosine(model)
         prefill_remove=1,
         decode_remove=2,
         mode="subset",
-        kv="first_last:first=1,last=2,layers=2",
+        kv=parse_policy("first_last:first=1,last=2,layers=2"),
     )
     plan = (
         Paper(spread=3.0, annealing=Annealing(steps=80, hot=0.3))

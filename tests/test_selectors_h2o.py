@@ -20,10 +20,10 @@ from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.selectors import H2O, FirstLast, Full
 from pdtrim.kv.selectors import h2o as module
 from pdtrim.kv.selectors.h2o import attention_mass
+from pdtrim.kvfit.observed import Observed
+from pdtrim.kvfit.request import KVRequest
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates, LayerKV
-from pdtrim.search.kv_request import KVRequest
-from pdtrim.search.objective import dense_trace
 
 
 def hand_view() -> FakeView:
@@ -128,7 +128,7 @@ def test_vllm_refuses_h2o_and_serves_streaming() -> None:
 
 def resolved(policy: str, model: Model, prompt: int = 41) -> tuple[LayerKV, ...]:
     batch = random_batch(model, prompt=prompt)
-    return KVRequest.parse(policy).resolve(model, batch, dense_trace(model, batch))
+    return KVRequest.parse(policy).resolve(model, batch)
 
 
 @pytest.mark.parametrize(
@@ -159,11 +159,11 @@ def test_a_share_of_streaming_is_that_share_of_the_calibration_prompt() -> None:
 def test_streaming_takes_the_layers_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def mass(model: Model, batch: object, trace: object, rule: FirstLast, **_: int) -> Tensor:
+    def mass(observed: Observed, rule: FirstLast) -> Tensor:
         asked.append(rule)
         return torch.tensor([[0.1] * 4, [0.9] * 4])
 
-    monkeypatch.setattr("pdtrim.search.kv_request.concentration", mass)
+    monkeypatch.setattr(Observed, "concentration", mass)
     rules = resolved("streaming:share=0.3,layers=1", tiny_model("llama", layers=2))
     assert [rule.selector for rule in rules] == [Full(), FirstLast(first=4, last=8)]
     assert asked == [FirstLast(first=4, last=8)], "layers are chosen by the rule that will hold"

@@ -9,14 +9,15 @@ from baselines_naive import C, N, ids_of, text_of
 from helpers import FAMILIES, pair_of, reference_logits, tiny_model
 from pdtrim.bundle import TrimPlan
 from pdtrim.errors import PlanError
+from pdtrim.kvfit.policy import parse_policy
 from pdtrim.methods import METHODS, Target
 from pdtrim.methods.baselines import FLAP, LLMPruner
 from pdtrim.methods.baselines.llm_pruner import (
     taylor_units,
 )
 from pdtrim.methods.baselines.residuals import dense_residuals
+from pdtrim.methods.problem import KV_SEQUENCES
 from pdtrim.plan import PrunePlan
-from pdtrim.search.kv_budget import KV_SEQUENCES, resolve_policy
 from pdtrim.stage.cost import removed_parameters
 from pdtrim.stage.forward import forward
 from width_naive import (
@@ -291,9 +292,9 @@ def test_nothing_to_remove_costs_nothing(model, calibration, method, tmp_path):
 def test_the_kv_policy_goes_into_the_plan_and_not_into_the_ranking(
     model, calibration, method, tmp_path
 ):
-    kv = "first_last:first=1,last=2,layers=2"
+    kv = parse_policy("first_last:first=1,last=2,layers=2")
     plan = plan_of(method, model, calibration, tmp_path, 0.2, kv=kv)
-    rules = resolve_policy(kv, model, calibration.search[:KV_SEQUENCES], block_size=1)
+    rules = kv.resolve(model, calibration.search[:KV_SEQUENCES], block_size=1)
     assert plan.kv == rules and rules != rules[::-1]
     assert plan.widths == plan_of(method, model, calibration, tmp_path, 0.2).widths
 

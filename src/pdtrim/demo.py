@@ -21,6 +21,7 @@ from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.quality import measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
 from pdtrim.keep.files import write_text
+from pdtrim.kvfit.policy import parse_policy
 from pdtrim.methods import Method, Paper, PDTrim, Target
 from pdtrim.models.loading import load_model
 from pdtrim.models.model import Model
@@ -38,7 +39,7 @@ TEXT = "SQuAD contexts and LAMBADA passages"
 LENGTHS = Lengths(prompt=512, continuation=256)
 SEQUENCES = 8
 SEARCH = Annealing(steps=8)
-CUT = "first_last:first=4,last=60,layers=26"
+CUT = parse_policy("first_last:first=4,last=60,layers=26")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class DemoRow:
         """One line for people."""
         t = self.target
         cut = f"{t.mode}, prefill -{t.prefill_remove}, decode -{t.decode_remove}"
-        return f"{cut}, KV {t.kv}, repair {t.repair}"
+        return f"{cut}, KV {t.kv.text}, repair {t.repair}"
 
 
 ROWS = (
@@ -71,7 +72,9 @@ ROWS = (
     DemoRow(
         name="pdtrim",
         method=PDTrim(shortlist=5, annealing=SEARCH, repaired=1),
-        target=Target(prefill_remove=8, decode_remove=0, kv="full+entropy", repair="best"),
+        target=Target(
+            prefill_remove=8, decode_remove=0, kv=parse_policy("full+entropy"), repair="best"
+        ),
     ),
 )
 

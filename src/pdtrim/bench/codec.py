@@ -18,10 +18,10 @@ from torch import Tensor
 from pdtrim.errors import PdtrimError
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.kernels import Way, kernels_of, use
+from pdtrim.kvfit.link import break_even
+from pdtrim.kvfit.menu import Codecs
 from pdtrim.models.loading import DTYPES
 from pdtrim.progress import Progress, silent
-from pdtrim.search.kv_menu import Codecs
-from pdtrim.search.link import break_even
 
 T = TypeVar("T")
 

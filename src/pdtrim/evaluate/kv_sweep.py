@@ -25,15 +25,17 @@ from pdtrim.evaluate.result import Result, make_provenance, make_row
 from pdtrim.keep.settings import Settings, package_versions
 from pdtrim.keep.store import claim, once
 from pdtrim.keep.tensors import ids_digest
+from pdtrim.kv.codecs import CODECS
 from pdtrim.kv.policy import HandoverPolicy
+from pdtrim.kv.selectors import SELECTORS, SnapKV
+from pdtrim.kvfit.budget import KVBudget
+from pdtrim.kvfit.observed import Observed
+from pdtrim.kvfit.policy import parse_policy
+from pdtrim.kvfit.request import KVRequest
 from pdtrim.models.model import Model
 from pdtrim.plan import LayerKV, PrunePlan
 from pdtrim.progress import Progress, silent
 from pdtrim.records import Frozen
-from pdtrim.search.kv_budget import allocate
-from pdtrim.search.kv_menu import STEPS, KVBudget, default_menu, parse_budget
-from pdtrim.search.kv_request import KVRequest
-from pdtrim.search.objective import dense_trace
 from pdtrim.stage.cost import Lengths
 from pdtrim.stage.forward import Batch, Pair, Trimmed
 
@@ -62,39 +64,19 @@ def default_policies(head_dim: int, tokens: int, num_layers: int) -> dict[str, s
 
     ``first_last`` at a compression is StreamingLLM's rule: it holds in every layer.
     """
-    policies = {}
-    rotate = ",rotate=true" if head_dim & (head_dim - 1) == 0 else ""
-    for name in ("int8", "int4", "k4v2", "int3", "int2"):
-        policies[f"codec@{name}"] = f"full+{name}:recent=0"
-    if rotate:
-        for name in ("int4", "int3", "k3v2", "int2"):
-            policies[f"rotated codec@{name}"] = f"full+{name}:recent=0,group=128{rotate}"
-    for k, v in STEPS:
-        policies[f"entropy codec@{k}/{v}"] = f"full+entropy:k_step={k},v_step={v}"
-    window = max(4, min(32, tokens // 16))
-    policies["fp8@fp8"] = "full+fp8"
-    policies["lossless@lossless"] = "full+lossless"
+    policies: dict[str, str] = {}
+    for codec in CODECS.values():
+        policies |= {name: f"full+{text}" for name, text in codec.sweep(head_dim).items()}
     for x in COMPRESSIONS:
-        share = round(1 / x, 4)
-        last = max(1, round(tokens / x) - 4)
-        policies[f"first_last@{x}x"] = f"first_last:first=4,last={last},layers=all"
-        policies[f"random@{x}x"] = f"random:first=0,last=0,share={share}"
-        policies[f"snapkv@{x}x"] = f"snapkv:share={share},window={window},value_norm=true"
-        policies[f"tova@{x}x"] = f"tova:share={share},first=4"
-        policies[f"h2o@{x}x"] = f"h2o:share={share}"
-        policies[f"expected_attention@{x}x"] = f"expected_attention:share={share}"
-        policies[f"gate@{x}x"] = f"gate:share={share},last=16"
-        policies[f"duo@{x}x"] = (
-            f"duo:share={round(max(0.0, (1 / x - 0.1) / 0.9), 3)},first=4,last=48"
-        )
+        for name, selector in SELECTORS.items():
+            if policy := selector.sweep(round(1 / x, 4), tokens):
+                policies[f"{name}@{x}x"] = policy
     most = round(0.87 * num_layers)  # about the document's bytes at 512 tokens
     document = f"first_last:first=4,last=60,layers={most}"
     policies["first_last where attention concentrates@document"] = document
     policies["lazy_layer@tau 0.7"] = "lazy_layer:first=4,last=60,tau=0.7"
     for share in (0.8, 0.6, 0.4):
-        policies[f"snapkv+entropy@{share}"] = (
-            f"snapkv:share={share},window={window},value_norm=true+entropy"
-        )
+        policies[f"snapkv+entropy@{share}"] = f"{SnapKV.sweep(share, tokens)}+entropy"
     return policies
 
 
@@ -286,15 +268,13 @@ def _plans(
         packed = KVBudget(compression=compression, codecs="packed")
         wanted[f"budget, packed codecs@{compression:g}x"] = packed.text
     dense = TrimPlan.dense(model).plan
-    sample = text.search.to(model.device)
-    trace = dense_trace(model, sample)
+    observed = Observed.of(model, text.search)
 
-    def fit(policy: str) -> tuple[LayerKV, ...]:
-        budget = parse_budget(policy)
-        if budget is None:
-            return KVRequest.parse(policy).resolve(model, sample, trace)
-        menu = default_menu(model.head_dim, budget.codecs)
-        return allocate(model, sample, budget.compression, menu=menu).rules
+    def fit(text: str) -> tuple[LayerKV, ...]:
+        policy = parse_policy(text)
+        if isinstance(policy, KVRequest):
+            return policy.fit(observed)
+        return policy.resolve(model, observed.batch)
 
     plans = {}
     with progress("fitting policies", len(wanted)) as advance:

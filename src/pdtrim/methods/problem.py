@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -11,18 +12,22 @@ from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
 from pdtrim.keep.journal import Journal
 from pdtrim.kv.policy import HandoverPolicy
+from pdtrim.kvfit.link import FULL
+from pdtrim.kvfit.observed import Observed
+from pdtrim.kvfit.policy import KVPolicy
+from pdtrim.kvfit.sizes import rule_bytes
 from pdtrim.models.model import Model
 from pdtrim.plan import STAGES, LayerKV, Mode, Stage
 from pdtrim.progress import Progress
 from pdtrim.search.goal import Goal, attention_share
-from pdtrim.search.kv_budget import KV_SEQUENCES, resolve_policy, rule_bytes
-from pdtrim.search.kv_request import prompt_and_queries
 from pdtrim.search.latency import measure_latency
 from pdtrim.search.objective import LossMaker, Objective, kl_loss
 from pdtrim.search.state import Removal
 from pdtrim.stage.cost import Lengths
 from pdtrim.stage.forward import Batch, Trimmed
 from pdtrim.words import Grain, Metric, Repair, Search
+
+KV_SEQUENCES = 4  # of the calibration text, on which KV policies are fitted and measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +36,7 @@ class Target:
 
     Attributes:
         prefill_remove, decode_remove: whole blocks that each stage loses; for metric ``blocks``.
-        kv: a KV policy (``search/kv_request.py``) or ``budget:compression=X``
-            (``search/kv_budget.py``).
+        kv: what travels (``kvfit/policy.py``).
         budget: block-tokens that the search may spend; None for the method's own effort.
         search: what method ``pdtrim`` searches with.
         grain: whether attention and MLP of a block go together or apart.
@@ -48,7 +52,7 @@ class Target:
     prefill_remove: int = 0
     decode_remove: int = 0
     mode: Mode = "projected"
-    kv: str = "full"
+    kv: KVPolicy = FULL
     seed: int = 0
     block_size: int = 1
     budget: int | None = None
@@ -127,14 +131,17 @@ class Problem:
             PlanError: counts or shares that no plan can meet, or a KV policy that cannot be had.
         """
         target.check(model)
-        rules = resolve_policy(
-            target.kv,
-            model,
-            text.search[:KV_SEQUENCES],
-            block_size=target.block_size,
-            progress=progress,
-            journal=journal,
-        )
+        sample = text.search[:KV_SEQUENCES]
+
+        def resolve() -> list[dict[str, Any]]:
+            rules = target.kv.resolve(
+                model, sample, block_size=target.block_size, progress=progress
+            )
+            return [rule.model_dump(mode="json") for rule in rules]
+
+        key = {"kv": target.kv.text}
+        dumped = resolve() if journal is None else journal.once(key, resolve)
+        rules = tuple(LayerKV.model_validate(rule) for rule in dumped)
         return cls(
             model=model, text=text, target=target, rules=rules, progress=progress, journal=journal
         )
@@ -258,7 +265,6 @@ def _goal(problem: Problem) -> Goal:
 def _layer_bytes(problem: Problem) -> list[float]:
     """Bytes that each layer sends of a calibration prompt under its KV rule."""
     model = problem.model
-    batch = problem.batch[:KV_SEQUENCES]
-    trace = Trimmed.dense(model).streams(batch)
-    views = [prompt_and_queries(model, batch, trace, layer)[0] for layer in range(model.num_layers)]
+    observed = Observed.of(model, problem.batch[:KV_SEQUENCES])
+    views = [observed.view(layer) for layer in range(model.num_layers)]
     return [rule_bytes(view, rule) for view, rule in zip(views, problem.rules, strict=True)]

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 from pdtrim.errors import PlanError, border
 from pdtrim.keep.files import write_json
 from pdtrim.kv.codecs import Codec, Raw
-from pdtrim.kv.selectors import Duo, Full, Gate, Selector
+from pdtrim.kv.selectors import Full, Selector
 from pdtrim.plan.gates import Gates
 from pdtrim.plan.width import MAX_HEADS, Width, Widths
 from pdtrim.reading.json_text import read_json
@@ -173,7 +173,7 @@ class PrunePlan(Frozen):
                     " keep them in prefill too"
                 )
             selector, kept = self.kv[layer].selector, len(self.kv_heads("decode", layer))
-            if isinstance(selector, Duo | Gate) and kept < self.model.num_kv_heads:
+            if selector.numbers_heads and kept < self.model.num_kv_heads:
                 raise ValueError(
                     f"layer {layer}: '{selector.name}' numbers all {self.model.num_kv_heads} KV"
                     f" heads, but decode keeps {kept}: use another selector there"

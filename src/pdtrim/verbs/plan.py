@@ -80,15 +80,15 @@ class PlanConfig:
         Raises:
             PdtrimError: an unknown method or mode, or a KV policy that does not parse.
         """
+        from pdtrim.kvfit.policy import parse_policy
         from pdtrim.methods import METHODS
-        from pdtrim.search.kv_menu import parse_budget
 
         if self.mode not in (None, *get_args(Mode)):
             words = ", ".join(get_args(Mode))
             raise PdtrimError(f"unknown mode '{self.mode}': use one of {words}")
         if self.method not in METHODS:
             raise PdtrimError(f"unknown method '{self.method}': use one of {', '.join(METHODS)}")
-        parse_budget(self.kv)
+        parse_policy(self.kv)
 
     def text(self) -> CalibrationConfig:
         """The calibration text: repairs have a part of their own where the method repairs."""
@@ -169,8 +169,9 @@ def make_plan(
 def _target(model: Model, config: PlanConfig, progress: Progress) -> Target:
     """What the method is asked, its KV policy chosen by what is known of the link."""
     from pdtrim.bench.codec import codec_speeds
+    from pdtrim.kvfit.link import LinkBudget
+    from pdtrim.kvfit.policy import parse_policy
     from pdtrim.methods import METHODS, Target
-    from pdtrim.search.link import LinkBudget
 
     speeds = None
     if config.link_gbit_s is not None:
@@ -182,7 +183,7 @@ def _target(model: Model, config: PlanConfig, progress: Progress) -> Target:
         bytes_per_token=config.kv_bytes_per_token,
         handover_ms=config.handover_ms,
         link_gbit_s=config.link_gbit_s,
-    ).policy(model, config.kv, config.prompt_tokens, codec_gb_s=speeds)
+    ).policy(model, parse_policy(config.kv), config.prompt_tokens, codec_gb_s=speeds)
     target = Target(
         **config.removal(model.num_layers),
         metric=config.metric,

@@ -29,7 +29,7 @@ CODECS: dict[str, type[CodecBase]] = {
 
 MOST_LETTERS = 1000  # of a codec's or a policy's text
 
-PRESETS = "raw (or bf16), fp8, lossless, entropy, int{2,3,4,8} or k{2,3,4,8}v{2,3,4,8}"
+PRESETS = ", ".join(kind.presets for kind in CODECS.values())
 
 
 def parse_codec(text: str) -> CodecBase:
@@ -42,20 +42,16 @@ def parse_codec(text: str) -> CodecBase:
     if len(text) > MOST_LETTERS or not (text.isascii() and text.isprintable()):
         raise PlanError(f"{said} is no codec: write plain letters, {MOST_LETTERS} at most")
     preset, *options = re.split("[:,]", text)
-    values: dict[str, Any]
-    if bits := re.fullmatch("int([0-9])|k([0-9])v([0-9])", preset):
-        both, k_bits, v_bits = bits.groups()
-        values = {"name": "int", "k_bits": int(both or k_bits), "v_bits": int(both or v_bits)}
-    elif preset in ("raw", "bf16", "fp8", "entropy", "lossless"):
-        values = {"name": "raw" if preset == "bf16" else preset}
-    else:
+    found = ((kind, kind.preset(preset)) for kind in CODECS.values())
+    kind, given = next((pair for pair in found if pair[1] is not None), (None, None))
+    if kind is None or given is None:
         raise PlanError(f"{said}: '{shortened(preset)}' is not one of {PRESETS}")
+    values: dict[str, Any] = {"name": kind.model_fields["name"].default, **given}
     for option in options:
         key, equals, value = (part.strip() for part in option.partition("="))
         if not equals or key in values:
             raise PlanError(f"{said}: '{shortened(option)}' is not a new option key=value")
         values[key] = value
-    kind = CODECS[values["name"]]
     try:
         return kind.model_validate(values)
     except ValidationError as error:

@@ -11,7 +11,7 @@ Shapes: L heads (of any number of rows), T tokens of a cache, M kept ones in ord
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,9 +21,43 @@ from pdtrim.records import Frozen
 
 
 class CodecBase(Frozen):
-    """Parameters of one codec."""
+    """Parameters of one codec, and where it is found: by users, menus, sweeps and kernels.
+
+    Attributes:
+        exact: decode sees every bit that prefill had.
+        largest: the largest magnitude that the codec is sure to hold; here fp16's.
+        variable: :meth:`nbytes` is only a bound.
+        presets: how a user names it, for messages.
+        kernels: the module of ``kv/kernels`` that codes it on a GPU; None where torch does.
+    """
+
+    exact: ClassVar[bool] = False
+    largest: ClassVar[float] = 65504.0
+    variable: ClassVar[bool] = False
+    presets: ClassVar[str] = ""
+    kernels: ClassVar[str | None] = None
 
     name: str
+
+    @classmethod
+    def preset(cls, word: str) -> dict[str, Any] | None:
+        """The parameters that a user's word stands for; None if it names another codec."""
+        return {} if word == cls.model_fields["name"].default else None
+
+    @classmethod
+    def menu(cls, width: int) -> tuple[str, ...]:
+        """Codecs of this kind that a byte budget may mix, for heads of a width."""
+        return ()
+
+    @classmethod
+    def beside(cls, width: int) -> tuple[str, str, str] | None:
+        """A fine, a mild and a coarse one to stand beside a selector; None if none is good."""
+        return None
+
+    @classmethod
+    def sweep(cls, width: int) -> dict[str, str]:
+        """Codecs to compare, as ``family@name`` to codec."""
+        return {f"{cls.presets}@{cls.presets}": cls.presets}
 
     @abstractmethod
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
@@ -57,16 +91,6 @@ class CodecBase(Frozen):
     @abstractmethod
     def nbytes(self, heads: int, tokens: int, width: int, dtype: torch.dtype) -> int:
         """Exact length of the encoding; for a codec of variable length, the most it can be."""
-
-    exact: ClassVar[bool] = False
-    """Whether decode sees every bit that prefill had."""
-    largest: ClassVar[float] = 65504.0
-    """The largest magnitude that the codec is sure to hold; here fp16's."""
-
-    @property
-    def variable(self) -> bool:
-        """Whether :meth:`nbytes` is only a bound."""
-        return False
 
     def round_trip(self, k_LMD: Tensor, v_LMD: Tensor) -> tuple[Tensor, Tensor]:
         """What decode will see; the simulator's whole view of a codec."""

@@ -29,7 +29,7 @@ import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -42,6 +42,8 @@ from pdtrim.records import MOST_TOKENS
 
 HEAD = struct.Struct("<I")
 LARGEST = 127  # code
+STEPS = ((0.2, 0.5), (0.3, 0.7), (0.3, 1.1), (0.4, 0.9), (0.6, 0.9), (0.6, 1.4), (1.0, 1.8))
+"""Of keys and of values, in menus and sweeps, the finest first."""
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Raw ends, key means, key steps, value steps, key codes and value codes."""
@@ -54,6 +56,25 @@ class Entropy(CodecBase):
     k_step: float = Field(default=0.4, ge=0.02, le=4)
     v_step: float = Field(default=0.9, ge=0.02, le=4)
     first: int = Field(default=4, ge=0, le=MOST_TOKENS)
+
+    variable: ClassVar[bool] = True
+    presets: ClassVar[str] = "entropy"
+
+    @classmethod
+    def menu(cls, width: int) -> tuple[str, ...]:
+        """See the base class."""
+        return tuple(f"entropy:k_step={k},v_step={v}" for k, v in STEPS)
+
+    @classmethod
+    def beside(cls, width: int) -> tuple[str, str, str]:
+        """See the base class."""
+        menu = cls.menu(width)
+        return menu[1], menu[3], menu[5]
+
+    @classmethod
+    def sweep(cls, width: int) -> dict[str, str]:
+        """See the base class."""
+        return {f"entropy codec@{k}/{v}": f"entropy:k_step={k},v_step={v}" for k, v in STEPS}
 
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
         """See the base class."""
@@ -119,11 +140,6 @@ class Entropy(CodecBase):
         """See the base class."""
         coded = heads * (tokens - min(self.first, tokens)) * width
         return HEAD.size + sum(self._plain_sizes(heads, tokens, width, dtype)) + 2 * coded
-
-    @property
-    def variable(self) -> bool:
-        """The content decides."""
-        return True
 
     def _plain_sizes(self, heads: int, tokens: int, width: int, dtype: torch.dtype) -> list[int]:
         """Bytes of the parts before the codes, in wire order."""

@@ -14,7 +14,7 @@ Shapes: L heads (l of them in a run), M tokens, D head width.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,9 @@ class Fp8(CodecBase):
     """``float8_e4m3fn`` codes and an fp16 scale for each head's keys and for its values."""
 
     name: Literal["fp8"] = "fp8"
-    largest = LARGEST * 65504.0
+    largest: ClassVar[float] = LARGEST * 65504.0
+    presets: ClassVar[str] = "fp8"
+    kernels: ClassVar[str | None] = "fp8"
 
     @torch.no_grad()  # it writes in place
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:

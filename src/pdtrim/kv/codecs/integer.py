@@ -27,7 +27,8 @@ shape.
 from __future__ import annotations
 
 import math
-from typing import Literal
+import re
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -57,6 +58,38 @@ class Integer(CodecBase):
     first: int = Field(default=4, ge=0, le=MOST_TOKENS)
     recent: int = Field(default=32, ge=0, le=MOST_TOKENS)
     rotate: bool = False
+
+    presets: ClassVar[str] = "int{2,3,4,8} or k{2,3,4,8}v{2,3,4,8}"
+    kernels: ClassVar[str | None] = "integer"
+
+    @classmethod
+    def preset(cls, word: str) -> dict[str, Any] | None:
+        """See the base class."""
+        bits = re.fullmatch("int([0-9])|k([0-9])v([0-9])", word)
+        if bits is None:
+            return None
+        both, k_bits, v_bits = bits.groups()
+        return {"k_bits": int(both or k_bits), "v_bits": int(both or v_bits)}
+
+    @classmethod
+    def menu(cls, width: int) -> tuple[str, ...]:
+        """Keys and values are rotated where the width allows it."""
+        return ("int8:recent=0", f"int4:recent=0{rotated(width)}", *_grids(width))
+
+    @classmethod
+    def beside(cls, width: int) -> tuple[str, str, str]:
+        """See the base class."""
+        grids = _grids(width)
+        return grids[0], grids[2], grids[3]
+
+    @classmethod
+    def sweep(cls, width: int) -> dict[str, str]:
+        """See the base class."""
+        found = {f"codec@{b}": f"{b}:recent=0" for b in ("int8", "int4", "k4v2", "int3", "int2")}
+        if rotate := rotated(width):
+            for b in ("int4", "int3", "k3v2", "int2"):
+                found[f"rotated codec@{b}"] = f"{b}:recent=0,group=128{rotate}"
+        return found
 
     @torch.no_grad()  # it writes in place
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
@@ -140,6 +173,17 @@ class Integer(CodecBase):
             self.k_bits * -(-elements // 8),
             self.v_bits * -(-elements // 8),
         ]
+
+
+def rotated(width: int) -> str:
+    """The option that rotates heads, where their width is a power of two."""
+    return ",rotate=true" if width & (width - 1) == 0 else ""
+
+
+def _grids(width: int) -> list[str]:
+    """From fine to coarse."""
+    words = ("k4v3", "k4v2", "int3", "k3v2", "int2")
+    return [f"{word}:recent=0,group=128{rotated(width)}" for word in words]
 
 
 def head_runs(heads: int, elements: int, device: torch.device) -> list[slice]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import zstandard
@@ -37,8 +37,10 @@ class Lossless(CodecBase):
     """Bit-exact keys and values at zstandard's ``level``."""
 
     name: Literal["lossless"] = "lossless"
-    exact = True
-    largest = math.inf
+    exact: ClassVar[bool] = True
+    largest: ClassVar[float] = math.inf
+    variable: ClassVar[bool] = True
+    presets: ClassVar[str] = "lossless"
     level: int = Field(default=1, ge=1, le=3)
 
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
@@ -78,11 +80,6 @@ class Lossless(CodecBase):
     def nbytes(self, heads: int, tokens: int, width: int, dtype: torch.dtype) -> int:
         """See the base class."""
         return LENGTH_BYTES * dtype.itemsize + Raw().nbytes(heads, tokens, width, dtype)
-
-    @property
-    def variable(self) -> bool:
-        """The content decides."""
-        return True
 
     def round_trip(self, k_LMD: Tensor, v_LMD: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing changes, so nothing is copied."""

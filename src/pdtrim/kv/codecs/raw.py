@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,8 +17,25 @@ class Raw(CodecBase):
     """All keys, then all values, each ``[L, M, D]`` contiguous."""
 
     name: Literal["raw"] = "raw"
-    exact = True
-    largest = math.inf
+    exact: ClassVar[bool] = True
+    largest: ClassVar[float] = math.inf
+    presets: ClassVar[str] = "raw (or bf16)"
+    kernels: ClassVar[str | None] = "raw"
+
+    @classmethod
+    def preset(cls, word: str) -> dict[str, Any] | None:
+        """See the base class."""
+        return {} if word in ("raw", "bf16") else None
+
+    @classmethod
+    def menu(cls, width: int) -> tuple[str, ...]:
+        """See the base class."""
+        return ("raw",)
+
+    @classmethod
+    def sweep(cls, width: int) -> dict[str, str]:
+        """Nothing: the dense row has it."""
+        return {}
 
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
         """See the base class."""

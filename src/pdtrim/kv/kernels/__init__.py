@@ -32,18 +32,15 @@ if TYPE_CHECKING:
 
 Way = Literal["triton", "torch"]
 
-MODULES = {"int": "integer", "fp8": "fp8", "raw": "raw"}
-"""Codecs that have kernels, and the module of each."""
-
 _forced: ContextVar[Way | None] = ContextVar("forced", default=None)
 
 
 def kernels_of(codec: CodecBase, device: torch.device, tokens: int, width: int) -> Any:
     """A codec's kernels for heads of a shape on a device; None where the torch path codes them."""
     way = _forced.get() or ("triton" if device.type == "cuda" and _installed() else "torch")
-    if way == "torch" or codec.name not in MODULES:
+    if way == "torch" or codec.kernels is None:
         return None
-    module = import_module(f"{__name__}.{MODULES[codec.name]}")
+    module = import_module(f"{__name__}.{codec.kernels}")
     return module if module.takes(codec, tokens, width) else None
 
 

@@ -4,13 +4,15 @@ A selector is a frozen record of its parameters, written into the plan, and a pu
 layer's prompt. It decides when that layer's prefill ends, on the prefill side, and looks at nothing
 that comes later.
 
-Shapes: B rows, G KV heads, N prompt tokens handed over.
+Shapes: B rows, G KV heads, N prompt tokens handed over, L layers, H query heads, C later tokens, D
+head width.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -26,8 +28,66 @@ pair: one bit a token and KV head.
 """
 
 
+class Observed(Protocol):
+    """What calibration text shows a selector that is fitted: the dense model, layer by layer."""
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """G."""
+
+    @property
+    def tokens(self) -> int:
+        """N of every calibration prompt."""
+
+    def view(self, layer: int) -> LayerView:
+        """A layer's prompts."""
+
+    def later_queries(self, layer: int) -> Tensor:
+        """Rotated queries of the tokens that follow, ``[B, H, C, D]``."""
+
+    def concentration(self, rule: StaticSelector) -> Tensor:
+        """Share of each head's attention that a rule's tokens receive, ``[L, H]``."""
+
+
 class SelectorBase(Frozen):
-    """Parameters of one selector."""
+    """Parameters of one selector, and how a user's policy becomes them.
+
+    Attributes:
+        fitted: parameters that :meth:`fit` finds, with values to check the others beside.
+        asked: what a policy may say of the fit, of ``share`` and ``cutoff``.
+        default_layers: where it holds if a policy does not say.
+        numbers_heads: whether parameters go by KV head, so that a layer must have all of them.
+    """
+
+    fitted: ClassVar[Mapping[str, Any]] = {}
+    asked: ClassVar[Sequence[str]] = ()
+    default_layers: ClassVar[Literal["all", "auto"]] = "all"
+    numbers_heads: ClassVar[bool] = False
+
+    @classmethod
+    def build(cls, options: Mapping[str, str], **fitted: Any) -> Self:
+        """One selector of a user's options; what is to be fitted has any value unless given."""
+        return cls.model_validate({**cls.fitted, **options, **fitted})
+
+    @classmethod
+    def fit(
+        cls, observed: Observed, options: Mapping[str, str], share: float | None
+    ) -> Sequence[Self]:
+        """The selector of every layer.
+
+        Args:
+            share: how much the policy asks to keep; None leaves that to the selector.
+        """
+        return [cls.build(options)] * observed.num_layers
+
+    @classmethod
+    def sweep(cls, share: float, tokens: int) -> str | None:
+        """The policy that keeps about a share of a prompt, for comparisons; None if none does."""
+        return None
 
     @property
     @abstractmethod

@@ -12,19 +12,25 @@ Shapes: H query heads, G KV heads, R = H / G, N prompt tokens.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field, NonNegativeInt, field_validator
 from torch import Tensor
 
 from pdtrim.errors import PlanError
-from pdtrim.kv.selectors.base import StaticSelector
-from pdtrim.kv.selectors.first_last import first_last
+from pdtrim.kv.selectors.base import Observed, StaticSelector
+from pdtrim.kv.selectors.first_last import FirstLast, first_last
 from pdtrim.records import MOST_TOKENS
 
 
 class Duo(StaticSelector):
     """Whole heads and first-and-last heads."""
+
+    fitted: ClassVar[Mapping[str, Any]] = {"full_heads": ()}
+    asked: ClassVar[Sequence[str]] = ("share",)
+    numbers_heads: ClassVar[bool] = True
 
     name: Literal["duo"] = "duo"
     full_heads: tuple[NonNegativeInt, ...] = ()
@@ -37,6 +43,26 @@ class Duo(StaticSelector):
         if heads != tuple(sorted(set(heads))):
             raise ValueError("must rise, each head once")
         return heads
+
+    @classmethod
+    def fit(
+        cls, observed: Observed, options: Mapping[str, str], share: float | None
+    ) -> Sequence[Duo]:
+        """The ``share`` (half, unless given) of all heads that need the middle most are whole."""
+        plain, kv_heads = cls.build(options), observed.num_kv_heads
+        mass_LH = observed.concentration(FirstLast(first=plain.first, last=plain.last))
+        score_LG = torch.stack([retrieval_score(row, kv_heads) for row in mass_LH])
+        whole = score_LG.flatten().argsort(descending=True, stable=True)
+        whole = whole[: round((0.5 if share is None else share) * score_LG.numel())]
+        full: list[list[int]] = [[] for _ in range(observed.num_layers)]
+        for at in whole.tolist():
+            full[at // kv_heads].append(at % kv_heads)
+        return [cls.build(options, full_heads=tuple(sorted(heads))) for heads in full]
+
+    @classmethod
+    def sweep(cls, share: float, tokens: int) -> str:
+        """See the base class; the other heads keep about a tenth."""
+        return f"duo:share={round(max(0.0, (share - 0.1) / 0.9), 3)},first=4,last=48"
 
     def static_keep(self, heads: int, tokens: int, *, block_size: int = 1) -> Tensor:
         """Rows of the whole heads are True throughout."""

@@ -43,6 +43,11 @@ class ExpectedAttention(SelectorBase):
     horizon: int = Field(default=512, ge=1, le=2**16)
     eps: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
+    @classmethod
+    def sweep(cls, share: float, tokens: int) -> str:
+        """See the base class."""
+        return f"expected_attention:share={share}"
+
     def keep(self, view: LayerView, *, block_size: int = 1) -> Tensor:
         """See the base class."""
         B, G, N, _ = view.k_BGND.shape

@@ -11,18 +11,23 @@ kept runs round outward to whole pages, because a page is what such an engine ca
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pdtrim.kv.selectors.base import StaticSelector
+from pdtrim.kv.selectors.base import Observed, StaticSelector
 from pdtrim.records import MOST_TOKENS
 
 
 class FirstLast(StaticSelector):
     """The first ``first`` and the last ``last`` tokens of every head."""
+
+    asked: ClassVar[Sequence[str]] = ("share", "cutoff")
+    default_layers: ClassVar[Literal["all", "auto"]] = "auto"
 
     name: Literal["first_last"] = "first_last"
     first: int = Field(default=4, ge=0, le=MOST_TOKENS)
@@ -33,6 +38,22 @@ class FirstLast(StaticSelector):
         if self.first + self.last == 0:
             raise ValueError("'first_last' must keep at least one token")
         return self
+
+    @classmethod
+    def fit(
+        cls, observed: Observed, options: Mapping[str, str], share: float | None
+    ) -> Sequence[FirstLast]:
+        """With a share, ``last`` is what keeps that much of a calibration prompt."""
+        plain = cls.build(options)
+        if share is not None:
+            kept = math.ceil(share * observed.tokens - 1e-9)  # as shares of other selectors round
+            plain = cls(first=plain.first, last=max(1, kept - plain.first))
+        return [plain] * observed.num_layers
+
+    @classmethod
+    def sweep(cls, share: float, tokens: int) -> str:
+        """StreamingLLM's rule, which holds in every layer."""
+        return f"first_last:first=4,last={max(1, round(tokens * share) - 4)},layers=all"
 
     def static_keep(self, heads: int, tokens: int, *, block_size: int = 1) -> Tensor:
         """The same for each head."""

@@ -17,7 +17,8 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,15 +26,20 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from pdtrim.errors import PlanError
-from pdtrim.kv.selectors.base import Grain, SelectorBase
+from pdtrim.kv.selectors.base import Grain, Observed, SelectorBase
 from pdtrim.kv.selectors.first_last import first_last
 from pdtrim.kv.view import LayerView
 from pdtrim.records import MOST_TOKENS
+
+RIDGE = 1e-2
 
 
 class Gate(SelectorBase):
     """Pairs whose forecast reaches a threshold."""
 
+    fitted: ClassVar[Mapping[str, Any]] = {"weights": "AAAAAA==", "threshold": 0.0}
+    asked: ClassVar[Sequence[str]] = ("share",)
+    numbers_heads: ClassVar[bool] = True
     grain: ClassVar[Grain] = "pair"
 
     name: Literal["gate"] = "gate"
@@ -49,6 +55,28 @@ class Gate(SelectorBase):
         if not torch.isfinite(_unpack(weights)).all():
             raise ValueError("has numbers that are not finite")
         return weights
+
+    @classmethod
+    def fit(
+        cls, observed: Observed, options: Mapping[str, str], share: float | None
+    ) -> Sequence[Gate]:
+        """A threshold that ``share`` (half, unless given) of a layer's pairs reach."""
+        selectors = []
+        for layer in range(observed.num_layers):
+            view = observed.view(layer)
+            target_BGN = attention_received(observed.later_queries(layer), view.k_BGND, view.scale)
+            h_SE = view.h_BNE.flatten(0, 1).float()
+            weight_GF = fit_gate(h_SE, target_BGN.transpose(1, 2).flatten(0, 1), RIDGE)
+            scores = gate_score(view.h_BNE, weight_GF)
+            threshold = threshold_for(scores, 0.5 if share is None else share)
+            found = {"weights": pack_weights(weight_GF), "threshold": threshold}
+            selectors.append(cls.build(options, **found))
+        return selectors
+
+    @classmethod
+    def sweep(cls, share: float, tokens: int) -> str:
+        """See the base class."""
+        return f"gate:share={share},last=16"
 
     def keep(self, view: LayerView, *, block_size: int = 1) -> Tensor:
         """See the base class."""

@@ -41,6 +41,11 @@ class H2O(SelectorBase):
     share: float = Field(default=0.5, gt=0, le=1)
     recent: float = Field(default=0.5, ge=0, le=1)
 
+    @classmethod
+    def sweep(cls, share: float, tokens: int) -> str:
+        """See the base class."""
+        return f"h2o:share={share}"
+
     def keep(self, view: LayerView, *, block_size: int = 1) -> Tensor:
         """See the base class."""
         B, G, N, _ = view.k_BGND.shape

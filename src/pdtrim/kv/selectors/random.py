@@ -33,6 +33,11 @@ class Random(StaticSelector):
     last: int = Field(default=60, ge=0, le=MOST_TOKENS)
     seed: int = Field(default=0, ge=0, lt=2**32)
 
+    @classmethod
+    def sweep(cls, share: float, tokens: int) -> str:
+        """See the base class."""
+        return f"random:first=0,last=0,share={share}"
+
     def static_keep(self, heads: int, tokens: int, *, block_size: int = 1) -> Tensor:
         """Another draw for each head; single tokens, so pages are not rounded to."""
         score_GN = torch.empty(heads, tokens, dtype=torch.float64)

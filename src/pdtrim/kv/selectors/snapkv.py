@@ -61,6 +61,12 @@ class SnapKV(SelectorBase):
         """Only the value norm needs the output projection."""
         return self.value_norm
 
+    @classmethod
+    def sweep(cls, share: float, tokens: int) -> str:
+        """See the base class."""
+        window = max(4, min(32, tokens // 16))
+        return f"snapkv:share={share},window={window},value_norm=true"
+
     def keep(self, view: LayerView, *, block_size: int = 1) -> Tensor:
         """See the base class."""
         B, G, N, _ = view.k_BGND.shape

@@ -34,6 +34,11 @@ class Tova(SelectorBase):
     first: int = Field(default=0, ge=0, le=MOST_TOKENS)
     last: int = Field(default=1, ge=0, le=MOST_TOKENS)
 
+    @classmethod
+    def sweep(cls, share: float, tokens: int) -> str:
+        """See the base class."""
+        return f"tova:share={share},first=4"
+
     def keep(self, view: LayerView, *, block_size: int = 1) -> Tensor:
         """See the base class."""
         B, G, N, _ = view.k_BGND.shape

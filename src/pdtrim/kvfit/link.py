@@ -14,9 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pdtrim.errors import PlanError
+from pdtrim.kvfit.budget import KVBudget
+from pdtrim.kvfit.menu import Codecs
+from pdtrim.kvfit.policy import KVPolicy
+from pdtrim.kvfit.request import KVRequest
+from pdtrim.kvfit.sizes import full_bytes
 from pdtrim.models.model import Model
-from pdtrim.search.kv_budget import full_bytes
-from pdtrim.search.kv_menu import Codecs, KVBudget
+
+FULL = KVRequest.parse("full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +36,12 @@ class LinkBudget:
     def policy(
         self,
         model: Model,
-        otherwise: str,
+        otherwise: KVPolicy,
         prompt_tokens: int,
         *,
         codec_gb_s: Mapping[Codecs, float] | None = None,
-    ) -> str:
-        """The KV policy it asks for: ``full``, ``budget:compression=X...``, or ``otherwise``.
+    ) -> KVPolicy:
+        """The KV policy it asks for: ``full``, a budget, or ``otherwise``.
 
         Args:
             codec_gb_s: encode plus decode, by the codecs that a budget may use; read where the
@@ -58,15 +63,15 @@ class LinkBudget:
             if self.link_gbit_s is not None:
                 raise PlanError("--link-gbit-s needs one of --kv-compression and --handover-ms")
             return otherwise
-        if otherwise != "full":
+        if otherwise != FULL:
             raise PlanError("give either --kv or a KV budget, not both")
         compression = self._compression(full_bytes(model, prompt_tokens), prompt_tokens)
         if compression <= 1:
-            return "full"
+            return FULL
         if compression == math.inf:  # the quotient of two numbers that are none of it
             raise PlanError("that KV budget is out of reach: give more bytes, or more time")
         codecs = self._codecs(compression, codec_gb_s or {})
-        return "full" if codecs is None else KVBudget(compression=compression, codecs=codecs).text
+        return FULL if codecs is None else KVBudget(compression=compression, codecs=codecs)
 
     def _codecs(self, compression: float, codec_gb_s: Mapping[Codecs, float]) -> Codecs | None:
         """The smallest codecs that the link repays; None if it repays none."""

@@ -21,36 +21,82 @@ Shapes: L layers, O menu entries.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from pdtrim.calibration.recall import with_recall
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.errors import PlanError
 from pdtrim.finite import finite
-from pdtrim.keep.journal import Journal
-from pdtrim.kv.codecs import Raw
-from pdtrim.kv.frame import LENGTH
 from pdtrim.kv.groups import HeadGroup
-from pdtrim.kv.policy import HandoverPolicy, hand_over, select
+from pdtrim.kv.policy import HandoverPolicy, hand_over
+from pdtrim.kvfit.menu import Codecs, default_menu
+from pdtrim.kvfit.observed import Observed
+from pdtrim.kvfit.request import KVRequest
+from pdtrim.kvfit.sizes import full_bytes, rule_bytes
 from pdtrim.models.model import Model
 from pdtrim.plan import LayerKV
 from pdtrim.progress import Progress, silent
-from pdtrim.search.kv_menu import default_menu, parse_budget
-from pdtrim.search.kv_request import KVRequest, prompt_and_queries
-from pdtrim.stage.forward import Batch, Trace, Trimmed, decode_stream
-from pdtrim.stage.view import BlockView
+from pdtrim.records import Frozen, shortened
+from pdtrim.stage.forward import Batch, decode_stream
 
 Rules = tuple[LayerKV, ...]
 
-WIRE = torch.bfloat16  # bytes are counted in the dtype that is served, whatever measures KL
 ANCHORS = 1
-KV_SEQUENCES = 4  # of the calibration text, on which KV policies are fitted and measured
 DOUBLINGS = 400  # of a price, at most
 REACH = 2.0  # entries whose bytes differ from the budget by more than this factor are not tried
+
+NUMBER = r"[0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]{1,4})?|\.[0-9]+"
+BUDGET = re.compile(rf"budget:compression=({NUMBER})(?:,codecs=(any|packed))?", re.ASCII)
+"""Reads all that :attr:`KVBudget.text` writes, and plain numbers."""
+
+
+class KVBudget(Frozen):
+    """``budget:compression=X[,codecs=packed]``."""
+
+    compression: float = Field(ge=1, allow_inf_nan=False)
+    codecs: Codecs = "any"
+
+    @property
+    def text(self) -> str:
+        """As a user writes it."""
+        codecs = "" if self.codecs == "any" else f",codecs={self.codecs}"
+        number = repr(self.compression).removesuffix(".0")  # as many digits as tell it apart
+        return f"budget:compression={number}{codecs}"
+
+    @classmethod
+    def parse(cls, text: str) -> KVBudget:
+        """Read what :attr:`text` writes.
+
+        Raises:
+            PlanError: the text is no budget.
+        """
+        found = BUDGET.fullmatch(text)
+        if found is None:
+            raise PlanError(
+                f"KV policy '{shortened(text)}': write budget:compression=5 or"
+                " budget:compression=5,codecs=packed"
+            )
+        compression = float(found[1])
+        if not 1 <= compression < math.inf:
+            raise PlanError(f"KV compression {shortened(found[1])} must be a number of at least 1")
+        return cls(compression=compression, codecs="packed" if found[2] == "packed" else "any")
+
+    def resolve(
+        self, model: Model, batch: Batch, *, block_size: int = 1, progress: Progress = silent
+    ) -> Rules:
+        """One rule a layer, measured on calibration text.
+
+        Raises:
+            PlanError: the menu does not reach the budget.
+        """
+        menu = default_menu(model.head_dim, self.codecs)
+        return allocate(model, batch, self.compression, menu=menu, progress=progress).rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +127,11 @@ class KVObjective:
 
     def __init__(self, model: Model, batch: Batch) -> None:
         self.model = model
-        self.batch = batch.to(model.device)
+        self.observed = Observed.of(model, batch)
+        self.batch = self.observed.batch
+        self.views = [self.observed.view(layer) for layer in range(model.num_layers)]
         with torch.inference_mode():
-            self.dense: Trace = Trimmed.dense(model).streams(self.batch)
             self.teacher = Teacher.of(model, self.batch)
-            self.views = [
-                prompt_and_queries(model, self.batch, self.dense, layer)[0]
-                for layer in range(model.num_layers)
-            ]
         self.base: list[list[HeadGroup]] = []
         self.entries: list[Tensor] = []  # streams that enter each layer under the base
 
@@ -102,7 +145,7 @@ class KVObjective:
     def stand_on(self, rules: Rules) -> float:
         """Make a policy the one that others are compared with; returns its KL."""
         self.base = [self.hand(rule, layer) for layer, rule in enumerate(rules)]
-        y = self.dense[0][1]
+        y = self.observed.trace[0][1]
         self.entries = [y]
         for layer in range(self.model.num_layers):
             y = decode_stream(self.model, self.batch, self.base, y, start=layer, stop=layer + 1)
@@ -120,23 +163,6 @@ class KVObjective:
         return float(finite(self.teacher.kl(self.model, y_BCE).mean(), "the KL of a KV policy"))
 
 
-@torch.inference_mode()
-def rule_bytes(view: BlockView, rule: LayerKV) -> float:
-    """Mean bytes a prompt that a rule sends of a layer in bf16, its mask included."""
-    rows, G, N, D = view.k_BGND.shape
-    policy = HandoverPolicy(rules=(rule,))
-    total = 0
-    for row in range(rows):
-        total += {"static": 0, "token": 1, "pair": G}[rule.selector.grain] * -(-N // 8)
-        for group in select(policy, 0, view.row(row, N)).groups:
-            k, v = (x[0].to(WIRE) for x in (group.k_BgMD, group.v_BgMD))
-            if rule.codec.variable:
-                total += rule.codec.encode(k, v).numel() + LENGTH.size
-            else:
-                total += rule.codec.nbytes(len(group.heads), k.shape[1], D, WIRE)
-    return total / rows
-
-
 def allocate(
     model: Model,
     batch: Batch,
@@ -149,7 +175,7 @@ def allocate(
 
     Args:
         batch: calibration text; its prompts should be as long as those to be served.
-        menu: KV policies by the grammar of ``search/kv_request.py``.
+        menu: KV policies by the grammar of ``kvfit/request.py``.
 
     Raises:
         PlanError: no entry of the menu is as small as that.
@@ -158,10 +184,9 @@ def allocate(
         raise PlanError(f"KV compression {compression} must be a number of at least 1")
     names = tuple(menu or default_menu(model.head_dim))
     objective = KVObjective(model, with_recall(batch))
-    batch, trace = objective.batch, objective.dense
-    full = full_bytes(model, batch.prompt_BP.shape[1] - 1)
+    full = full_bytes(model, objective.observed.tokens)
     budget = full / compression
-    table = {name: KVRequest.parse(name).resolve(model, batch, trace) for name in names}
+    table = {name: KVRequest.parse(name).fit(objective.observed) for name in names}
     sizes = {
         name: torch.tensor(
             [rule_bytes(*pair) for pair in zip(objective.views, rules, strict=True)],
@@ -199,11 +224,6 @@ def allocate(
         uniform_kl=uniform[best_uniform],
         entries=entries,
     )
-
-
-def full_bytes(model: Model, tokens: int) -> float:
-    """Bytes of a prompt's whole KV cache in bf16."""
-    return model.num_layers * Raw().nbytes(model.num_kv_heads, tokens, model.head_dim, WIRE)
 
 
 def _anchors(
@@ -280,42 +300,3 @@ def lagrangian(cost_LO: Tensor, bytes_LO: Tensor, budget: float) -> list[int] | 
         if float(gain.flatten()[at]) <= 1e-12:
             return choice_L.tolist()
         choice_L[at // cost_LO.shape[1]] = at % cost_LO.shape[1]
-
-
-def resolve_policy(
-    text: str,
-    model: Model,
-    batch: Batch,
-    *,
-    block_size: int = 1,
-    progress: Progress = silent,
-    journal: Journal | None = None,
-) -> Rules:
-    """One rule a layer, from a policy's text or from ``budget:compression=X``.
-
-    Args:
-        batch: calibration text.
-        journal: of the search, which then need not fit the policy again when it is resumed.
-
-    Raises:
-        PlanError: the text is no policy, or the budget cannot be met.
-    """
-    if journal is not None:
-        dumped = journal.once(
-            {"kv": text},
-            lambda: [
-                rule.model_dump(mode="json")
-                for rule in resolve_policy(
-                    text, model, batch, block_size=block_size, progress=progress
-                )
-            ],
-        )
-        return tuple(LayerKV.model_validate(rule) for rule in dumped)
-    batch = batch.to(model.device)
-    budget = parse_budget(text)
-    if budget is not None:
-        menu = default_menu(model.head_dim, budget.codecs)
-        return allocate(model, batch, budget.compression, menu=menu, progress=progress).rules
-    with torch.inference_mode():
-        trace = Trimmed.dense(model).streams(batch)
-    return KVRequest.parse(text).resolve(model, batch, trace, block_size=block_size)
