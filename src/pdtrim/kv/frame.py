@@ -1,7 +1,7 @@
-"""The wire format of a handover, version 2: one frame a request.
+"""The wire format of a handover, version 3: one frame a request.
 
     magic     8 bytes   b"PDTRIMKV"
-    version   u16       2
+    version   u16       3
     digest    32 bytes  of the plan; both sides must hold the same
     request   16 bytes  chosen at random by the session
     tokens    u32       prompt tokens handed over
@@ -45,7 +45,7 @@ from pdtrim.kv.selectors import StaticSelector
 from pdtrim.plan import PrunePlan
 
 MAGIC = b"PDTRIMKV"
-VERSION = 2
+VERSION = 3
 HASH = "sha256"  # with the processors' own instructions faster than BLAKE2
 HASH_BYTES = 32
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -17,7 +17,7 @@ from pdtrim.engines.vllm.compat import (
 from pdtrim.engines.vllm.metrics import HANDOVER, SKIPPED_LAYER, SKIPPED_TOKEN, Stats
 from pdtrim.engines.vllm.stage import Served, prefill_to_decode, slot_of
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 def identity(vllm_config: Any, served: Served) -> str:

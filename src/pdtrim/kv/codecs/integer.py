@@ -17,8 +17,8 @@ covers the group, and the codes are those of the rounded grid. A grid beyond fp1
 infinite, which decode refuses.
 
 Bytes, K before V in each part: raw ends ``[2, L, R, D]``; fp16 grids ``[2, L, D, J of N]`` and
-``[2, L, N, J of D]``, all lo before all scale; codes ``[L, D, N]`` and ``[L, N, D]``, eight
-codes in ``bits`` bytes, the earlier code in the lower bits.
+``[2, L, N, J of D]``, all lo before all scale; codes ``[L, N, D]``, eight codes in ``bits`` bytes,
+the earlier code in the lower bits.
 
 Shapes: L heads, M tokens, N of them coded and R raw, D head width, J groups; ``*`` any leading
 shape.
@@ -111,7 +111,7 @@ class Integer(CodecBase):
             if self.rotate:
                 k_LND, v_LND = hadamard(k_LND), hadamard(v_LND)
             k_grid_2LDJ[:, heads], codes = quantise(k_LND.mT, self.group, self.k_bits)
-            k_codes[packed(heads, N * D, self.k_bits)] = pack(codes, self.k_bits)
+            k_codes[packed(heads, N * D, self.k_bits)] = pack(codes.mT, self.k_bits)
             v_grid_2LNJ[:, heads], codes = quantise(v_LND, self.group, self.v_bits)
             v_codes[packed(heads, N * D, self.v_bits)] = pack(codes, self.v_bits)
         return data
@@ -143,7 +143,7 @@ class Integer(CodecBase):
         for run in head_runs(L, N * D, data.device):
             shape, count = (run.stop - run.start, N, D), (run.stop - run.start) * N * D
             codes = unpack(k_codes[packed(run, N * D, self.k_bits)], self.k_bits, count)
-            k_LDN = restore(k_grid_2LDJ[:, run], codes.view(shape[0], D, N), self.group)
+            k_LDN = restore(k_grid_2LDJ[:, run], codes.view(shape).mT.contiguous(), self.group)
             codes = unpack(v_codes[packed(run, N * D, self.v_bits)], self.v_bits, count)
             v_LND = restore(v_grid_2LNJ[:, run], codes.view(shape), self.group)
             k_LND = k_LDN.mT

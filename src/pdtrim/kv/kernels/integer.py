@@ -12,15 +12,12 @@ import triton
 from torch import Tensor
 
 from pdtrim.kv.kernels.integer_decode import decode_kernel
-from pdtrim.kv.kernels.integer_encode import encode_kernel, pack_kernel, unit_of
+from pdtrim.kv.kernels.integer_encode import encode_kernel
 from pdtrim.kv.kernels.launch import aligned, on, rows, source, threads, tokens_of
 from pdtrim.kv.kernels.numbers import EXACT
 
 if TYPE_CHECKING:
     from pdtrim.kv.codecs.integer import Integer
-
-PACK = 1024
-"""Units that a program packs."""
 
 
 def takes(codec: Integer, tokens: int, width: int) -> bool:
@@ -38,7 +35,6 @@ def encode(codec: Integer, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None 
     sizes = codec.sizes(L, M, D, k_LTD.dtype)
     data = torch.empty(sum(sizes), dtype=torch.uint8, device=k_LTD.device)
     ends, k_grid, v_grid, k_codes, v_codes = data.split(sizes)
-    loose = k_codes if plan.packed else k_codes.new_empty(L * D * plan.coded)
     tiles = plan.groups + plan.v_tiles + plan.end_tiles
     if L * tiles == 0:
         return data
@@ -46,7 +42,7 @@ def encode(codec: Integer, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None 
     with on(data.device):
         encode_kernel[(L * tiles,)](
             *(*pointers, ends.view(k_LTD.dtype)),
-            *(k_grid.view(torch.float16), v_grid.view(torch.float16), loose, v_codes),
+            *(k_grid.view(torch.float16), v_grid.view(torch.float16), k_codes, v_codes),
             *(plan.coded, tiles, plan.groups, plan.v_tiles, plan.first, plan.last, plan.size),
             *strides,
             **plan.constants(codec, D),
@@ -54,11 +50,6 @@ def encode(codec: Integer, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None 
             **threads(plan.elements),
             **EXACT,
         )
-        if not plan.packed:
-            units = loose.numel() // unit_of(codec.k_bits)
-            pack_kernel[(triton.cdiv(units, PACK),)](
-                loose, k_codes, loose.numel(), BITS=codec.k_bits, BLOCK=PACK, **EXACT
-            )
     return data
 
 
@@ -95,10 +86,8 @@ class _Tiles:
         start, stop = codec.coded(tokens)
         self.coded, self.first, self.last = stop - start, start, tokens - stop
         wide = triton.next_power_of_2(width)
-        unit = unit_of(codec.k_bits)
         self.size = max(1, min(codec.group, self.coded))  # tokens of a group of keys
         self.groups = triton.cdiv(self.coded, self.size)
-        self.packed = self.coded % unit == 0 and (self.groups <= 1 or self.size % unit == 0)
         # two of a head's tiles of 64 tokens, where a group is that long
         self.k_rows = min(triton.next_power_of_2(max(self.size, 16)), 2 * tokens_of(width))
         self.chunks = triton.cdiv(self.size, self.k_rows)
@@ -117,5 +106,4 @@ class _Tiles:
             "GROUP": min(codec.group, width),
             "BT": self.k_rows,
             "BV": self.v_rows,
-            "PACKED": self.packed,
         }

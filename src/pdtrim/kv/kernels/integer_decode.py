@@ -1,8 +1,6 @@
 """Decoding of ``kv/codecs/integer.py`` on a GPU: the bytes to dense pairs in one launch.
 
-One program a tile of a head, as in encoding; a tile of keys is ``BT`` tokens of one group. Where
-a channel's codes do not fill whole bytes (``PACKED`` is false), each code is read from the byte or
-the two bytes where its bits lie.
+One program a tile of a head, as in encoding; a tile of keys is ``BT`` tokens of one group.
 
 Shapes: L heads, N coded tokens, D head width, J groups.
 """
@@ -24,7 +22,7 @@ def decode_kernel(
     ends_ptr, k_grid_ptr, v_grid_ptr, k_codes_ptr, v_codes_ptr, k_ptr, v_ptr, broken_ptr,
     N, tiles, k_tiles, v_tiles, first, last, size, J,
     D: tl.constexpr, STAGES: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
-    GROUP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
+    GROUP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys, of values or of raw ends; ``tiles`` of them a head, in that order.
 
@@ -38,7 +36,6 @@ def decode_kernel(
         _keys(
             k_grid_ptr, k_codes_ptr, k_to + first * D, broken_ptr, heads, head,
             tile // (k_tiles // J), tile % (k_tiles // J), N, J, size, D, STAGES, K_BITS, BT,
-            PACKED,
         )  # fmt: skip
     elif tile < k_tiles + v_tiles:
         _values(
@@ -61,43 +58,18 @@ def decode_kernel(
 def _keys(
     grid_ptr, codes_ptr, to_ptr, broken_ptr, heads, head, j, chunk, N, J, size,
     D: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr, BT: tl.constexpr,
-    PACKED: tl.constexpr,
 ):  # fmt: skip
     """``BT`` tokens of group ``j`` of every channel."""
-    U: tl.constexpr = unit_of(BITS) if PACKED else 1
-    Q: tl.constexpr = BT // U
-    DP: tl.constexpr = triton.next_power_of_2(D)
-    d = channels(D)
-    at = grid_ptr + head.to(tl.int64) * D * J + (d * J + j)
+    at = grid_ptr + head.to(tl.int64) * D * J + (channels(D) * J + j)
     lo = tl.load(at).to(tl.float32)
     scale = tl.load(at + heads.to(tl.int64) * D * J).to(tl.float32)
     _note(broken_ptr, broken(lo, scale))
-    count = tl.minimum(size, N - j * size)
-    # within a head, 32 bits say where
+    n = chunk * BT + tl.arange(0, BT)
+    ok = n < tl.minimum(size, N - j * size)
     codes_ptr += head.to(tl.int64) * bytes_of(D, BITS) * N
-    if PACKED:
-        q = chunk * Q + tl.arange(0, Q)
-        at = (d * (N // U))[None, :] + (j * (size // U) + q)[:, None]
-        units = _load_units(codes_ptr, at, (q * U < count)[:, None], BITS)
-        shifts = tl.arange(0, U)[:, None, None] * BITS
-        codes = tl.reshape((units[None, :, :] >> shifts) & ((1 << BITS) - 1), [BT, DP])
-    else:
-        n = chunk * BT + tl.arange(0, BT)
-        at = ((d * N)[None, :] + (j * size + n)[:, None]) * BITS
-        ok = (n < count)[:, None]
-        byte, shift = at >> 3, at & 7
-        units = tl.load(codes_ptr + byte, mask=ok, other=0).to(tl.int32)
-        if BITS == 3:
-            more = tl.load(codes_ptr + byte + 1, mask=ok & (shift > 5), other=0).to(tl.int32)
-            units |= more << 8
-        codes = (units >> shift) & ((1 << BITS) - 1)
+    codes = _load_codes(codes_ptr, j * size + n, ok, D, BITS, BT)
     x = codes.to(tl.float32) * scale[None, :] + lo[None, :]
-    if STAGES:
-        x = hadamard(x, BT, D, STAGES)
-    r = tl.arange(0, BT)
-    n = chunk * BT + r % Q * U + r // Q
-    to = to_ptr + (j * size + n)[:, None] * D + d[None, :]
-    tl.store(to, narrowed(x, to_ptr.dtype.element_ty), mask=(n < count)[:, None])
+    _store(to_ptr, j * size + n, x, ok, D, STAGES, BT)
 
 
 @triton.jit
@@ -108,16 +80,12 @@ def _values(
 ):  # fmt: skip
     """All groups of ``BV`` tokens."""
     J: tl.constexpr = (D + GROUP - 1) // GROUP
-    U: tl.constexpr = unit_of(BITS)
     DP: tl.constexpr = triton.next_power_of_2(D)
     n = tile * BV + tl.arange(0, BV)
     ok = (n < N)[:, None]
     grid_ptr += head.to(tl.int64) * N * J
     codes_ptr += head.to(tl.int64) * N * bytes_of(D, BITS)
-    at = n[:, None] * (D // U) + channels(D // U)[None, :]
-    units = _load_units(codes_ptr, at, ok, BITS)
-    shifts = tl.arange(0, U)[None, None, :] * BITS
-    codes = tl.reshape((units[:, :, None] >> shifts) & ((1 << BITS) - 1), [BV, DP])
+    codes = _load_codes(codes_ptr, n, n < N, D, BITS, BV)
     d = channels(D)
     scales = heads.to(tl.int64) * N * J
     if GROUP & (GROUP - 1) == 0 and GROUP <= DP:
@@ -134,11 +102,18 @@ def _values(
         scale = tl.load(at + scales, mask=ok, other=1).to(tl.float32)
         _note(broken_ptr, tl.reshape(broken(lo, scale), [BV * DP]))
         x = codes.to(tl.float32) * scale + lo
+    _store(to_ptr, n, x, n < N, D, STAGES, BV)
+
+
+@triton.jit
+def _store(to_ptr, n, x, ok, D: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr):
+    """Pairs ``n`` of a head, turned back where there are stages."""
+    DP: tl.constexpr = triton.next_power_of_2(D)
     if STAGES:
-        x = hadamard(x, BV, D, STAGES)
-    to = to_ptr + n[:, None] * D + d[None, :]
-    if D < DP:  # padding repeats the last unit, whose codes are not the last channel's
-        ok &= (tl.arange(0, DP) < D)[None, :]
+        x = hadamard(x, ROWS, D, STAGES)
+    to = to_ptr + n[:, None] * D + channels(D)[None, :]
+    # padding repeats the last unit, whose codes are not the last channel's
+    ok = ok[:, None] & (tl.arange(0, DP) < D)[None, :] if D < DP else ok[:, None]
     tl.store(to, narrowed(x, to_ptr.dtype.element_ty), mask=ok)
 
 
@@ -150,8 +125,13 @@ def _note(broken_ptr, bad):
 
 
 @triton.jit
-def _load_units(codes_ptr, at, ok, BITS: tl.constexpr):
-    """int32 units, as ``store_units`` writes them."""
+def _load_codes(
+    codes_ptr, n, ok, D: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """int32 codes ``[rows, D's power of two]`` of the tokens ``n`` of a head."""
+    U: tl.constexpr = unit_of(BITS)
+    at = n[:, None] * (D // U) + channels(D // U)[None, :]
+    ok = ok[:, None]
     if BITS == 3:
         to = codes_ptr + at * 3
         units = tl.load(to, mask=ok, other=0).to(tl.int32)
@@ -159,4 +139,6 @@ def _load_units(codes_ptr, at, ok, BITS: tl.constexpr):
         units |= tl.load(to + 2, mask=ok, other=0).to(tl.int32) << 16
     else:
         units = tl.load(codes_ptr + at, mask=ok, other=0).to(tl.int32)
-    return units
+    shifts = tl.arange(0, U)[None, None, :] * BITS
+    codes = (units[:, :, None] >> shifts) & ((1 << BITS) - 1)
+    return tl.reshape(codes, [ROWS, triton.next_power_of_2(D)])

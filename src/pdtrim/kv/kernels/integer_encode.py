@@ -2,13 +2,9 @@
 
 One launch, one program a tile of a head. Tiles of keys are the groups of ``size`` tokens, by ``BT``
 tokens at a time; tiles of values and of raw ends are ``BV`` tokens. A *unit* is the fewest codes
-that fill whole bytes: 8 of 3 bits in 3 bytes, else ``8 / bits`` in one. Codes of a channel's tokens
-follow one another, so that a tile of keys fills whole bytes where ``N`` and ``size`` are whole
-units (``PACKED``). Elsewhere a tile leaves its key codes as bytes ``[L, D, N]``, and a second
-launch packs those, eight at a time.
-
-Row ``r`` of a tile of keys is token ``r % Q * U + r // Q`` of it, with U codes a unit and Q units:
-the codes of a unit then lie in one thread's registers.
+that fill whole bytes: 8 of 3 bits in 3 bytes, else ``8 / bits`` in one. A token's codes follow one
+another and are whole units, so that a tile's are whole bytes, and those of a unit lie in one
+thread's registers.
 
 Shapes: L heads, N coded tokens, D head width, J groups.
 """
@@ -39,7 +35,7 @@ def encode_kernel(
     k_head, k_row, v_head, v_row, kept_head, kept_row,
     D: tl.constexpr, STAGES: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     GROUP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, CHUNKS: tl.constexpr,
-    PACKED: tl.constexpr, KEPT: tl.constexpr,
+    KEPT: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys, of values or of raw ends; ``tiles`` of them a head, in that order.
 
@@ -51,7 +47,7 @@ def encode_kernel(
     if tile < k_tiles:
         _keys(
             k_ptr, kept_ptr, k_grid_ptr, k_codes_ptr, heads, head, tile, N, k_tiles, first, size,
-            k_head, k_row, kept_head, kept_row, D, STAGES, K_BITS, BT, CHUNKS, PACKED, KEPT,
+            k_head, k_row, kept_head, kept_row, D, STAGES, K_BITS, BT, CHUNKS, KEPT,
         )  # fmt: skip
     elif tile < k_tiles + v_tiles:
         _values(
@@ -76,13 +72,10 @@ def _keys(
     k_ptr, kept_ptr, grid_ptr, codes_ptr, heads, head, j, N, J, first, size,
     k_head, k_row, kept_head, kept_row,
     D: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr, BT: tl.constexpr,
-    CHUNKS: tl.constexpr, PACKED: tl.constexpr, KEPT: tl.constexpr,
+    CHUNKS: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """Group ``j`` of every channel."""
-    U: tl.constexpr = unit_of(BITS) if PACKED else 1
-    DP: tl.constexpr = triton.next_power_of_2(D)
-    r = tl.arange(0, BT)
-    token = r % (BT // U) * U + r // (BT // U)
+    token = tl.arange(0, BT)
     count = tl.minimum(size, N - j * size)
     start = first + j * size
     # copies of the last token fill a short group: they move neither its least nor its most
@@ -102,25 +95,15 @@ def _keys(
     to = grid_ptr + head.to(tl.int64) * D * J + (d * J + j)
     tl.store(to, lo.to(tl.float16))
     tl.store(to + heads.to(tl.int64) * D * J, scale.to(tl.float16))
-    # within a head, 32 bits say where
-    codes_ptr += head.to(tl.int64) * (bytes_of(D, BITS) if PACKED else D) * N
+    codes_ptr += head.to(tl.int64) * bytes_of(D, BITS) * N
     for chunk in range(CHUNKS):
         if CHUNKS > 1:
             n = start + tl.minimum(chunk * BT + token, count - 1)
             x = _turned(k_ptr, kept_ptr, head, n, k_head, k_row, kept_head, kept_row, D, STAGES,
                         BT, KEPT)  # fmt: skip
         codes = codes_of(x, lo[None, :], scale[None, :], inverse[None, :], BITS)
-        if PACKED:
-            Q: tl.constexpr = BT // U
-            shifts = tl.arange(0, U)[:, None, None] * BITS
-            units = tl.sum(tl.reshape(codes, [U, Q, DP]) << shifts, axis=0)
-            q = chunk * Q + tl.arange(0, Q)
-            at = (d * (N // U))[None, :] + (j * (size // U) + q)[:, None]
-            store_units(codes_ptr, at, units, (q * U < count)[:, None], BITS)
-        else:
-            n = chunk * BT + token
-            at = (d * N)[None, :] + (j * size + n)[:, None]
-            tl.store(codes_ptr + at, codes.to(tl.uint8), mask=(n < count)[:, None])
+        n = chunk * BT + token
+        _store_codes(codes_ptr, j * size + n, codes, n < count, D, BITS, BT)
 
 
 @triton.jit
@@ -133,7 +116,6 @@ def _values(
     """All groups of ``BV`` tokens."""
     DP: tl.constexpr = triton.next_power_of_2(D)
     J: tl.constexpr = (D + GROUP - 1) // GROUP
-    U: tl.constexpr = unit_of(BITS)
     n = tile * BV + tl.arange(0, BV)
     x = _turned(v_ptr, kept_ptr, head, first + tl.minimum(n, N - 1), v_head, v_row, kept_head,
                 kept_row, D, STAGES, BV, KEPT)  # fmt: skip
@@ -164,12 +146,28 @@ def _values(
             tl.store(grid_ptr + n * J + j + scales, scale.to(tl.float16), mask=n < N)
             new = codes_of(x, lo[:, None], scale[:, None], inverse[:, None], BITS)
             codes = tl.where(inside, new, codes)
+    _store_codes(codes_ptr, n, tl.reshape(codes, [BV, DP]), n < N, D, BITS, BV)
+
+
+@triton.jit
+def _store_codes(
+    codes_ptr, n, codes, ok, D: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Codes of the tokens ``n`` of a head, within which 32 bits say where; earlier bytes lower."""
+    U: tl.constexpr = unit_of(BITS)
+    Q: tl.constexpr = triton.next_power_of_2(D) // U
     shifts = tl.arange(0, U)[None, None, :] * BITS
-    units = tl.sum(tl.reshape(codes, [BV, DP // U, U]) << shifts, axis=2)
-    q = tl.arange(0, DP // U)
+    units = tl.sum(tl.reshape(codes, [ROWS, Q, U]) << shifts, axis=2)
+    q = tl.arange(0, Q)
     at = n[:, None] * (D // U) + q[None, :]
-    ok = (n < N)[:, None] & (q < D // U)[None, :] if D < DP else (n < N)[:, None]
-    store_units(codes_ptr, at, units, ok, BITS)
+    ok = ok[:, None] & (q < D // U)[None, :] if D // U < Q else ok[:, None]
+    if BITS == 3:
+        to = codes_ptr + at * 3
+        tl.store(to, units.to(tl.uint8), mask=ok)
+        tl.store(to + 1, (units >> 8).to(tl.uint8), mask=ok)
+        tl.store(to + 2, (units >> 16).to(tl.uint8), mask=ok)
+    else:
+        tl.store(codes_ptr + at, units.to(tl.uint8), mask=ok)
 
 
 @triton.jit
@@ -183,20 +181,6 @@ def _turned(
     return hadamard(x, ROWS, D, STAGES) if STAGES else x
 
 
-@triton.jit(do_not_specialize=["elements"])
-def pack_kernel(
-    loose_ptr, codes_ptr, elements, BITS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """``BLOCK`` units of codes that came as bytes; ``elements`` is a whole number of units."""
-    U: tl.constexpr = unit_of(BITS)
-    q = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = q * U < elements
-    i = tl.arange(0, U)
-    codes = tl.load(loose_ptr + q[:, None] * U + i[None, :], mask=ok[:, None], other=0)
-    units = tl.sum(codes.to(tl.int32) << (i * BITS)[None, :], axis=1)
-    store_units(codes_ptr, q, units, ok, BITS)
-
-
 @triton.constexpr_function
 def unit_of(bits):
     """The fewest codes that fill whole bytes."""
@@ -207,15 +191,3 @@ def unit_of(bits):
 def bytes_of(codes, bits):
     """Bytes of a number of codes that is a whole number of octets."""
     return codes // 8 * bits
-
-
-@triton.jit
-def store_units(codes_ptr, at, units, ok, BITS: tl.constexpr):
-    """Write units, the earlier byte the lower one; ``at`` counts units."""
-    if BITS == 3:
-        to = codes_ptr + at * 3
-        tl.store(to, units.to(tl.uint8), mask=ok)
-        tl.store(to + 1, (units >> 8).to(tl.uint8), mask=ok)
-        tl.store(to + 2, (units >> 16).to(tl.uint8), mask=ok)
-    else:
-        tl.store(codes_ptr + at, units.to(tl.uint8), mask=ok)
