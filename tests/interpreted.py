@@ -12,6 +12,8 @@ import torch
 if find_spec("triton") and not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        import pdtrim.kv.kernels.entropy
         import pdtrim.kv.kernels.fp8
         import pdtrim.kv.kernels.integer
+        import pdtrim.kv.kernels.lossless
         import pdtrim.kv.kernels.raw  # noqa: F401

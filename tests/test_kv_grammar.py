@@ -89,7 +89,7 @@ def refused(read, text):
         *("int5", "int", "k4v5", "int4:depth=3", "int4:name=raw", "int4:k_bits=3", "int4:group"),
         *("int4:group=1,group=2", "entropy:k_step=nan", "entropy:v_step=inf", "raw:group=1"),
         *(
-            "lossless:level=9",
+            "lossless:depth=9",
             "",
             ":",
             "int\u0664",

@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     return export(plan, model, tmp_path_factory.mktemp("pair") / "pair")
 
 
-HOSTILE = ("torch", "json", "zstandard", "safetensors", "transformers", "pdtrim", "sitecustomize")
+HOSTILE = ("torch", "json", "safetensors", "transformers", "pdtrim", "sitecustomize")
 
 
 @pytest.fixture(scope="module")

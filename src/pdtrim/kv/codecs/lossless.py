@@ -1,100 +1,174 @@
-"""Every bit kept, fewer bytes: the planes of the raw encoding, each under zstandard.
+"""Every bit kept, fewer bytes: exponents at about their entropy, signs and mantissas as they are.
 
-Plane i holds byte i of every element, little-endian. The last plane has the sign and most of the
-exponent, which repeat a great deal; the others are mantissa, near noise, and travel as they are
-when they do not shrink.
+The exponents of one channel spread over a few octaves, of which the middle ones are usual:
+``codecs/rans.py`` has tables for just that. Sign and mantissa are near noise.
 
-Papers: the exponent's low entropy is that of DFloat11 (arXiv 2504.11651) and SplitZip (2605.01708);
-a general entropy coder over byte planes is the "byte grouping" of ZipNN (2411.05239). Different
-from SplitZip: zstandard on the host in place of a code book on the GPU, so a GPU's tensors cross to
-the host and back; worth it on slow links only.
+Papers: the exponent's low entropy is that of DFloat11 (arXiv 2504.11651) and SplitZip (2605.01708).
+Different from both: no code book is counted or sent, as exponents of normal numbers have the same
+odds in every channel but for their mean.
 
-Bytes: a u64 length for each plane, little-endian, then the planes. A length equal to the plane's
-element count says that the plane is stored, so no plane grows and the bound is exact.
+Bytes: signs and mantissas of ``[2, L, M, D]``: whole bytes, little-endian, then fp16's upper three
+bits, eight in three bytes, and up to one byte of zeros to end on an even number; heads and words of
+the exponents less 128 ``[2 L, M, D]``.
 
-Shapes: L heads, M tokens, D head width, P planes, one a byte of the dtype.
+Shapes: L heads, M tokens, D head width, n elements of keys and values.
 """
 
 from __future__ import annotations
 
 import math
-import struct
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-import zstandard
-from pydantic import Field
+from pydantic import model_validator
 from torch import Tensor
 
 from pdtrim.errors import WireError
+from pdtrim.kv.codecs import rans
 from pdtrim.kv.codecs.base import CodecBase
-from pdtrim.kv.codecs.raw import Raw
+from pdtrim.kv.codecs.integer import pack, unpack
+from pdtrim.kv.kernels import kernels_of
 
-LENGTH_BYTES = 8
+
+class Layout(NamedTuple):
+    """Of a float's bits: an integer type of its size, its mantissa's bits and its exponent's."""
+
+    bits: torch.dtype
+    mantissa: int
+    exponent: int
+
+
+LAYOUTS = {
+    torch.bfloat16: Layout(torch.int16, 7, 8),
+    torch.float16: Layout(torch.int16, 10, 5),
+    torch.float32: Layout(torch.int32, 23, 8),
+}
 
 
 class Lossless(CodecBase):
-    """Bit-exact keys and values at zstandard's ``level``."""
+    """Bit-exact keys and values."""
 
     name: Literal["lossless"] = "lossless"
+
     exact: ClassVar[bool] = True
     largest: ClassVar[float] = math.inf
     variable: ClassVar[bool] = True
     presets: ClassVar[str] = "lossless"
-    level: int = Field(default=1, ge=1, le=3)
+    kernels: ClassVar[str | None] = "lossless"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_level(cls, data: Any) -> Any:
+        """Earlier plans hold zstandard's level, which has no meaning here."""
+        return {k: v for k, v in data.items() if k != "level"} if isinstance(data, dict) else data
 
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
         """See the base class."""
-        raw = Raw().encode(k_LMD, v_LMD).cpu()
-        compressor = zstandard.ZstdCompressor(level=self.level)
-        packed: list[bytes] = []
-        for column in raw.view(-1, k_LMD.dtype.itemsize).unbind(1):
-            # one by one, because a CPU is slow at a transpose with so short a side
-            stored = column.contiguous().numpy().tobytes()
-            smaller = compressor.compress(stored)
-            packed.append(smaller if len(smaller) < len(stored) else stored)
-        head = struct.pack(f"<{len(packed)}Q", *map(len, packed))
-        data = torch.frombuffer(bytearray(head + b"".join(packed)), dtype=torch.uint8)
-        return data.to(k_LMD.device)
+        L, M, D = k_LMD.shape
+        if kernels := kernels_of(self, k_LMD.device, M, D):
+            return kernels.encode(self, k_LMD, v_LMD)
+        exponents_n, rest_n = split(torch.stack((k_LMD, v_LMD)).cpu())
+        coded = rans.encode(exponents_n.view(2 * L, M, D), "exponent")
+        plain = rest_bytes(rest_n, k_LMD.dtype)
+        return torch.cat((plain, *(x.reshape(-1) for x in coded))).to(k_LMD.device)
 
     def decode(
         self, data: Tensor, heads: int, tokens: int, width: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """See the base class."""
-        elements, P = 2 * heads * tokens * width, dtype.itemsize
-        coded, body = data.cpu().numpy().tobytes(), LENGTH_BYTES * P
-        if len(coded) < body:
-            raise WireError(f"lossless KV of {len(coded)} bytes is cut short")
-        lengths = struct.unpack(f"<{P}Q", coded[:body])
-        if max(lengths) > elements or body + sum(lengths) != len(coded):
-            raise WireError(f"lossless KV of {len(coded)} bytes does not fit its lengths")
-        raw = torch.empty(elements, P, dtype=torch.uint8)
-        at = body
-        for column, length in zip(raw.unbind(1), lengths, strict=True):
-            if elements:
-                stored = _expand(coded[at : at + length], elements)
-                column.copy_(torch.frombuffer(bytearray(stored), dtype=torch.uint8))
-            at += length
-        return Raw().decode(raw.view(-1).to(data.device), heads, tokens, width, dtype)
+        L, M, D = heads, tokens, width
+        if kernels := kernels_of(self, data.device, M, D):
+            k_LMD, v_LMD, broken = kernels.decode(self, data, L, M, D, dtype)
+            if broken:
+                raise WireError("lossless KV holds codes that no encoder makes")
+            return k_LMD, v_LMD
+        plain, lanes, words = self.parts(data.cpu(), L, M, D, dtype)
+        codes_PND = rans.decode(lanes, words, (2 * L, M, D))
+        rest_n = rest_of(plain, codes_PND.numel(), dtype)
+        kv_2LMD = joined(codes_PND.reshape(-1), rest_n, dtype).view(2, L, M, D).to(data.device)
+        return kv_2LMD[0], kv_2LMD[1]
+
+    def parts(
+        self, data: Tensor, heads: int, tokens: int, width: int, dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        """Plain bytes, heads of lanes and words, each from an aligned address.
+
+        Raises:
+            WireError: too few bytes for the parts before the words.
+        """
+        sizes = self._plain_sizes(heads, tokens, width, dtype)
+        words = data.numel() - sum(sizes)
+        if words < 0:
+            raise WireError(f"lossless KV of {data.numel()} bytes is cut short")
+        return tuple(part.clone() for part in data.split([*sizes, words]))
 
     def nbytes(self, heads: int, tokens: int, width: int, dtype: torch.dtype) -> int:
         """See the base class."""
-        return LENGTH_BYTES * dtype.itemsize + Raw().nbytes(heads, tokens, width, dtype)
+        words = rans.most_bytes(2 * heads, tokens, width)
+        return sum(self._plain_sizes(heads, tokens, width, dtype)) + words
+
+    def _plain_sizes(self, heads: int, tokens: int, width: int, dtype: torch.dtype) -> list[int]:
+        return [
+            plain_bytes(2 * heads * tokens * width, dtype),
+            rans.head_bytes(2 * heads, tokens, width),
+        ]
 
     def round_trip(self, k_LMD: Tensor, v_LMD: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing changes, so nothing is copied."""
         return k_LMD, v_LMD
 
 
-def _expand(coded: bytes, size: int) -> bytes:
-    """One plane of ``size`` bytes, whatever the peer sent."""
-    if len(coded) == size:
-        return coded
-    try:
-        # the library allocates what the frame claims, so the claim is read before it does
-        if zstandard.frame_content_size(coded) != size:
-            raise WireError("lossless KV holds a plane that is not of its shape's size")
-        # and it refuses a frame that breaks its claim
-        return zstandard.ZstdDecompressor().decompress(coded, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise WireError(f"lossless KV cannot be expanded: {error}") from error
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Exponents less 128 as int8, and int32 of sign and mantissa, the sign above; both 1-D."""
+    kind, mantissa, exponent = LAYOUTS[x.dtype]
+    bits = x.contiguous().view(-1).view(kind).to(torch.int32)
+    exponents = (bits >> mantissa & (1 << exponent) - 1) - 128
+    sign = bits >> mantissa + exponent & 1
+    return exponents.to(torch.int8), sign << mantissa | bits & (1 << mantissa) - 1
+
+
+def joined(exponents_n: Tensor, rest_n: Tensor, dtype: torch.dtype) -> Tensor:
+    """The floats that :func:`split` took apart.
+
+    Raises:
+        WireError: an exponent that the dtype does not have.
+    """
+    kind, mantissa, exponent = LAYOUTS[dtype]
+    wide = exponents_n.to(torch.int32) + 128
+    if wide.numel() and int(wide.max()) >> exponent:
+        raise WireError("lossless KV holds an exponent that its dtype does not have")
+    sign = rest_n >> mantissa << mantissa + exponent
+    bits = sign | wide << mantissa | rest_n & (1 << mantissa) - 1
+    return bits.to(kind).view(dtype)
+
+
+def plain_bytes(elements: int, dtype: torch.dtype) -> int:
+    """Bytes of signs and mantissas: an even number."""
+    whole, loose = divmod(LAYOUTS[dtype].mantissa + 1, 8)
+    size = whole * elements + loose * -(-elements // 8)
+    return size + size % 2
+
+
+def rest_bytes(rest_n: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 of signs and mantissas."""
+    whole, loose = divmod(LAYOUTS[dtype].mantissa + 1, 8)
+    data = rest_n.new_zeros(plain_bytes(len(rest_n), dtype), dtype=torch.uint8)
+    wide = rest_n.view(torch.uint8).view(-1, 4)
+    end = whole * len(rest_n)
+    data[:end].view(-1, whole)[:] = wide[:, :whole]
+    if loose:
+        packed = pack(wide[:, whole].contiguous(), loose)
+        data[end : end + len(packed)] = packed
+    return data
+
+
+def rest_of(data: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
+    """int32 of what :func:`rest_bytes` made."""
+    whole, loose = divmod(LAYOUTS[dtype].mantissa + 1, 8)
+    wide = data.new_zeros(elements, 4)
+    end = whole * elements
+    wide[:, :whole] = data[:end].view(-1, whole)
+    if loose:
+        size = loose * -(-elements // 8)
+        wide[:, whole] = unpack(data[end : end + size], loose, elements)
+    return wide.view(torch.int32).view(-1)

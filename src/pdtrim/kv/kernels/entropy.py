@@ -1,0 +1,213 @@
+"""What the entropy codec runs on a GPU: statistics, codes, and the lanes of ``kernels/rans.py``.
+
+Keys are read twice, for their statistics and for their codes; values once. Sums are in fp64, as in
+the torch path, so that fp16 hides in which order a device adds.
+
+Shapes: L heads, M tokens, N of them coded and R raw, D head width, J runs of tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pdtrim.kv.codecs.entropy import LARGEST, key_steps
+from pdtrim.kv.kernels import rans
+from pdtrim.kv.kernels.launch import on, rows, tokens_of
+from pdtrim.kv.kernels.numbers import EXACT, GREATEST_FP16, fp16_below, narrowed, widened
+
+if TYPE_CHECKING:
+    from pdtrim.kv.codecs.entropy import Entropy
+
+RUN = 256
+"""Tokens whose statistics a program sums."""
+
+MOST = tl.constexpr(float(LARGEST))
+LEAST_STEP = tl.constexpr(2.0**-24)
+
+
+def takes(codec: Entropy, tokens: int, width: int) -> bool:
+    """Whether a head's tokens are whole rows of threads, and 32 bits count its elements."""
+    return width % 8 == 0 and 8 <= width <= 256 and tokens * width < 2**28
+
+
+def encode(codec: Entropy, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None = None) -> Tensor:
+    """The wire bytes, as :meth:`Entropy.encode` makes them of the kept pairs."""
+    if kept_LM is not None:
+        at = kept_LM.to(torch.int64)[..., None].expand(-1, -1, k_LTD.shape[2])
+        k_LTD, v_LTD = k_LTD.gather(1, at), v_LTD.gather(1, at)
+    k_LMD, v_LMD = rows(k_LTD), rows(v_LTD)
+    L, M, D = k_LMD.shape
+    start = min(codec.first, M)
+    k_LND, v_LND, N = k_LMD[:, start:], v_LMD[:, start:], M - start
+    codes_PND = torch.empty(2 * L, N, D, dtype=torch.int8, device=k_LMD.device)
+    v_step_LN = torch.empty(L, N, dtype=torch.float16, device=k_LMD.device)
+    mean_LD, k_step_L = key_steps(*_statistics(k_LND), N, codec.k_step)
+    tile = tokens_of(D)
+    tiles = triton.cdiv(N, tile)
+    near = float(torch.tensor(codec.v_step, dtype=torch.float32))  # a launch takes fp32
+    if L * N:
+        with on(k_LMD.device):
+            code_kernel[(2 * L * tiles,)](
+                k_LND, v_LND, mean_LD, k_step_L, v_step_LN, codes_PND, N, L, tiles, near,
+                codec.v_step - near,
+                *k_LND.stride()[:2], *v_LND.stride()[:2], D=D, ROWS=tile, **EXACT,
+            )  # fmt: skip
+    coded = rans.encode(codes_PND, "normal")
+    ends_2LRD = torch.stack((k_LMD[:, :start], v_LMD[:, :start]))
+    plain = (ends_2LRD, mean_LD, k_step_L, v_step_LN, coded.heads)
+    parts = [x.reshape(-1).view(torch.uint8) for x in plain]
+    before = sum(len(part) for part in parts)
+    data = torch.empty(before + 2 * coded.words(), dtype=torch.uint8, device=k_LMD.device)
+    torch.cat(parts, out=data[:before])
+    coded.write(data[before:])
+    return data
+
+
+def decode(
+    codec: Entropy, data: Tensor, heads: int, tokens: int, width: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, bool]:
+    """Keys and values ``[L, M, D]``, and whether no encoder made the bytes."""
+    L, M, D = heads, tokens, width
+    start = min(codec.first, M)
+    N = M - start
+    ends, mean, k_step, v_step, lanes, words = codec.parts(data, L, M, D, dtype)
+    codes_PND, broken = rans.decode(lanes, words, (2 * L, N, D))
+    kv_2LMD = torch.empty(2, L, M, D, dtype=dtype, device=data.device)
+    kv_2LMD[:, :, :start] = ends.view(dtype).view(2, L, start, D)
+    tile = tokens_of(D)
+    tiles = triton.cdiv(N, tile)
+    if L * N:
+        with on(data.device):
+            restore_kernel[(2 * L * tiles,)](
+                *(x.view(torch.float16) for x in (mean, k_step, v_step)), codes_PND, kv_2LMD,
+                broken, N, L, tiles, start, D=D, ROWS=tile, **EXACT,
+            )  # fmt: skip
+    return kv_2LMD[0], kv_2LMD[1], bool(broken.item())
+
+
+def _statistics(k_LND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums, sums of squares, least and most of each channel, fp64 ``[L, D]``."""
+    L, N, D = k_LND.shape
+    runs = triton.cdiv(N, RUN)
+    part_4LJD = torch.zeros(4, L, max(1, runs), D, dtype=torch.float64, device=k_LND.device)
+    if L * N:
+        with on(k_LND.device):
+            statistics_kernel[(L * runs,)](
+                k_LND, part_4LJD, N, L, runs, *k_LND.stride()[:2],
+                D=D, ROWS=min(tokens_of(D), RUN), RUN=RUN, **EXACT,
+            )  # fmt: skip
+    total, squares, least, most = part_4LJD
+    return total.sum(1), squares.sum(1), least.amin(1), most.amax(1)
+
+
+NUMBERS = ["N", "L", "runs", "tiles", "start", "k_head", "v_head"]
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def statistics_kernel(
+    k_ptr, part_ptr, N, L, runs, k_head, k_row,
+    D: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """One head's run of tokens."""
+    pid = tl.program_id(0)
+    head, run = pid // runs, pid % runs
+    d = tl.arange(0, triton.next_power_of_2(D))
+    total = tl.zeros(d.shape, tl.float64)
+    squares = tl.zeros(d.shape, tl.float64)
+    least = tl.full(d.shape, float("inf"), tl.float32)
+    most = tl.full(d.shape, -float("inf"), tl.float32)
+    lost = tl.zeros(d.shape, tl.int32)
+    k_ptr += head.to(tl.int64) * k_head
+    for first in range(0, RUN, ROWS):
+        n = run * RUN + first + tl.arange(0, ROWS)
+        ok = (n < N)[:, None] & (d < D)[None, :]
+        at = tl.minimum(n, N - 1).to(tl.int64)[:, None] * k_row + tl.minimum(d, D - 1)[None, :]
+        x = widened(tl.load(k_ptr + at))
+        wide = tl.where(ok, x, 0.0).to(tl.float64)
+        total += tl.sum(wide, axis=0)
+        squares += tl.sum(wide * wide, axis=0)
+        # rows and channels too many are copies
+        least = tl.minimum(least, tl.min(x, axis=0))
+        most = tl.maximum(most, tl.max(x, axis=0))
+        lost |= tl.max((x != x).to(tl.int32), axis=0)
+    least = tl.where(lost > 0, float("nan"), least)
+    to = part_ptr + pid.to(tl.int64) * D + d
+    step = L.to(tl.int64) * runs * D
+    tl.store(to, total, mask=d < D)
+    tl.store(to + step, squares, mask=d < D)
+    tl.store(to + 2 * step, least.to(tl.float64), mask=d < D)
+    tl.store(to + 3 * step, most.to(tl.float64), mask=d < D)
+
+
+@triton.jit(do_not_specialize=[*NUMBERS, "v_step", "v_step_rest"])
+def code_kernel(
+    k_ptr, v_ptr, mean_ptr, k_step_ptr, v_step_ptr, codes_ptr, N, L, tiles, v_step,
+    v_step_rest, k_head, k_row, v_head, v_row, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """int8 codes of a tile of keys, or of values with their steps."""
+    pid = tl.program_id(0)
+    p, tile = pid // tiles, pid % tiles
+    d = tl.arange(0, triton.next_power_of_2(D))
+    n = tile * ROWS + tl.arange(0, ROWS)
+    row, channel = tl.minimum(n, N - 1).to(tl.int64), tl.minimum(d, D - 1)
+    ok = (n < N)[:, None] & (d < D)[None, :]
+    if p < L:
+        at = k_ptr + p.to(tl.int64) * k_head + row[:, None] * k_row + channel[None, :]
+        mean = tl.load(mean_ptr + p.to(tl.int64) * D + channel).to(tl.float32)
+        x = widened(tl.load(at)) - mean[None, :]
+        step = tl.zeros([ROWS], tl.float32) + tl.load(k_step_ptr + p).to(tl.float32)
+    else:
+        head = (p - L).to(tl.int64)
+        at = v_ptr + head * v_head + row[:, None] * v_row + channel[None, :]
+        x = widened(tl.load(at))
+        wide = tl.where((d < D)[None, :], x, 0.0).to(tl.float64)
+        rms = tl.sqrt(tl.sum(wide * wide, axis=1) / D)
+        most = tl.max(tl.abs(x), axis=1)
+        most = tl.div_rn(most, tl.full(most.shape, MOST, tl.float32))
+        least = (rms * v_step + rms * v_step_rest).to(tl.float32)
+        lost = tl.max((x != x).to(tl.int32), axis=1) > 0
+        wide_step = tl.where(lost, float("nan"), tl.maximum(least, most))
+        half = (-fp16_below(-wide_step).to(tl.float32)).to(tl.float16)
+        step = tl.where(half.to(tl.float32) < LEAST_STEP, LEAST_STEP, half.to(tl.float32))
+        tl.store(v_step_ptr + head * N + n, step.to(tl.float16), mask=n < N)
+    y = tl.div_rn(x, tl.zeros_like(x) + step[:, None])
+    y = tl.minimum(tl.maximum(y, -MOST), MOST)
+    # half an ulp of a number this size is a half: the sum is rounded to even
+    codes = ((y + 12582912.0) - 12582912.0).to(tl.int32).to(tl.int8)
+    to = codes_ptr + (p.to(tl.int64) * N + n)[:, None] * D + d[None, :]
+    tl.store(to, codes, mask=ok)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def restore_kernel(
+    mean_ptr, k_step_ptr, v_step_ptr, codes_ptr, to_ptr, broken_ptr, N, L, tiles, start,
+    D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys or of values from its codes."""
+    pid = tl.program_id(0)
+    p, tile = pid // tiles, pid % tiles
+    d = tl.arange(0, triton.next_power_of_2(D))
+    n = tile * ROWS + tl.arange(0, ROWS)
+    ok = (n < N)[:, None] & (d < D)[None, :]
+    at = codes_ptr + (p.to(tl.int64) * N + n)[:, None] * D + d[None, :]
+    x = tl.load(at, mask=ok, other=0).to(tl.float32)
+    if p < L:
+        step = tl.zeros([ROWS], tl.float32) + tl.load(k_step_ptr + p).to(tl.float32)
+        mean = tl.load(mean_ptr + p.to(tl.int64) * D + d, mask=d < D, other=0).to(tl.float32)
+        x = x * step[:, None] + mean[None, :]
+        sound = tl.min((tl.abs(mean) <= GREATEST_FP16).to(tl.int32), axis=0)
+    else:
+        step = tl.load(v_step_ptr + (p - L).to(tl.int64) * N + n, mask=n < N, other=1)
+        step = step.to(tl.float32)
+        x = x * step[:, None]
+        sound = 1
+    good = (step > 0) & (step <= GREATEST_FP16)
+    if (sound == 0) | (tl.min(good.to(tl.int32), axis=0) == 0):
+        tl.store(broken_ptr, 1)
+    to = to_ptr + (p.to(tl.int64) * (start + N) + start + n)[:, None] * D + d[None, :]
+    tl.store(to, narrowed(x, to_ptr.dtype.element_ty), mask=ok)
