@@ -174,7 +174,7 @@ def key_steps(
 
     Sums are in fp64, so that fp16 hides in which order a device adds.
     """
-    mean_LD = (total_LD / max(1, tokens)).to(torch.float16)
+    mean_LD = (total_LD / max(1, tokens)).to(torch.float32).to(torch.float16)
     m_LD = mean_LD.double()
     centred_LD = squares_LD - 2 * m_LD * total_LD + tokens * m_LD * m_LD
     rms_L = centred_LD.clamp(min=0).mean(1).div(max(1, tokens)).sqrt()

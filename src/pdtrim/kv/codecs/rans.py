@@ -44,7 +44,7 @@ STORED = 255
 REACH = 256
 """Symbols are above minus this and below it."""
 SCALE = 4096
-"""Of the thresholds between normal kinds."""
+"""Of the limits between normal kinds."""
 
 Family = Literal["normal", "exponent"]
 Array = NDArray[np.int64]
@@ -57,12 +57,12 @@ class Tables(NamedTuple):
         encode: ``[kinds, 2 REACH]`` by symbol: start, frequency << 10, and 1 << 21 for an escape.
         decode: ``[kinds, 2**BITS]`` by the state's low bits: symbol + 128, frequency << 8, place
             within the frequency << 19, and 1 << 29 for an escape.
-        limits: ``[NORMAL - 1]``, the mean size of a symbol from which the next kind is better.
+        limits: ``[NORMAL - 1]``, ``SCALE`` times the variance from which the next kind is better.
     """
 
     encode: NDArray[np.int32]
     decode: NDArray[np.int32]
-    limits: NDArray[np.int32]
+    limits: NDArray[np.int64]
 
 
 @cache
@@ -86,9 +86,9 @@ def tables() -> Tables:
         encode[kind, encode[kind] == 0] = start | rest << 10 | 1 << 21
         for place in range(rest):
             decode[kind, start + place] = rest << 8 | place << 19 | 1 << 29
-    sizes = [sum(abs(s) * p for s, p in chance.items()) for chance in odds[:NORMAL]]
-    limits = [round(SCALE * math.sqrt(a * b)) for a, b in pairwise(sizes)]
-    return Tables(encode, decode, np.array(limits, np.int32))
+    variances = [sum(s * s * p for s, p in chance.items()) for chance in odds[:NORMAL]]
+    limits = [round(SCALE * math.sqrt(a * b)) for a, b in pairwise(variances)]
+    return Tables(encode, decode, np.array(limits, np.int64))
 
 
 def _normal(r: float) -> dict[int, float]:
@@ -138,26 +138,26 @@ def encode(codes_PND: Tensor, family: Family) -> tuple[Tensor, Tensor]:
     P, N, D = codes_PND.shape
     code_SK, counts = _by_lane(codes_PND)
     halves = -(-counts // 2)
-    total = code_SK.sum(0, dtype=np.int32)
+    total = code_SK.sum(0, dtype=np.int64)
+    spread = counts * np.square(code_SK, dtype=np.int64).sum(0) - total**2
     quarters = (8 * (total + 128 * counts) + 4 * counts) // (2 * counts.clip(1))
     offset = (quarters >> 2) - 128
     symbol_SK = code_SK - offset.astype(np.int16)
     for tail in np.unique(counts):  # nothing stands behind the last of a lane
         symbol_SK[tail:, counts == tail] = 0
-    size = np.abs(symbol_SK).sum(0, dtype=np.int64)
     if family == "normal":
-        kind = (size * SCALE > tables().limits[:, None] * counts).sum(0)
+        kind = (spread * SCALE > tables().limits[:, None] * counts**2).sum(0)
     else:
         kind = NORMAL + (quarters & 3)
     used = np.zeros_like(counts)
     words_KW = np.zeros((len(counts), LANE // 2), "<u2")
-    coded = np.flatnonzero(size)
+    coded = np.flatnonzero(spread)
     coded = coded[np.argsort(-counts[coded], kind="stable")]  # so that those at a step are a slice
     made_KW, used[coded] = _states(
         symbol_SK[:, coded], code_SK[:, coded], counts[coded], kind[coded]
     )
     words_KW[coded] = made_KW
-    stored = np.flatnonzero((used >= halves) & (size > 0))
+    stored = np.flatnonzero((used >= halves) & (spread > 0))
     raw_KB = np.zeros((len(stored), 2 * (-(-len(code_SK) // 2))), np.int8)
     raw_KB[:, : len(code_SK)] = code_SK[:, stored].T
     words_KW[stored, : raw_KB.shape[1] // 2] = raw_KB.view("<u2")

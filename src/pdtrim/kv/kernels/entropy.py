@@ -15,19 +15,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdtrim.kv.codecs.entropy import LARGEST, key_steps
+from pdtrim.kv.codecs.entropy import LARGEST
 from pdtrim.kv.kernels import rans
 from pdtrim.kv.kernels.launch import on, rows, tokens_of
-from pdtrim.kv.kernels.numbers import EXACT, GREATEST_FP16, fp16_below, narrowed, widened
+from pdtrim.kv.kernels.numbers import (
+    EXACT,
+    GREATEST_FP16,
+    ROUND,
+    fp16_below,
+    inverse_of,
+    narrowed,
+    quotient,
+    widened,
+)
 
 if TYPE_CHECKING:
     from pdtrim.kv.codecs.entropy import Entropy
 
 RUN = 256
 """Tokens whose statistics a program sums."""
+FP64_TILE = 2048
+"""Elements a program holds in registers where their sums are in fp64."""
 
 MOST = tl.constexpr(float(LARGEST))
 LEAST_STEP = tl.constexpr(2.0**-24)
+
+
+def tile_of(width: int) -> int:
+    """Tokens a tile where sums are in fp64."""
+    return max(1, FP64_TILE // triton.next_power_of_2(width))
 
 
 def takes(codec: Entropy, tokens: int, width: int) -> bool:
@@ -46,16 +62,23 @@ def encode(codec: Entropy, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None 
     k_LND, v_LND, N = k_LMD[:, start:], v_LMD[:, start:], M - start
     codes_PND = torch.empty(2 * L, N, D, dtype=torch.int8, device=k_LMD.device)
     v_step_LN = torch.empty(L, N, dtype=torch.float16, device=k_LMD.device)
-    mean_LD, k_step_L = key_steps(*_statistics(k_LND), N, codec.k_step)
-    tile = tokens_of(D)
-    tiles = triton.cdiv(N, tile)
-    near = float(torch.tensor(codec.v_step, dtype=torch.float32))  # a launch takes fp32
+    mean_LD = torch.zeros(L, D, dtype=torch.float16, device=k_LMD.device)
+    k_step_L = torch.full((L,), 2.0**-24, dtype=torch.float16, device=k_LMD.device)
+    tile, runs = tile_of(D), triton.cdiv(N, RUN)
     if L * N:
+        part_4LJD = torch.empty(4, L, runs, D, dtype=torch.float64, device=k_LMD.device)
         with on(k_LMD.device):
-            code_kernel[(2 * L * tiles,)](
-                k_LND, v_LND, mean_LD, k_step_L, v_step_LN, codes_PND, N, L, tiles, near,
-                codec.v_step - near,
-                *k_LND.stride()[:2], *v_LND.stride()[:2], D=D, ROWS=tile, **EXACT,
+            statistics_kernel[(L * runs,)](
+                k_LND, part_4LJD, N, L, runs, *k_LND.stride()[:2],
+                D=D, ROWS=min(RUN, tile), RUN=RUN, **EXACT,
+            )  # fmt: skip
+            steps_kernel[(L,)](
+                part_4LJD, mean_LD, k_step_L, N, L, runs, *_halves(codec.k_step), D=D, **EXACT
+            )
+            code_kernel[(2 * L * triton.cdiv(N, tile),)](
+                k_LND, v_LND, mean_LD, k_step_L, v_step_LN, codes_PND, N, L, triton.cdiv(N, tile),
+                *_halves(codec.v_step), *k_LND.stride()[:2], *v_LND.stride()[:2],
+                D=D, ROWS=tile, **EXACT,
             )  # fmt: skip
     coded = rans.encode(codes_PND, "normal")
     ends_2LRD = torch.stack((k_LMD[:, :start], v_LMD[:, :start]))
@@ -90,22 +113,13 @@ def decode(
     return kv_2LMD[0], kv_2LMD[1], bool(broken.item())
 
 
-def _statistics(k_LND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums, sums of squares, least and most of each channel, fp64 ``[L, D]``."""
-    L, N, D = k_LND.shape
-    runs = triton.cdiv(N, RUN)
-    part_4LJD = torch.zeros(4, L, max(1, runs), D, dtype=torch.float64, device=k_LND.device)
-    if L * N:
-        with on(k_LND.device):
-            statistics_kernel[(L * runs,)](
-                k_LND, part_4LJD, N, L, runs, *k_LND.stride()[:2],
-                D=D, ROWS=min(tokens_of(D), RUN), RUN=RUN, **EXACT,
-            )  # fmt: skip
-    total, squares, least, most = part_4LJD
-    return total.sum(1), squares.sum(1), least.amin(1), most.amax(1)
+def _halves(step: float) -> tuple[float, float]:
+    """Two fp32 numbers, which a launch takes, whose sum is fp64's."""
+    near = float(torch.tensor(step, dtype=torch.float32))
+    return near, step - near
 
 
-NUMBERS = ["N", "L", "runs", "tiles", "start", "k_head", "v_head"]
+NUMBERS = ["N", "L", "runs", "tiles", "start", "k_head", "v_head", "step", "rest"]
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -117,11 +131,12 @@ def statistics_kernel(
     pid = tl.program_id(0)
     head, run = pid // runs, pid % runs
     d = tl.arange(0, triton.next_power_of_2(D))
-    total = tl.zeros(d.shape, tl.float64)
-    squares = tl.zeros(d.shape, tl.float64)
-    least = tl.full(d.shape, float("inf"), tl.float32)
-    most = tl.full(d.shape, -float("inf"), tl.float32)
-    lost = tl.zeros(d.shape, tl.int32)
+    # summed over tokens at the end: a thread has its own until then
+    total = tl.zeros([ROWS, triton.next_power_of_2(D)], tl.float64)
+    squares = tl.zeros_like(total)
+    least = tl.full(total.shape, float("inf"), tl.float32)
+    most = tl.full(total.shape, -float("inf"), tl.float32)
+    lost = tl.zeros(total.shape, tl.int32)
     k_ptr += head.to(tl.int64) * k_head
     for first in range(0, RUN, ROWS):
         n = run * RUN + first + tl.arange(0, ROWS)
@@ -129,25 +144,70 @@ def statistics_kernel(
         at = tl.minimum(n, N - 1).to(tl.int64)[:, None] * k_row + tl.minimum(d, D - 1)[None, :]
         x = widened(tl.load(k_ptr + at))
         wide = tl.where(ok, x, 0.0).to(tl.float64)
-        total += tl.sum(wide, axis=0)
-        squares += tl.sum(wide * wide, axis=0)
+        total += wide
+        squares += wide * wide
         # rows and channels too many are copies
-        least = tl.minimum(least, tl.min(x, axis=0))
-        most = tl.maximum(most, tl.max(x, axis=0))
-        lost |= tl.max((x != x).to(tl.int32), axis=0)
-    least = tl.where(lost > 0, float("nan"), least)
+        least = tl.minimum(least, x)
+        most = tl.maximum(most, x)
+        lost |= (x != x).to(tl.int32)
+    none = tl.max(lost, axis=0) > 0
     to = part_ptr + pid.to(tl.int64) * D + d
     step = L.to(tl.int64) * runs * D
-    tl.store(to, total, mask=d < D)
-    tl.store(to + step, squares, mask=d < D)
+    tl.store(to, tl.sum(total, axis=0), mask=d < D)
+    tl.store(to + step, tl.sum(squares, axis=0), mask=d < D)
+    least = tl.where(none, float("nan"), tl.min(least, axis=0))
     tl.store(to + 2 * step, least.to(tl.float64), mask=d < D)
-    tl.store(to + 3 * step, most.to(tl.float64), mask=d < D)
+    tl.store(to + 3 * step, tl.max(most, axis=0).to(tl.float64), mask=d < D)
 
 
-@triton.jit(do_not_specialize=[*NUMBERS, "v_step", "v_step_rest"])
+@triton.jit(do_not_specialize=NUMBERS)
+def steps_kernel(
+    part_ptr, mean_ptr, step_ptr, N, L, runs, step, rest, D: tl.constexpr
+):  # fmt: skip
+    """One head's means and its step, from the statistics of its runs."""
+    head = tl.program_id(0)
+    d = tl.arange(0, triton.next_power_of_2(D))
+    total = tl.zeros(d.shape, tl.float64)
+    squares = tl.zeros(d.shape, tl.float64)
+    least = tl.full(d.shape, float("inf"), tl.float64)
+    most = tl.full(d.shape, -float("inf"), tl.float64)
+    lost = tl.zeros(d.shape, tl.int32)
+    side = L.to(tl.int64) * runs * D
+    for run in range(runs):
+        at = part_ptr + (head.to(tl.int64) * runs + run) * D + d
+        total += tl.load(at, mask=d < D, other=0)
+        squares += tl.load(at + side, mask=d < D, other=0)
+        low = tl.load(at + 2 * side, mask=d < D, other=0)
+        lost |= (low != low).to(tl.int32)
+        least = tl.minimum(least, low)
+        most = tl.maximum(most, tl.load(at + 3 * side, mask=d < D, other=0))
+    mean = (total / N).to(tl.float32).to(tl.float16)
+    wide = mean.to(tl.float64)
+    centred = squares - 2 * wide * total + N * wide * wide
+    centred = tl.where((d < D) & (centred > 0), centred, 0.0)
+    rms = tl.sqrt(tl.sum(centred, axis=0) / D / N)
+    m = mean.to(tl.float32)
+    apart = tl.maximum(most.to(tl.float32) - m, m - least.to(tl.float32))
+    apart = tl.max(tl.where(d < D, apart, 0.0), axis=0)
+    wanted = (rms * step + rms * rest).to(tl.float32)
+    found = step_of(wanted, apart, tl.max(lost, axis=0) > 0)
+    tl.store(mean_ptr + head * D + d, mean, mask=d < D)
+    tl.store(step_ptr + head, found.to(tl.float16))
+
+
+@triton.jit
+def step_of(wanted, most, lost):
+    """fp32 of an fp16 step, at least as wide as wanted and wide enough for the largest code."""
+    wide = tl.maximum(wanted, tl.div_rn(most, most * 0 + MOST))
+    wide = tl.where(lost, float("nan"), wide)
+    step = -fp16_below(-wide).to(tl.float32)
+    return tl.where(step < LEAST_STEP, LEAST_STEP, step)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
 def code_kernel(
-    k_ptr, v_ptr, mean_ptr, k_step_ptr, v_step_ptr, codes_ptr, N, L, tiles, v_step,
-    v_step_rest, k_head, k_row, v_head, v_row, D: tl.constexpr, ROWS: tl.constexpr,
+    k_ptr, v_ptr, mean_ptr, k_step_ptr, v_step_ptr, codes_ptr, N, L, tiles, step, rest,
+    k_head, k_row, v_head, v_row, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """int8 codes of a tile of keys, or of values with their steps."""
     pid = tl.program_id(0)
@@ -160,25 +220,20 @@ def code_kernel(
         at = k_ptr + p.to(tl.int64) * k_head + row[:, None] * k_row + channel[None, :]
         mean = tl.load(mean_ptr + p.to(tl.int64) * D + channel).to(tl.float32)
         x = widened(tl.load(at)) - mean[None, :]
-        step = tl.zeros([ROWS], tl.float32) + tl.load(k_step_ptr + p).to(tl.float32)
+        found = tl.zeros([ROWS], tl.float32) + tl.load(k_step_ptr + p).to(tl.float32)
     else:
         head = (p - L).to(tl.int64)
         at = v_ptr + head * v_head + row[:, None] * v_row + channel[None, :]
         x = widened(tl.load(at))
         wide = tl.where((d < D)[None, :], x, 0.0).to(tl.float64)
         rms = tl.sqrt(tl.sum(wide * wide, axis=1) / D)
-        most = tl.max(tl.abs(x), axis=1)
-        most = tl.div_rn(most, tl.full(most.shape, MOST, tl.float32))
-        least = (rms * v_step + rms * v_step_rest).to(tl.float32)
         lost = tl.max((x != x).to(tl.int32), axis=1) > 0
-        wide_step = tl.where(lost, float("nan"), tl.maximum(least, most))
-        half = (-fp16_below(-wide_step).to(tl.float32)).to(tl.float16)
-        step = tl.where(half.to(tl.float32) < LEAST_STEP, LEAST_STEP, half.to(tl.float32))
-        tl.store(v_step_ptr + head * N + n, step.to(tl.float16), mask=n < N)
-    y = tl.div_rn(x, tl.zeros_like(x) + step[:, None])
-    y = tl.minimum(tl.maximum(y, -MOST), MOST)
-    # half an ulp of a number this size is a half: the sum is rounded to even
-    codes = ((y + 12582912.0) - 12582912.0).to(tl.int32).to(tl.int8)
+        wanted = (rms * step + rms * rest).to(tl.float32)
+        found = step_of(wanted, tl.max(tl.abs(x), axis=1), lost)
+        tl.store(v_step_ptr + head * N + n, found.to(tl.float16), mask=n < N)
+    y = quotient(x, found[:, None], inverse_of(found)[:, None])
+    y = tl.minimum(tl.maximum(y, -MOST), MOST) + ROUND
+    codes = (y.to(tl.int32, bitcast=True) & 255).to(tl.int8)
     to = codes_ptr + (p.to(tl.int64) * N + n)[:, None] * D + d[None, :]
     tl.store(to, codes, mask=ok)
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pdtrim.kv.codecs import rans
-from pdtrim.kv.kernels.launch import on
+from pdtrim.kv.kernels.launch import on, tokens_of
 
 MOST: int = rans.LANE // 2
 """Words of a lane, at most."""
@@ -78,10 +78,13 @@ def encode(codes_PND: Tensor, family: rans.Family) -> Coded:
     table, _, limits = tables(device)
     if lanes:
         with on(device):
-            encode_kernel[(P * C,)](
-                codes_PND, table, limits, loose, heads, N, C, lanes,
-                D=D, EXPONENT=family == "exponent", num_warps=max(1, D // 32),
+            measure_kernel[(P * C,)](
+                codes_PND, limits, heads, N, C, lanes,
+                D=D, ROWS=tokens_of(D) // 2, EXPONENT=family == "exponent",
             )  # fmt: skip
+            encode_kernel[(P * C,)](
+                codes_PND, table, loose, heads, N, C, lanes, D=D, num_warps=max(1, D // 32)
+            )
     return Coded(heads=heads, loose=loose, ends=heads[:lanes].to(torch.int64).cumsum(0))
 
 
@@ -110,11 +113,45 @@ LOOSE = ["loose_ptr", "body_ptr", "codes_ptr"]
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def encode_kernel(
-    codes_ptr, table_ptr, limits_ptr, loose_ptr, heads_ptr, N, C, lanes,
-    D: tl.constexpr, EXPONENT: tl.constexpr,
+def measure_kernel(
+    codes_ptr, limits_ptr, heads_ptr, N, C, lanes,
+    D: tl.constexpr, ROWS: tl.constexpr, EXPONENT: tl.constexpr,
 ):  # fmt: skip
-    """All lanes of a head over ``SIZE`` tokens."""
+    """Offsets and kinds of all lanes of a head over ``SIZE`` tokens; 0 words where codes are alike."""
+    pid = tl.program_id(0)
+    p, c = pid // C, pid % C
+    d = tl.arange(0, triton.next_power_of_2(D))
+    count = tl.minimum(SIZE, N - c * SIZE)
+    codes_ptr += (p.to(tl.int64) * N + c * SIZE) * D
+    totals = tl.zeros([ROWS, triton.next_power_of_2(D)], tl.int32)
+    squares = tl.zeros_like(totals)
+    for first in range(0, count, ROWS):
+        t = first + tl.arange(0, ROWS)
+        ok = (t < count)[:, None] & (d < D)[None, :]
+        code = tl.load(codes_ptr + t[:, None] * D + d[None, :], mask=ok, other=0).to(tl.int32)
+        totals += code
+        squares += code * code
+    total = tl.sum(totals, axis=0)
+    quarters = (8 * (total + 128 * count) + 4 * count) // (2 * count)
+    spread = (count * tl.sum(squares, axis=0) - total * total).to(tl.int64)
+    kind = tl.zeros_like(d)
+    if EXPONENT:
+        kind += NORMAL + (quarters & 3)
+    else:
+        area = (count * count).to(tl.int64)
+        for k in range(NORMAL - 1):
+            kind += (spread * SCALE > tl.load(limits_ptr + k) * area).to(tl.int32)
+    lane = pid.to(tl.int64) * D + d
+    tl.store(heads_ptr + lane, (spread > 0).to(tl.uint8), mask=d < D)
+    tl.store(heads_ptr + lanes + lane, kind.to(tl.uint8), mask=d < D)
+    tl.store(heads_ptr + 2 * lanes.to(tl.int64) + lane, (quarters >> 2).to(tl.uint8), mask=d < D)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def encode_kernel(
+    codes_ptr, table_ptr, loose_ptr, heads_ptr, N, C, lanes, D: tl.constexpr
+):  # fmt: skip
+    """Words of all lanes of a head over ``SIZE`` tokens, that were measured."""
     pid = tl.program_id(0)
     p, c = pid // C, pid % C
     d = tl.arange(0, triton.next_power_of_2(D))
@@ -123,44 +160,30 @@ def encode_kernel(
     count = tl.minimum(SIZE, N - c * SIZE)
     halves = (count + 1) // 2
     codes_ptr += (p.to(tl.int64) * N + c * SIZE) * D + d
-    total = tl.zeros_like(d)
-    for t in range(count):
-        total += tl.load(codes_ptr + t * D, mask=ok, other=0).to(tl.int32)
-    quarters = (8 * (total + 128 * count) + 4 * count) // (2 * count)
-    offset = (quarters >> 2) - 128
-    size = tl.zeros_like(d)
-    for t in range(count):
-        size += tl.abs(tl.load(codes_ptr + t * D, mask=ok, other=0).to(tl.int32) - offset)
-    kind = tl.zeros_like(d)
-    if EXPONENT:
-        kind += NORMAL + (quarters & 3)
-    else:
-        for k in range(NORMAL - 1):
-            kind += (size * SCALE > tl.load(limits_ptr + k) * count).to(tl.int32)
-    row_ptr = table_ptr + kind * (2 * REACH) + REACH
+    varied = tl.load(heads_ptr + lane, mask=ok, other=0) > 0
+    kind = tl.load(heads_ptr + lanes + lane, mask=ok, other=0).to(tl.int32)
+    offset = tl.load(heads_ptr + 2 * lanes.to(tl.int64) + lane, mask=ok, other=128)
+    row_ptr = table_ptr + kind * (2 * REACH) + REACH - (offset.to(tl.int32) - 128)
     last_ptr = loose_ptr + lane * CAP + (CAP - 1)
     state = tl.full(d.shape, LOW, tl.uint32)
     used = tl.zeros_like(d)
     for i in range(count):
         code = tl.load(codes_ptr + (count - 1 - i) * D, mask=ok, other=0).to(tl.int32)
-        entry = tl.load(row_ptr + tl.where(ok, code - offset, 0))
+        entry = tl.load(row_ptr + code)
         start, f = (entry & 1023).to(tl.uint32), ((entry >> 10) & 2047).to(tl.uint32)
         escape = (entry >> 21) > 0
-        if tl.max(escape.to(tl.int32), axis=0) > 0:
-            state, used = _shed(last_ptr, state, used, escape & (state >= 1 << 24), ok)
-            state = tl.where(escape, (state << 8) | (code + 128).to(tl.uint32), state)
+        state, used = _shed(last_ptr, state, used, escape & (state >= 1 << 24), ok)
+        state = tl.where(escape, (state << 8) | (code + 128).to(tl.uint32), state)
         state, used = _shed(last_ptr, state, used, state >= (f << 22), ok)
-        quotient = state // f
-        state = (quotient << BITS) + start + (state - quotient * f)
+        quotient, rest = _divided(state, f)
+        state = (quotient << BITS) + start + rest
     always = used >= 0
     state, used = _shed(last_ptr, state, used, always, ok)
     state, used = _shed(last_ptr, state, used, always, ok)
-    stored = (used >= halves) & (size > 0)
-    used = tl.where(stored, halves, tl.where(size > 0, used, 0))
+    stored = (used >= halves) & varied & ok
+    used = tl.where(stored, halves, tl.where(varied, used, 0))
     tl.store(heads_ptr + lane, used.to(tl.uint8), mask=ok)
-    tl.store(heads_ptr + lanes + lane, tl.where(stored, STORED, kind).to(tl.uint8), mask=ok)
-    tl.store(heads_ptr + 2 * lanes.to(tl.int64) + lane, (offset + 128).to(tl.uint8), mask=ok)
-    stored &= ok
+    tl.store(heads_ptr + lanes + lane, STORED, mask=stored)
     if tl.max(stored.to(tl.int32), axis=0) > 0:
         first_ptr = loose_ptr + lane * CAP + (CAP - halves)
         for pair in range(halves):
@@ -177,6 +200,21 @@ def _shed(last_ptr, state, used, full, ok):
     word = (state & 0xFFFF).to(tl.uint16)
     tl.store(last_ptr - used, word, mask=full & ok & (used < CAP))
     return tl.where(full, state >> 16, state), used + full.to(tl.int32)
+
+
+@triton.jit
+def _divided(x, f):
+    """Quotient below 2**22 and rest of uint32, which a GPU would divide by a long way.
+
+    The first quotient is wrong by at most a few. The half keeps the second, of small numbers, on
+    the right side of a whole number.
+    """
+    wide = f.to(tl.float32)
+    quotient = (x.to(tl.float32) / wide).to(tl.int32)
+    rest = (x - quotient.to(tl.uint32) * f).to(tl.int32, bitcast=True)
+    more = tl.floor((rest.to(tl.float32) + 0.5) / wide).to(tl.int32)
+    rest -= more * f.to(tl.int32)
+    return (quotient + more).to(tl.uint32), rest.to(tl.uint32)
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=LOOSE)
@@ -232,10 +270,9 @@ def decode_kernel(
         state = tl.where(coded, f * (state >> BITS) + within, state)
         state, place = _take(body_ptr, state, place, end, coded & (state < LOW))
         escape = coded & ((entry >> 29) > 0)
-        if tl.max(escape.to(tl.int32), axis=0) > 0:
-            code = tl.where(escape, (state & 255).to(tl.int32) - 128, code)
-            state = tl.where(escape, state >> 8, state)
-            state, place = _take(body_ptr, state, place, end, escape & (state < LOW))
+        code = tl.where(escape, (state & 255).to(tl.int32) - 128, code)
+        state = tl.where(escape, state >> 8, state)
+        state, place = _take(body_ptr, state, place, end, escape & (state < LOW))
         code = tl.where(coded, code, offset)
         bad |= coded & ((code < -128) | (code > 127))
         tl.store(codes_ptr + t * D, code.to(tl.int8), mask=ok)
