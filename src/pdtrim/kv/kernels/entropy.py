@@ -22,6 +22,7 @@ from pdtrim.kv.kernels.numbers import (
     EXACT,
     GREATEST_FP16,
     ROUND,
+    channels,
     fp16_below,
     inverse_of,
     narrowed,
@@ -70,25 +71,23 @@ def encode(codec: Entropy, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None 
         with on(k_LMD.device):
             statistics_kernel[(L * runs,)](
                 k_LND, part_4LJD, N, L, runs, *k_LND.stride()[:2],
-                D=D, ROWS=min(RUN, tile), RUN=RUN, **EXACT,
+                D=D, ROWS=min(RUN, max(1, tile // 2)), RUN=RUN, **EXACT,
             )  # fmt: skip
             steps_kernel[(L,)](
                 part_4LJD, mean_LD, k_step_L, N, L, runs, *_halves(codec.k_step), D=D, **EXACT
             )
-            code_kernel[(2 * L * triton.cdiv(N, tile),)](
-                k_LND, v_LND, mean_LD, k_step_L, v_step_LN, codes_PND, N, L, triton.cdiv(N, tile),
-                *_halves(codec.v_step), *k_LND.stride()[:2], *v_LND.stride()[:2],
-                D=D, ROWS=tile, **EXACT,
+            keys_kernel[(L * triton.cdiv(N, 2 * tile),)](
+                k_LND, mean_LD, k_step_L, codes_PND, N, triton.cdiv(N, 2 * tile),
+                *k_LND.stride()[:2], D=D, ROWS=2 * tile, **EXACT,
+            )  # fmt: skip
+            values_kernel[(L * triton.cdiv(N, tile),)](
+                v_LND, v_step_LN, codes_PND[L:], N, triton.cdiv(N, tile),
+                *_halves(codec.v_step), *v_LND.stride()[:2], D=D, ROWS=tile, **EXACT,
             )  # fmt: skip
     coded = rans.encode(codes_PND, "normal")
     ends_2LRD = torch.stack((k_LMD[:, :start], v_LMD[:, :start]))
-    plain = (ends_2LRD, mean_LD, k_step_L, v_step_LN, coded.heads)
-    parts = [x.reshape(-1).view(torch.uint8) for x in plain]
-    before = sum(len(part) for part in parts)
-    data = torch.empty(before + 2 * coded.words(), dtype=torch.uint8, device=k_LMD.device)
-    torch.cat(parts, out=data[:before])
-    coded.write(data[before:])
-    return data
+    most = codec.nbytes(L, M, D, k_LMD.dtype)
+    return coded.after((ends_2LRD, mean_LD, k_step_L, v_step_LN), most)
 
 
 def decode(
@@ -136,7 +135,6 @@ def statistics_kernel(
     squares = tl.zeros_like(total)
     least = tl.full(total.shape, float("inf"), tl.float32)
     most = tl.full(total.shape, -float("inf"), tl.float32)
-    lost = tl.zeros(total.shape, tl.int32)
     k_ptr += head.to(tl.int64) * k_head
     for first in range(0, RUN, ROWS):
         n = run * RUN + first + tl.arange(0, ROWS)
@@ -149,14 +147,11 @@ def statistics_kernel(
         # rows and channels too many are copies
         least = tl.minimum(least, x)
         most = tl.maximum(most, x)
-        lost |= (x != x).to(tl.int32)
-    none = tl.max(lost, axis=0) > 0
     to = part_ptr + pid.to(tl.int64) * D + d
     step = L.to(tl.int64) * runs * D
     tl.store(to, tl.sum(total, axis=0), mask=d < D)
     tl.store(to + step, tl.sum(squares, axis=0), mask=d < D)
-    least = tl.where(none, float("nan"), tl.min(least, axis=0))
-    tl.store(to + 2 * step, least.to(tl.float64), mask=d < D)
+    tl.store(to + 2 * step, tl.min(least, axis=0).to(tl.float64), mask=d < D)
     tl.store(to + 3 * step, tl.max(most, axis=0).to(tl.float64), mask=d < D)
 
 
@@ -171,26 +166,23 @@ def steps_kernel(
     squares = tl.zeros(d.shape, tl.float64)
     least = tl.full(d.shape, float("inf"), tl.float64)
     most = tl.full(d.shape, -float("inf"), tl.float64)
-    lost = tl.zeros(d.shape, tl.int32)
     side = L.to(tl.int64) * runs * D
     for run in range(runs):
         at = part_ptr + (head.to(tl.int64) * runs + run) * D + d
         total += tl.load(at, mask=d < D, other=0)
         squares += tl.load(at + side, mask=d < D, other=0)
-        low = tl.load(at + 2 * side, mask=d < D, other=0)
-        lost |= (low != low).to(tl.int32)
-        least = tl.minimum(least, low)
+        least = tl.minimum(least, tl.load(at + 2 * side, mask=d < D, other=0))
         most = tl.maximum(most, tl.load(at + 3 * side, mask=d < D, other=0))
     mean = (total / N).to(tl.float32).to(tl.float16)
     wide = mean.to(tl.float64)
     centred = squares - 2 * wide * total + N * wide * wide
-    centred = tl.where((d < D) & (centred > 0), centred, 0.0)
+    centred = tl.where((d >= D) | (centred < 0), 0.0, centred)
     rms = tl.sqrt(tl.sum(centred, axis=0) / D / N)
     m = mean.to(tl.float32)
     apart = tl.maximum(most.to(tl.float32) - m, m - least.to(tl.float32))
     apart = tl.max(tl.where(d < D, apart, 0.0), axis=0)
     wanted = (rms * step + rms * rest).to(tl.float32)
-    found = step_of(wanted, apart, tl.max(lost, axis=0) > 0)
+    found = step_of(wanted, apart, rms != rms)
     tl.store(mean_ptr + head * D + d, mean, mask=d < D)
     tl.store(step_ptr + head, found.to(tl.float16))
 
@@ -205,36 +197,50 @@ def step_of(wanted, most, lost):
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def code_kernel(
-    k_ptr, v_ptr, mean_ptr, k_step_ptr, v_step_ptr, codes_ptr, N, L, tiles, step, rest,
-    k_head, k_row, v_head, v_row, D: tl.constexpr, ROWS: tl.constexpr,
+def keys_kernel(
+    k_ptr, mean_ptr, step_ptr, codes_ptr, N, tiles, k_head, k_row,
+    D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """int8 codes of a tile of keys, or of values with their steps."""
-    pid = tl.program_id(0)
-    p, tile = pid // tiles, pid % tiles
-    d = tl.arange(0, triton.next_power_of_2(D))
-    n = tile * ROWS + tl.arange(0, ROWS)
-    row, channel = tl.minimum(n, N - 1).to(tl.int64), tl.minimum(d, D - 1)
-    ok = (n < N)[:, None] & (d < D)[None, :]
-    if p < L:
-        at = k_ptr + p.to(tl.int64) * k_head + row[:, None] * k_row + channel[None, :]
-        mean = tl.load(mean_ptr + p.to(tl.int64) * D + channel).to(tl.float32)
-        x = widened(tl.load(at)) - mean[None, :]
-        found = tl.zeros([ROWS], tl.float32) + tl.load(k_step_ptr + p).to(tl.float32)
-    else:
-        head = (p - L).to(tl.int64)
-        at = v_ptr + head * v_head + row[:, None] * v_row + channel[None, :]
-        x = widened(tl.load(at))
-        wide = tl.where((d < D)[None, :], x, 0.0).to(tl.float64)
-        rms = tl.sqrt(tl.sum(wide * wide, axis=1) / D)
-        lost = tl.max((x != x).to(tl.int32), axis=1) > 0
-        wanted = (rms * step + rms * rest).to(tl.float32)
-        found = step_of(wanted, tl.max(tl.abs(x), axis=1), lost)
-        tl.store(v_step_ptr + head * N + n, found.to(tl.float16), mask=n < N)
-    y = quotient(x, found[:, None], inverse_of(found)[:, None])
+    """int8 codes of a tile of keys."""
+    head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    d, n = channels(D), tile * ROWS + tl.arange(0, ROWS)
+    at = head.to(tl.int64) * k_head + tl.minimum(n, N - 1).to(tl.int64)[:, None] * k_row
+    mean = tl.load(mean_ptr + head * D + d).to(tl.float32)
+    step = tl.zeros([ROWS], tl.float32) + tl.load(step_ptr + head).to(tl.float32)
+    x = widened(tl.load(k_ptr + at + d[None, :])) - mean[None, :]
+    _store_codes(codes_ptr, head, n, x, step, N, D)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def values_kernel(
+    v_ptr, step_ptr, codes_ptr, N, tiles, step, rest, v_head, v_row,
+    D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """int8 codes of a tile of values, and a step for each token."""
+    head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    d, n = channels(D), tile * ROWS + tl.arange(0, ROWS)
+    at = head.to(tl.int64) * v_head + tl.minimum(n, N - 1).to(tl.int64)[:, None] * v_row
+    x = widened(tl.load(v_ptr + at + d[None, :]))
+    wide = x.to(tl.float64)
+    if triton.next_power_of_2(D) > D:  # copies of the last channel
+        wide = tl.where((tl.arange(0, triton.next_power_of_2(D)) < D)[None, :], wide, 0.0)
+    rms = tl.sqrt(tl.sum(wide * wide, axis=1) / D)
+    wanted = (rms * step + rms * rest).to(tl.float32)
+    found = step_of(wanted, tl.max(tl.abs(x), axis=1), rms != rms)
+    tl.store(step_ptr + head.to(tl.int64) * N + n, found.to(tl.float16), mask=n < N)
+    _store_codes(codes_ptr, head, n, x, found, N, D)
+
+
+@triton.jit
+def _store_codes(codes_ptr, head, n, x, step, N, D: tl.constexpr):
+    """Codes of the tokens ``n`` of a head; ``step`` is one a token."""
+    y = quotient(x, step[:, None], inverse_of(step)[:, None])
     y = tl.minimum(tl.maximum(y, -MOST), MOST) + ROUND
     codes = (y.to(tl.int32, bitcast=True) & 255).to(tl.int8)
-    to = codes_ptr + (p.to(tl.int64) * N + n)[:, None] * D + d[None, :]
+    ok = (n < N)[:, None]
+    if triton.next_power_of_2(D) > D:
+        ok &= (tl.arange(0, triton.next_power_of_2(D)) < D)[None, :]
+    to = codes_ptr + (head.to(tl.int64) * N + n)[:, None] * D + channels(D)[None, :]
     tl.store(to, codes, mask=ok)
 
 

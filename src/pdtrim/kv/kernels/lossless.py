@@ -16,12 +16,14 @@ from torch import Tensor
 
 from pdtrim.kv.codecs.lossless import joined, plain_bytes, rest_bytes, rest_of, split
 from pdtrim.kv.kernels import rans
-from pdtrim.kv.kernels.launch import on
+from pdtrim.kv.kernels.launch import on, rows, source, tokens_of
+from pdtrim.kv.kernels.numbers import channels, load_side
 
 if TYPE_CHECKING:
     from pdtrim.kv.codecs.lossless import Lossless
 
-BLOCK = 4096
+ROWS = 512
+"""Of eight elements, a program."""
 
 
 def takes(codec: Lossless, tokens: int, width: int) -> bool:
@@ -31,29 +33,28 @@ def takes(codec: Lossless, tokens: int, width: int) -> bool:
 
 def encode(codec: Lossless, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None = None) -> Tensor:
     """The wire bytes, as :meth:`Lossless.encode` makes them of the kept pairs."""
-    if kept_LM is not None:
-        at = kept_LM.to(torch.int64)[..., None].expand(-1, -1, k_LTD.shape[2])
-        k_LTD, v_LTD = k_LTD.gather(1, at), v_LTD.gather(1, at)
-    L, M, D = k_LTD.shape
-    kv_2LMD = torch.stack((k_LTD, v_LTD))
-    if kv_2LMD.dtype == torch.bfloat16:
-        plain = torch.zeros(plain_bytes(kv_2LMD.numel(), torch.bfloat16), dtype=torch.uint8,
-                            device=kv_2LMD.device)  # fmt: skip
-        exponents = torch.empty(kv_2LMD.numel(), dtype=torch.int8, device=kv_2LMD.device)
-        if kv_2LMD.numel():
-            with on(kv_2LMD.device):
-                split_kernel[(triton.cdiv(kv_2LMD.numel(), BLOCK),)](
-                    kv_2LMD.view(torch.int16), exponents, plain, kv_2LMD.numel(), BLOCK=BLOCK
-                )
+    k_LTD, v_LTD = rows(k_LTD), rows(v_LTD)
+    L, M, D = *(k_LTD if kept_LM is None else kept_LM).shape[:2], k_LTD.shape[2]
+    elements, tile = 2 * L * M * D, tokens_of(D)
+    if k_LTD.dtype == torch.bfloat16:
+        size = plain_bytes(elements, torch.bfloat16)
+        plain = torch.empty(size, dtype=torch.uint8, device=k_LTD.device)
+        exponents = torch.empty(elements, dtype=torch.int8, device=k_LTD.device)
+        if elements:
+            pointers, strides = source(k_LTD, v_LTD, kept_LM)
+            with on(k_LTD.device):
+                split_kernel[(2 * L * triton.cdiv(M, tile),)](
+                    *pointers, exponents, plain, M, triton.cdiv(M, tile), *strides,
+                    D=D, ROWS=tile, KEPT=kept_LM is not None,
+                )  # fmt: skip
     else:
-        exponents, rest_n = split(kv_2LMD)
-        plain = rest_bytes(rest_n, kv_2LMD.dtype)
+        if kept_LM is not None:
+            at = kept_LM.to(torch.int64)[..., None].expand(-1, -1, D)
+            k_LTD, v_LTD = k_LTD.gather(1, at), v_LTD.gather(1, at)
+        exponents, rest_n = split(torch.stack((k_LTD, v_LTD)))
+        plain = rest_bytes(rest_n, k_LTD.dtype)
     coded = rans.encode(exponents.view(2 * L, M, D), "exponent")
-    before = len(plain) + len(coded.heads)
-    data = torch.empty(before + 2 * coded.words(), dtype=torch.uint8, device=plain.device)
-    torch.cat((plain, coded.heads), out=data[:before])
-    coded.write(data[before:])
-    return data
+    return coded.after((plain,), codec.nbytes(L, M, D, k_LTD.dtype))
 
 
 def decode(
@@ -67,8 +68,8 @@ def decode(
         kv_n = torch.empty(codes_PND.numel(), dtype=torch.int16, device=data.device)
         if kv_n.numel():
             with on(data.device):
-                join_kernel[(triton.cdiv(kv_n.numel(), BLOCK),)](
-                    codes_PND, plain, kv_n, kv_n.numel(), BLOCK=BLOCK
+                join_kernel[(triton.cdiv(kv_n.numel() // 8, ROWS),)](
+                    codes_PND, plain, kv_n, kv_n.numel() // 8, ROWS=ROWS
                 )
     else:
         kv_n = joined(codes_PND.view(-1), rest_of(plain, codes_PND.numel(), dtype), dtype)
@@ -76,21 +77,32 @@ def decode(
     return k_LMD, v_LMD, bool(broken.item())
 
 
-@triton.jit(do_not_specialize=["count"])
-def split_kernel(x_ptr, exponents_ptr, plain_ptr, count, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["M", "tiles"], do_not_specialize_on_alignment=["kept_ptr"])
+def split_kernel(
+    k_ptr, v_ptr, kept_ptr, exponents_ptr, plain_ptr, M, tiles,
+    k_head, k_row, v_head, v_row, kept_head, kept_row,
+    D: tl.constexpr, ROWS: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
     """Of bf16's bits the exponent less 128, and sign and mantissa."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    bits = tl.load(x_ptr + at, mask=at < count, other=0).to(tl.int32)
-    tl.store(exponents_ptr + at, (((bits >> 7) & 255) - 128).to(tl.int8), mask=at < count)
-    rest = ((bits >> 8) & 128) | (bits & 127)
-    tl.store(plain_ptr + at, rest.to(tl.uint8), mask=at < count)
+    pid = tl.program_id(0)
+    m = pid % tiles * ROWS + tl.arange(0, ROWS)
+    x = load_side(
+        k_ptr, v_ptr, kept_ptr, tl.num_programs(0) // tiles // 2, pid // tiles,
+        tl.minimum(m, M - 1), k_head, k_row, v_head, v_row, kept_head, kept_row, D, KEPT,
+    )  # fmt: skip
+    bits = x.to(tl.int16, bitcast=True).to(tl.int32)
+    at = ((pid // tiles).to(tl.int64) * M + m)[:, None] * D + channels(D)[None, :]
+    ok = (m < M)[:, None]
+    tl.store(exponents_ptr + at, (((bits >> 7) & 255) - 128).to(tl.int8), mask=ok)
+    tl.store(plain_ptr + at, (((bits >> 8) & 128) | (bits & 127)).to(tl.uint8), mask=ok)
 
 
-@triton.jit(do_not_specialize=["count"])
-def join_kernel(exponents_ptr, plain_ptr, x_ptr, count, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def join_kernel(exponents_ptr, plain_ptr, x_ptr, rows, ROWS: tl.constexpr):
     """The way back."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exponent = tl.load(exponents_ptr + at, mask=at < count, other=0).to(tl.int32) + 128
-    rest = tl.load(plain_ptr + at, mask=at < count, other=0).to(tl.int32)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at, ok = row[:, None] * 8 + tl.arange(0, 8)[None, :], (row < rows)[:, None]
+    exponent = tl.load(exponents_ptr + at, mask=ok, other=0).to(tl.int32) + 128
+    rest = tl.load(plain_ptr + at, mask=ok, other=0).to(tl.int32)
     bits = ((rest & 128) << 8) | (exponent << 7) | (rest & 127)
-    tl.store(x_ptr + at, bits.to(tl.int16), mask=at < count)
+    tl.store(x_ptr + at, bits.to(tl.int16), mask=ok)

@@ -1,14 +1,16 @@
 """The lanes of ``kv/codecs/rans.py`` on a GPU: a thread a lane, the same words.
 
 One program runs the lanes of one head over ``LANE`` tokens, so that each step reads or writes a row
-of codes. A lane's words are made from the last to the first at the end of a place of its own; a
-second launch moves them together.
+of codes. A lane's words are made from the last to the first and left in a column of its own: lanes
+that stand beside each other are about as far, so that the columns fill row by row. A second launch
+moves every lane's words together.
 
 Shapes: P heads, N tokens, C lanes a channel, D head width, K = P C D lanes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -34,9 +36,14 @@ CAP = tl.constexpr(MOST)
 
 @cache
 def tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of the codec, on a device."""
-    encode, decode, limits = (torch.from_numpy(x).to(device) for x in rans.tables())
-    return encode, decode, limits
+    """Those of the codec, on a device.
+
+    The first, int64, has in its upper half what a state is multiplied by to divide it.
+    """
+    encode, decode, limits = (torch.from_numpy(x) for x in rans.tables())
+    wide = encode.to(torch.int64)
+    inverse = (2**32 // (wide >> 10 & 2047) + 1).clamp(max=2**32 - 1)
+    return (inverse << 32 | wide).to(device), decode.to(device), limits.to(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +52,7 @@ class Coded:
 
     Attributes:
         heads: uint8 ``[3 K]``.
-        loose: uint16 words ``[K, MOST]``, the last ones of each lane used.
+        loose: uint16 words ``[P C, MOST, D]``, the last rows of each column used.
         ends: where in the words each lane ends, int64 ``[K]``.
     """
 
@@ -53,19 +60,27 @@ class Coded:
     loose: Tensor
     ends: Tensor
 
-    def words(self) -> int:
-        """Of all lanes; waits for the GPU."""
-        return int(self.ends[-1]) if len(self.ends) else 0
+    def after(self, plain: Sequence[Tensor], most: int) -> Tensor:
+        """All wire bytes: plain parts, heads and words, of ``most`` bytes at most.
 
-    def write(self, body: Tensor) -> None:
-        """Move all words together, into uint8 at an even address."""
+        The words' launch does not wait until their number is known, so that the bytes are the
+        begin of a buffer for the most that they can be.
+        """
+        parts = [x.reshape(-1).view(torch.uint8) for x in (*plain, self.heads)]
+        before = sum(len(part) for part in parts)
+        data = torch.empty(most, dtype=torch.uint8, device=self.heads.device)
+        torch.cat(parts, out=data[:before])
         lanes = len(self.ends)
-        if body.numel():
-            with on(body.device):
+        if not lanes:
+            return data[:before]
+        words = data[before : before + (most - before) // 2 * 2].view(torch.uint16)
+        if len(words):
+            with on(data.device):
                 move_kernel[(triton.cdiv(lanes, LANES),)](
-                    self.heads, self.ends, self.loose, body.view(torch.uint16), lanes,
-                    LANES=LANES, WORDS=WORDS,
+                    self.heads, self.ends, self.loose, words, lanes,
+                    D=self.loose.shape[2], LANES=LANES, WORDS=WORDS,
                 )  # fmt: skip
+        return data[: before + 2 * int(self.ends[-1])]
 
 
 def encode(codes_PND: Tensor, family: rans.Family) -> Coded:
@@ -74,7 +89,7 @@ def encode(codes_PND: Tensor, family: rans.Family) -> Coded:
     C = rans.lanes(N)
     lanes, device = P * C * D, codes_PND.device
     heads = torch.empty(3 * lanes, dtype=torch.uint8, device=device)
-    loose = torch.empty(lanes, MOST, dtype=torch.uint16, device=device)
+    loose = torch.empty(P * C, MOST, D, dtype=torch.uint16, device=device)
     table, _, limits = tables(device)
     if lanes:
         with on(device):
@@ -117,7 +132,7 @@ def measure_kernel(
     codes_ptr, limits_ptr, heads_ptr, N, C, lanes,
     D: tl.constexpr, ROWS: tl.constexpr, EXPONENT: tl.constexpr,
 ):  # fmt: skip
-    """Offsets and kinds of all lanes of a head over ``SIZE`` tokens; 0 words where codes are alike."""
+    """Offsets and kinds of a head's lanes over ``SIZE`` tokens; no words where codes are alike."""
     pid = tl.program_id(0)
     p, c = pid // C, pid % C
     d = tl.arange(0, triton.next_power_of_2(D))
@@ -164,63 +179,62 @@ def encode_kernel(
     kind = tl.load(heads_ptr + lanes + lane, mask=ok, other=0).to(tl.int32)
     offset = tl.load(heads_ptr + 2 * lanes.to(tl.int64) + lane, mask=ok, other=128)
     row_ptr = table_ptr + kind * (2 * REACH) + REACH - (offset.to(tl.int32) - 128)
-    last_ptr = loose_ptr + lane * CAP + (CAP - 1)
+    loose_ptr += pid.to(tl.int64) * (CAP * D) + d
     state = tl.full(d.shape, LOW, tl.uint32)
     used = tl.zeros_like(d)
     for i in range(count):
         code = tl.load(codes_ptr + (count - 1 - i) * D, mask=ok, other=0).to(tl.int32)
-        entry = tl.load(row_ptr + code)
+        pair = tl.load(row_ptr + code)
+        entry, inverse = pair.to(tl.int32), (pair >> 32).to(tl.uint32)
         start, f = (entry & 1023).to(tl.uint32), ((entry >> 10) & 2047).to(tl.uint32)
         escape = (entry >> 21) > 0
-        state, used = _shed(last_ptr, state, used, escape & (state >= 1 << 24), ok)
+        state, used = _shed(loose_ptr, state, used, escape & (state >= 1 << 24), ok, D)
         state = tl.where(escape, (state << 8) | (code + 128).to(tl.uint32), state)
-        state, used = _shed(last_ptr, state, used, state >= (f << 22), ok)
-        quotient, rest = _divided(state, f)
+        state, used = _shed(loose_ptr, state, used, state >= (f << 22), ok, D)
+        quotient, rest = _divided(state, f, inverse)
         state = (quotient << BITS) + start + rest
     always = used >= 0
-    state, used = _shed(last_ptr, state, used, always, ok)
-    state, used = _shed(last_ptr, state, used, always, ok)
+    state, used = _shed(loose_ptr, state, used, always, ok, D)
+    state, used = _shed(loose_ptr, state, used, always, ok, D)
     stored = (used >= halves) & varied & ok
     used = tl.where(stored, halves, tl.where(varied, used, 0))
     tl.store(heads_ptr + lane, used.to(tl.uint8), mask=ok)
     tl.store(heads_ptr + lanes + lane, STORED, mask=stored)
     if tl.max(stored.to(tl.int32), axis=0) > 0:
-        first_ptr = loose_ptr + lane * CAP + (CAP - halves)
         for pair in range(halves):
             t = 2 * pair
             low = tl.load(codes_ptr + t * D, mask=stored, other=0).to(tl.int32) & 255
             more = stored & (tl.zeros_like(d) + t + 1 < count)
             high = tl.load(codes_ptr + (t + 1) * D, mask=more, other=0).to(tl.int32) & 255
-            tl.store(first_ptr + pair, (low | (high << 8)).to(tl.uint16), mask=stored)
+            word = (low | (high << 8)).to(tl.uint16)
+            tl.store(loose_ptr + (CAP - halves + pair) * D, word, mask=stored)
 
 
 @triton.jit
-def _shed(last_ptr, state, used, full, ok):
+def _shed(loose_ptr, state, used, full, ok, D: tl.constexpr):
     """The low word leaves full lanes; what no lane has place for is counted and not kept."""
     word = (state & 0xFFFF).to(tl.uint16)
-    tl.store(last_ptr - used, word, mask=full & ok & (used < CAP))
+    tl.store(loose_ptr + (CAP - 1 - used) * D, word, mask=full & ok & (used < CAP))
     return tl.where(full, state >> 16, state), used + full.to(tl.int32)
 
 
 @triton.jit
-def _divided(x, f):
-    """Quotient below 2**22 and rest of uint32, which a GPU would divide by a long way.
+def _divided(x, f, inverse):
+    """Quotient and rest of uint32 ``x < f << 22``; by ``2**32 // f + 1`` they are one off at most.
 
-    The first quotient is wrong by at most a few. The half keeps the second, of small numbers, on
-    the right side of a whole number.
+    Of the quotient's error, ``x / 2**32`` is below ``f / 1024``, so below 1.
     """
-    wide = f.to(tl.float32)
-    quotient = (x.to(tl.float32) / wide).to(tl.int32)
-    rest = (x - quotient.to(tl.uint32) * f).to(tl.int32, bitcast=True)
-    more = tl.floor((rest.to(tl.float32) + 0.5) / wide).to(tl.int32)
-    rest -= more * f.to(tl.int32)
-    return (quotient + more).to(tl.uint32), rest.to(tl.uint32)
+    quotient = tl.umulhi(x, inverse)
+    rest = (x - quotient * f).to(tl.int32, bitcast=True)
+    step = (rest >= f.to(tl.int32)).to(tl.int32) - (rest < 0).to(tl.int32)
+    rest -= step * f.to(tl.int32)
+    return quotient + step.to(tl.uint32), rest.to(tl.uint32)
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=LOOSE)
 def move_kernel(
     heads_ptr, ends_ptr, loose_ptr, body_ptr, lanes,
-    LANES: tl.constexpr, WORDS: tl.constexpr,
+    D: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """``LANES`` lanes' words to where they belong."""
     lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
@@ -230,7 +244,8 @@ def move_kernel(
     for begin in range(0, tl.max(used, axis=0), WORDS):
         w = begin + tl.arange(0, WORDS)
         here = w[None, :] < used[:, None]
-        at = (lane * CAP + CAP - used)[:, None] + w[None, :]
+        first = (lane // D * CAP + CAP - used) * D + lane % D
+        at = first[:, None] + w[None, :] * D
         word = tl.load(loose_ptr + at, mask=here, other=0)
         tl.store(body_ptr + (end - used)[:, None] + w[None, :], word, mask=here)
 
