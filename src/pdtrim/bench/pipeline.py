@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -35,9 +36,7 @@ class Machines:
         target: the receiving device.
     """
 
-    def __init__(
-        self, model: Model, kv_2LGND: Tensor, sizes: Sizes, target: torch.device
-    ) -> None:
+    def __init__(self, model: Model, kv_2LGND: Tensor, sizes: Sizes, target: torch.device) -> None:
         self.model, self.kv_2LGND, self.sizes, self.target = model, kv_2LGND, sizes, target
         self.source = kv_2LGND.device
         at_1N = torch.arange(sizes.tokens, device=self.source)[None]
@@ -203,7 +202,7 @@ class Pipeline:
                 results.append(run(*some))
                 marks.append(lane.mark())
         self._finish()
-        return results, [seconds(*pair) for pair in zip(marks, marks[1:], strict=False)]
+        return results, [seconds(*pair) for pair in pairwise(marks)]
 
     def _encode(self, layer: int, sent: LayerSent) -> Tensor:
         k_LGND, v_LGND = self.machines.kv_2LGND

@@ -29,6 +29,8 @@ from pdtrim.stage.cost import Lengths, stage_flops
 from pdtrim.stage.generate import decode_tokens, prefill
 
 SHARES = (0.0, 0.25, 1 / 3, 0.5)
+WARM = 2
+"""Runs before a capture, in which libraries find their kernels and workspaces."""
 
 
 @torch.inference_mode()
@@ -75,7 +77,7 @@ def bench_stages(
     for count in removed:
         gates = removing(L, count)
         runs["prefill", count] = _prefill(model, gates[0], tokens)
-        runs["decode", count] = _decode(model, gates[1], tokens)
+        runs["decode", count] = _decode(model, gates[1], tokens, max(repeats, WARM) + 1)
     if captured:
         runs = {name: _captured(run, lane) for name, run in runs.items()}
     times = _rounds(runs, lane, place, repeats, progress)
@@ -119,8 +121,8 @@ def _prefill(model: Model, gates: Gates, tokens: int) -> Callable[[], object]:
     return run
 
 
-def _decode(model: Model, gates: Gates, tokens: int) -> Callable[[], object]:
-    """One token behind a cache of random pairs; the same place of the cache every time."""
+def _decode(model: Model, gates: Gates, tokens: int, runs: int) -> Callable[[], object]:
+    """One token behind a cache of random pairs, which holds the tokens of so many runs."""
     G, D = model.num_kv_heads, model.head_dim
     drawn = torch.Generator(model.device).manual_seed(0)
     options: Any = {"dtype": model.dtype, "device": model.device, "generator": drawn}
@@ -130,7 +132,7 @@ def _decode(model: Model, gates: Gates, tokens: int) -> Callable[[], object]:
         heads=tuple(range(G)), k_BgMD=k, v_BgMD=v, positions_BgM=at_N.expand(1, G, tokens)
     )
     caches = {
-        layer: LayerCache([group], capacity=1, window=model.block(layer).window)
+        layer: LayerCache([group], capacity=runs, window=model.block(layer).window)
         for layer in range(gates.num_layers)
         if gates.decode_attention[layer]
     }
@@ -138,9 +140,6 @@ def _decode(model: Model, gates: Gates, tokens: int) -> Callable[[], object]:
     positions_11 = torch.full_like(ids_11, tokens)
 
     def run() -> torch.Tensor:
-        for cache in caches.values():
-            for one in cache.groups:
-                one.rewind()
         y_11E = decode_tokens(model, gates, caches, ids_11, positions_11)
         return model.network.lm_head(model.network.model.norm(y_11E)).argmax(-1)
 
@@ -150,12 +149,12 @@ def _decode(model: Model, gates: Gates, tokens: int) -> Callable[[], object]:
 def _captured(run: Callable[[], object], lane: Lane) -> Callable[[], object]:
     """The same work, launched as one graph."""
     with lane.work():
-        for _ in range(2):  # libraries find their kernels and workspaces first
+        for _ in range(WARM):
             run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # on a stream of its own, of the lane's device
+            run()
     return graph.replay
 
 
