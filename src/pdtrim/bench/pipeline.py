@@ -178,9 +178,9 @@ class Pipeline:
     @torch.inference_mode()
     def _take(
         self, moved: SimpleQueue[tuple[LayerSent, Tensor, Mark] | None], decode: bool
-    ) -> tuple[Mark | None, list[object]]:
+    ) -> tuple[Mark | None, list[tuple[Tensor, Tensor]]]:
         """Decode layers as they arrive; the mark behind the last one."""
-        last, held = None, []
+        last, held = None, list[tuple[Tensor, Tensor]]()
         while (came := moved.get()) is not None:
             sent, there, last = came
             if decode:

@@ -14,6 +14,7 @@ from pdtrim.bench.codec import sample
 from pdtrim.errors import PlanError
 from pdtrim.kv.codecs import CodecBase
 from pdtrim.kv.selectors import SELECTORS, Full, SelectorBase, StaticSelector
+from pdtrim.kv.view import LayerView
 from pdtrim.kvfit.policy import parse_policy
 from pdtrim.kvfit.request import KVRequest
 
@@ -121,7 +122,16 @@ class _Unseen:
         self.num_layers, self.num_kv_heads, self.tokens = sizes.layers, sizes.heads, sizes.tokens
         self._policy = policy
 
-    def __getattr__(self, name: str) -> Tensor:
+    def view(self, layer: int) -> LayerView:
+        """There is none."""
+        raise _needs_text(self._policy)
+
+    def later_queries(self, layer: int) -> Tensor:
+        """There are none."""
+        raise _needs_text(self._policy)
+
+    def concentration(self, rule: StaticSelector) -> Tensor:
+        """Nothing attends."""
         raise _needs_text(self._policy)
 
 
