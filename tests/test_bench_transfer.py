@@ -1,6 +1,7 @@
 """The benchmarks of handovers and of stages: what they count and run, not how fast that is."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from typer.testing import CliRunner
 
 from helpers import SIZES, tiny_model
 from pdtrim.bench.lanes import Lane
+from pdtrim.bench.nixl_link import NixlLink
 from pdtrim.bench.pipeline import Machines, Pipeline
 from pdtrim.bench.removal import bench_stages, removing
+from pdtrim.bench.rounds import arrival
 from pdtrim.bench.shapes import SHAPES, one_block, random_model, shape_config
 from pdtrim.bench.traffic import LayerSent, Sizes, layers_sent, paged, paper_rule, random_cache
-from pdtrim.bench.transfer import arrival, bench_transfer
+from pdtrim.bench.transfer import bench_transfer
 from pdtrim.cli import app
 from pdtrim.errors import PdtrimError
 from pdtrim.kv.codecs import parse_codec
@@ -169,6 +172,33 @@ def test_a_machines_prefill_is_the_stages_own():
     assert torch.equal(made.prefill(2, x), x)  # only keys and values are left to make
 
 
+def test_nixl_moves_the_bytes_into_another_process_and_the_rows_take_its_times(shape):
+    pytest.importorskip("nixl")
+    said = []
+    report = bench_transfer(
+        shape, tokens=TOKENS, links=("measured", "0.001"), policies=("full+int8",), repeats=1,
+        transport="nixl", say=said.append,
+    )  # fmt: skip
+    assert [report["slow_link"]] == (said or [None]) and report["transport"] == "nixl"
+    measured, paced = of_link(report, "measured,"), of_link(report, "0.001")
+    assert measured.keys() == paced.keys() and len(paced) == 4
+    for name, row in paced.items():
+        assert row["move_s"]["median"] == pytest.approx(row["bytes"] * 8 / 1e6)
+        assert measured[name]["link"] == "measured, by NIXL" and measured[name]["gb_s"] > 0
+    with NixlLink(CPU, CPU, 9000) as link:
+        data = torch.arange(4000, dtype=torch.int16)
+        for pieces in (1, 16):
+            data += 1
+            assert link.move(data, pieces) > 0
+            assert link.received(8000) == int(data.view(torch.uint8).sum())
+
+
+def test_nixl_that_is_not_there_is_named_with_what_installs_it(shape, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nixl._api", None)
+    with pytest.raises(PdtrimError, match=r"pip install pdtrim\[nixl\]"):
+        bench_transfer(shape, tokens=9, policies=(), transport="nixl")
+
+
 def test_pages_hold_the_tokens_of_a_layer_together():
     kv = random_cache(Sizes(layers=2, heads=3, tokens=21, width=4), torch.float32, CPU)
     pages = paged(kv, 16)
@@ -233,6 +263,7 @@ def test_one_block_of_a_shape_is_a_block_of_it(shape):
         ({"tokens": 0}, "at least one"),
         ({"repeats": 0}, "at least one"),
         ({"dtype": "int8"}, "unknown dtype"),
+        ({"transport": "pigeon"}, "unknown transport"),
         ({"device": "meta"}, "no device 'meta'"),
         ({"device": "nonsense"}, "no device 'nonsense'"),
         ({"device": "cuda:77"}, "GPUs here"),

@@ -3,7 +3,7 @@
 import pytest
 
 from helpers import tiny_model
-from pdtrim.bench.transfer import arrival
+from pdtrim.bench.rounds import arrival
 from pdtrim.errors import PlanError
 from pdtrim.kvfit.link import FULL, CodecSpeed, LinkBudget, Machine, break_even, exposed
 from pdtrim.kvfit.policy import parse_policy

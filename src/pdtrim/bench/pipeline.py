@@ -97,19 +97,16 @@ class Pipeline:
         self.link = Lane(source, first=True)
         self.decoding = Lane(target, first=True)
 
-    def alone(self, layers: Sequence[LayerSent]) -> Alone:
-        """Encode all layers, then move all, then decode all."""
+    def alone(self, layers: Sequence[LayerSent]) -> tuple[Alone, list[Tensor]]:
+        """Encode all layers, then move all, then decode all; times, and what was encoded."""
         self._finish()
         datas, encode_L = self._each(self.encoding, self._encode, list(enumerate(layers)))
         theres, move_L = self._each(self.link, self._move, [(data,) for data in datas])
         pairs = list(zip(layers, theres, strict=True))
         _, decode_L = self._each(self.decoding, self._decode, pairs)
-        return Alone(
-            encode_L=encode_L,
-            move_L=move_L,
-            decode_L=decode_L,
-            bytes_L=[data.numel() for data in datas],
-        )
+        sizes = [data.numel() for data in datas]
+        times = Alone(encode_L=encode_L, move_L=move_L, decode_L=decode_L, bytes_L=sizes)
+        return times, datas
 
     def run(self, layers: Sequence[LayerSent] | None, *, decode: bool = False) -> Run:
         """One prefill.

@@ -8,6 +8,8 @@ last kernel until decode has every layer. Encoding, moving and decoding are time
 A link that is *measured* is a copy to the receiving device, beside prefill and decoding. One that
 is *paced* is reckoned from the same run: each layer's move takes as long as its bytes at the link's
 speed, or as its copy if that is longer, and begins when the layer is encoded and the link is free.
+With transport ``nixl`` a measured move is one into another process, timed by itself, and exposed
+times are reckoned from it in the same way.
 
 Shapes: L layers, G KV heads, N prompt tokens, D head width, E hidden width; 2 for K and V.
 """
@@ -16,21 +18,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, Literal, get_args
 
 import torch
 
-from pdtrim.bench.lanes import Lane, finish, seconds, spread
-from pdtrim.bench.pipeline import Alone, Machines, Pipeline
+from pdtrim.bench.lanes import spread
+from pdtrim.bench.pipeline import Machines
+from pdtrim.bench.rounds import Rounds
 from pdtrim.bench.shapes import one_block, random_model, shape_config
-from pdtrim.bench.traffic import (
-    LayerSent,
-    Sizes,
-    layers_sent,
-    paged,
-    paper_rule,
-    random_cache,
-)
+from pdtrim.bench.traffic import Sizes, layers_sent, paper_rule, random_cache
 from pdtrim.errors import PdtrimError
 from pdtrim.models.configs import head_width
 from pdtrim.models.loading import DTYPES
@@ -44,8 +41,8 @@ POLICIES = (
     "full+entropy",
     "full+lossless",
 )
-PAGE = 16  # tokens of a page of a serving engine
 MEASURED = "measured"
+Transport = Literal["copy", "nixl"]
 
 
 @torch.inference_mode()
@@ -58,8 +55,10 @@ def bench_transfer(
     dtype: str = "bfloat16",
     device: str = "cpu",
     to: str | None = None,
+    transport: Transport = "copy",
     repeats: int = 5,
     progress: Progress = silent,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Time handovers of a shape, all rows in interleaved rounds behind one that warms up.
 
@@ -69,6 +68,8 @@ def bench_transfer(
         links: ``measured``, or Gbit/s.
         policies: KV policies that need no prompt, beside the rows that are always there.
         to: the device that receives; the second GPU where there is one, else ``device``.
+        transport: of measured links: a copy in this process, or NIXL into another one.
+        say: takes a line for people before the rounds, if NIXL runs far below a plain copy.
 
     Returns:
         What was timed on what, and ``rows``: one for each way to hand over and each link. A time
@@ -79,6 +80,8 @@ def bench_transfer(
     """
     if dtype not in DTYPES:
         raise PdtrimError(f"unknown dtype '{dtype}': use one of {', '.join(DTYPES)}")
+    if transport not in get_args(Transport):
+        raise PdtrimError(f"unknown transport '{transport}': use copy or nixl")
     if tokens < 1 or repeats < 1:
         raise PdtrimError("tokens and repeats: at least one of each")
     speeds = {link: _gbit(link) for link in links or (MEASURED,)}
@@ -96,8 +99,21 @@ def bench_transfer(
     }
     model = random_model(one_block(config), dtype=DTYPES[dtype], device=source, name=shape)
     machines = Machines(model, random_cache(sizes, DTYPES[dtype], source), sizes, target)
-    rounds = _Rounds(machines, sent)
-    with progress("timing the handovers", (repeats + 1) * rounds.count) as advance:
+    with ExitStack() as stack:
+        nixl = None
+        if transport == "nixl":
+            from pdtrim.bench.nixl_link import NixlLink
+
+            # twice the cache holds its pages, and a code that makes a layer little larger
+            size = 2 * sizes.raw_bytes(DTYPES[dtype])
+            nixl = stack.enter_context(NixlLink(source, target, size))
+        rounds = Rounds(machines, sent, nixl)
+        slow = rounds.slow_link()
+        if slow:
+            say(slow)
+        advance = stack.enter_context(
+            progress("timing the handovers", (repeats + 1) * rounds.count)
+        )
         for repeat in range(repeats + 1):  # the first round warms up
             rounds.run(keep=repeat > 0, advance=advance)
     return {
@@ -110,6 +126,8 @@ def bench_transfer(
         "device": str(source),
         "to": str(target),
         "copy": _copy_said(source, target),
+        "transport": transport,
+        "slow_link": slow,
         "hardware": torch.cuda.get_device_name(source) if source.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "repeats": repeats,
@@ -164,139 +182,3 @@ def _copy_said(source: torch.device, target: torch.device) -> str:
     if torch.cuda.can_device_access_peer(source, target):
         return f"a peer copy from {source} to {target}"
     return f"a copy from {source} to {target} through the host: they are no peers"
-
-
-class _Rounds:
-    """All rows, timed in turn, and what was kept of each round."""
-
-    def __init__(self, machines: Machines, sent: dict[str, list[LayerSent]]) -> None:
-        self.machines, self.sent = machines, sent
-        self.pipeline = Pipeline(machines)
-        self.lane = Lane(machines.source)
-        self.whole = torch.empty_like(machines.kv_2LGND, device=machines.target)
-        pages = paged(machines.kv_2LGND, PAGE).flatten(0, 1)
-        self.paged = torch.empty_like(pages, device=machines.target)
-        self.pages = list(zip(self.paged.unbind(0), pages.unbind(0), strict=True))
-        self.copies: list[float] = []
-        self.by_pages: list[float] = []
-        self.prefills: list[float] = []
-        self.kept: dict[str, list[tuple[Alone, float, list[float], float]]] = {n: [] for n in sent}
-
-    @property
-    def count(self) -> int:
-        """Things timed in a round."""
-        return len(self.sent) + 1
-
-    @property
-    def copy_gb_s(self) -> float:
-        """Of the plain copy."""
-        return self.whole.nbytes / spread(self.copies)["median"] / 1e9
-
-    def run(self, *, keep: bool, advance: Callable[[float], None]) -> None:
-        """One round."""
-        copy = self._timed(lambda: self.whole.copy_(self.machines.kv_2LGND, non_blocking=True))
-        by_pages = self._timed(self._copy_pages)
-        advance(1)
-        if keep:
-            self.copies.append(copy)
-            self.by_pages.append(by_pages)
-        for name, layers in self.sent.items():
-            alone = self.pipeline.alone(layers)
-            plain = self.pipeline.run(None).prefill_s  # just before, as a GPU's clock wanders
-            sending = self.pipeline.run(layers)
-            whole = self.pipeline.run(layers, decode=True)
-            if keep:
-                self.prefills.append(plain)
-                slower = sending.prefill_s / plain - 1
-                self.kept[name].append((alone, slower, sending.encoded_s, whole.exposed_s))
-            advance(1)
-
-    def rows(self, link: str, gbit: float | None) -> list[dict[str, Any]]:
-        """A link's rows."""
-        about = {"link": link if gbit is None else f"{gbit:g} Gbit/s, paced", "paced": bool(gbit)}
-        rows = []
-        for name, times, sent in (
-            ("bf16, blocking", self.copies, self.whole),
-            (f"bf16 by pages of {PAGE}, blocking", self.by_pages, self.paged),
-        ):
-            moves = [_move(some, sent.nbytes, gbit) for some in times]
-            none = [0.0] * len(moves)
-            rows.append(about | self._row(name, sent.nbytes, none, moves, none, moves, none))
-        for name, kept in self.kept.items():
-            size = kept[-1][0].bytes_L
-            encodes = [sum(alone.encode_L) for alone, *_ in kept]
-            decodes = [sum(alone.decode_L) for alone, *_ in kept]
-            moves_RL = [
-                [_move(some, n, gbit) for some, n in zip(alone.move_L, alone.bytes_L, strict=True)]
-                for alone, *_ in kept
-            ]
-            exposed = [
-                whole if gbit is None else arrival(encoded, moves_L, alone.decode_L)
-                for (alone, _, encoded, whole), moves_L in zip(kept, moves_RL, strict=True)
-            ]
-            moves = [sum(moves_L) for moves_L in moves_RL]
-            slower = [entry[1] for entry in kept]
-            rows.append(
-                about | self._row(name, sum(size), encodes, moves, decodes, exposed, slower)
-            )
-        return rows
-
-    def _row(
-        self,
-        name: str,
-        size: int,
-        encodes: list[float],
-        moves: list[float],
-        decodes: list[float],
-        exposed: list[float],
-        slower: list[float],
-    ) -> dict[str, Any]:
-        parts = zip(encodes, moves, decodes, strict=True)
-        gb_s = size / spread(moves)["median"] / 1e9
-        return {
-            "name": name,
-            "bytes": size,
-            "gbit": size * 8 / 1e9,
-            "encode_s": spread(encodes),
-            "move_s": spread(moves),
-            "decode_s": spread(decodes),
-            "in_turn_s": spread([sum(part) for part in parts]),
-            "exposed_s": spread(exposed),
-            "prefill_slower": spread(slower),
-            "gb_s": gb_s,
-            "share_of_copy": gb_s / self.copy_gb_s,
-        }
-
-    def _copy_pages(self) -> None:
-        for there, here in self.pages:
-            there.copy_(here, non_blocking=True)
-
-    def _timed(self, run: Callable[[], object]) -> float:
-        finish(self.machines.source, self.machines.target)
-        with self.lane.work():
-            start = self.lane.mark()
-            run()
-            stop = self.lane.mark()
-        finish(self.machines.source, self.machines.target)
-        return seconds(start, stop)
-
-
-def _move(copied: float, size: int, gbit: float | None) -> float:
-    """Seconds that bytes take over a link whose copy took so long."""
-    return copied if gbit is None else max(copied, size * 8 / (gbit * 1e9))
-
-
-def arrival(
-    encoded_L: Sequence[float], move_L: Sequence[float], decode_L: Sequence[float]
-) -> float:
-    """When the last layer is decoded, if a link and a decoder each take layers one by one.
-
-    Args:
-        encoded_L: when each layer is encoded, in seconds of any clock; the result is of the same.
-        move_L: seconds of the link; ``decode_L`` of the decoder.
-    """
-    link = decoder = -math.inf
-    for encoded, move, decode in zip(encoded_L, move_L, decode_L, strict=True):
-        link = max(encoded, link) + move
-        decoder = max(link, decoder) + decode
-    return decoder

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pdtrim.cli.common import Dtype, Json, ModelName, out, print_json, progress_of
+from pdtrim.cli.common import Dtype, Json, ModelName, err, out, print_json, progress_of
 from pdtrim.keep.files import write_json, write_text
 from pdtrim.keep.folder import output_folder
 
@@ -121,6 +121,9 @@ def bench_transfer(
         str | None,
         typer.Option(help="Receiving device; a second GPU where there is one, else the same."),
     ] = None,
+    transport: Annotated[
+        str, typer.Option(help="Of measured links: copy, or nixl into another process.")
+    ] = "copy",
     dtype: Dtype = "bfloat16",
     repeats: Annotated[int, typer.Option(help="Rounds; medians count.")] = 5,
     output: Output = None,
@@ -140,8 +143,10 @@ def bench_transfer(
         dtype=dtype,
         device=device,
         to=to,
+        transport=transport,  # type: ignore[arg-type]
         repeats=repeats,
         progress=progress_of(as_json),
+        say=err.print,
     )
     _finish(report, transfer_table(report), output, as_json)
 

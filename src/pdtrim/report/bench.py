@@ -20,6 +20,15 @@ def transfer_table(report: Mapping[str, Any]) -> str:
         " from the end of prefill until decode has every layer, each layer handed over while the"
         " next ones compute, but for blocking rows.",
     ]
+    if report["transport"] == "nixl":
+        lines += [
+            "",
+            "Measured moves go by NIXL into another process, one descriptor a layer (a page and"
+            " layer where a row says pages), each timed by itself; exposed times are reckoned from"
+            " them.",
+        ]
+    if report["slow_link"]:
+        lines += ["", f"{report['slow_link']}."]
     for link in dict.fromkeys(row["link"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["link"] == link]
         paced = ": moves last as long as their bytes at that speed" if rows[0]["paced"] else ""
