@@ -5,7 +5,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from pdtrim.bench.codec import LOUD_CHANNELS, bench_codecs, codec_speeds, sample
+from helpers import tiny_model
+from pdtrim.bench.codec import LOUD_CHANNELS, bench_codecs, sample
+from pdtrim.bench.machine import measure_machine
 from pdtrim.errors import PdtrimError, PlanError
 from pdtrim.kv.codecs import parse_codec
 
@@ -77,6 +79,8 @@ def test_what_cannot_be_timed_is_refused(change, error):
         bench_codecs(**{"names": ["raw"], **SHAPE, "repeats": 1, **change})
 
 
-def test_the_packed_codecs_and_the_entropy_codec_have_a_speed_each():
-    speeds = codec_speeds(width=32, dtype="bfloat16", device="cpu")
-    assert set(speeds) == {"any", "packed"} and min(speeds.values()) > 0
+def test_the_machine_has_speeds_of_both_kinds_of_codecs_and_of_prefill():
+    machine = measure_machine(tiny_model("llama", layers=2), 20)
+    assert set(machine.codecs) == {"any", "packed"} and machine.layer_s > 0
+    for speed in machine.codecs.values():
+        assert speed.encode_gb_s > 0 and speed.decode_gb_s > 0

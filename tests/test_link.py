@@ -3,8 +3,9 @@
 import pytest
 
 from helpers import tiny_model
+from pdtrim.bench.rounds import arrival
 from pdtrim.errors import PlanError
-from pdtrim.kvfit.link import FULL, LinkBudget, break_even
+from pdtrim.kvfit.link import FULL, CodecSpeed, LinkBudget, Machine, break_even, exposed
 from pdtrim.kvfit.policy import parse_policy
 
 MODEL = tiny_model("llama", layers=4)
@@ -56,16 +57,51 @@ def test_break_even_by_hand():
     assert seconds + n / compression / (link / 2) < n / (link / 2)
 
 
+LAYER = TOKEN * 100 / 4  # bytes of a layer of 100 tokens
+SPEEDS = {
+    "any": CodecSpeed(encode_gb_s=1.0, decode_gb_s=1.0),
+    "packed": CodecSpeed(encode_gb_s=4.0, decode_gb_s=4.0),
+}
+
+
 @pytest.mark.parametrize(
-    "link,policy",
+    "link,layer_s,policy",
     [
-        (2.0, "budget:compression=4"),  # the entropy codec pays below 0.75 * 0.5 * 8 = 3 Gbit/s
-        (5.0, "budget:compression=4,codecs=packed"),  # the packed ones below 12
-        (13.0, "full"),
+        # nothing to hide behind: of 4 layers plain moves 4 m, the entropy codec takes
+        # 2 e + m / 4 + 3 e, so it pays while 3.75 m > 5 e, below 6 Gbit/s
+        (5.9, 0.0, "budget:compression=4"),
+        (6.1, 0.0, "budget:compression=4,codecs=packed"),
+        (23.9, 0.0, "budget:compression=4,codecs=packed"),
+        (24.1, 0.0, "full"),
+        # all hidden but the last layer: 0.75 m > 2 e, below 3 Gbit/s
+        (2.9, 1.0, "budget:compression=4"),
+        (3.1, 1.0, "budget:compression=4,codecs=packed"),
+        (11.9, 1.0, "budget:compression=4,codecs=packed"),
+        (12.1, 1.0, "full"),
     ],
 )
-def test_a_link_that_outruns_a_codec_does_without_it(link, policy):
+def test_codes_are_sent_where_they_shorten_the_wait(link, layer_s, policy):
     wish = LinkBudget(compression=4.0, link_gbit_s=link)
-    speeds = {"any": 0.5, "packed": 2.0}
-    assert wish.policy(MODEL, FULL, 100, codec_gb_s=speeds) == parse_policy(policy)
+    machine = Machine(codecs=SPEEDS, layer_s=layer_s)
+    assert wish.policy(MODEL, FULL, 100, machine=machine) == parse_policy(policy)
     assert wish.policy(MODEL, FULL, 100).text == "budget:compression=4"
+
+
+def test_a_link_that_prefill_hides_needs_no_code_that_is_slower_than_prefill():
+    # plain: 4 layers hide behind prefill but the last; coded: encoding falls behind prefill
+    move = LAYER / (8e9 / 8)
+    slow = {"any": CodecSpeed(encode_gb_s=0.1, decode_gb_s=10.0)}
+    wish = LinkBudget(compression=100.0, link_gbit_s=8.0)
+    assert wish.policy(MODEL, FULL, 100, machine=Machine(codecs=slow, layer_s=move)) == FULL
+
+
+@pytest.mark.parametrize("layer_s", [0.0, 0.5, 1.5, 9.0])
+@pytest.mark.parametrize("parts", [(1.0, 2.0, 0.5), (0.0, 3.0, 0.0), (2.5, 0.1, 0.2)])
+def test_the_exposed_time_is_when_the_last_of_equal_layers_is_decoded(parts, layer_s):
+    encode, move, decode = parts
+    encoder, encoded = 0.0, []
+    for layer in range(5):
+        encoder = max(encoder, (layer + 1) * layer_s) + encode
+        encoded.append(encoder - 5 * layer_s)
+    by_layer = arrival(encoded, [move] * 5, [decode] * 5)
+    assert exposed(*parts, layers=5, layer_s=layer_s) == pytest.approx(by_layer)

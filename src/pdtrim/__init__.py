@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pdtrim.bench.codec import bench_codecs
     from pdtrim.bench.forward import bench_forward
+    from pdtrim.bench.removal import bench_stages
+    from pdtrim.bench.transfer import bench_transfer
     from pdtrim.bundle import TrimPlan, export
     from pdtrim.calibration.batches import Calibration, CalibrationConfig, load_calibration
     from pdtrim.demo import run_demo
@@ -77,6 +79,8 @@ __all__ = [
     "Trimmed",
     "bench_codecs",
     "bench_forward",
+    "bench_stages",
+    "bench_transfer",
     "compare_methods",
     "evaluate_tasks",
     "evaluate_text",
@@ -127,6 +131,8 @@ _HOMES = {
     "TrimPlan": "pdtrim.bundle",
     "Trimmed": "pdtrim.stage.forward",
     "bench_codecs": "pdtrim.bench.codec",
+    "bench_stages": "pdtrim.bench.removal",
+    "bench_transfer": "pdtrim.bench.transfer",
     "compare_methods": "pdtrim.verbs.compare",
     "evaluate_tasks": "pdtrim.evaluate.tasks.result",
     "export": "pdtrim.bundle",

@@ -18,7 +18,7 @@ from torch import Tensor
 from pdtrim.errors import PdtrimError
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.kernels import Way, kernels_of, use
-from pdtrim.kvfit.link import break_even
+from pdtrim.kvfit.link import CodecSpeed, break_even
 from pdtrim.kvfit.menu import Codecs
 from pdtrim.models.loading import DTYPES
 from pdtrim.progress import Progress, silent
@@ -110,21 +110,32 @@ def bench_codecs(
     }
 
 
-def codec_speeds(*, width: int, dtype: str, device: str | torch.device) -> dict[Codecs, float]:
-    """GB/s through encoding and decoding on this machine, by the codecs that a budget may use."""
+def codec_speeds(
+    *, heads: int, tokens: int, width: int, dtype: str, device: str | torch.device
+) -> dict[Codecs, CodecSpeed]:
+    """How fast this machine codes a layer of a cache, by the codecs that a budget may use.
+
+    Raises:
+        PdtrimError: as :func:`bench_codecs`.
+    """
     rotate = ",rotate=true" if width & (width - 1) == 0 else ""
     names: dict[Codecs, str] = {"any": "entropy", "packed": f"int3:group=128,recent=0{rotate}"}
     report = bench_codecs(
         list(names.values()),
-        heads=16,
-        tokens=1024,
+        heads=heads,
+        tokens=tokens,
         width=width,
         dtype=dtype,
         device=device,
         repeats=5,
     )
-    speed = {entry["codec"]: entry["both_gb_s"] for entry in report["codecs"]}
-    return {codecs: speed[name] for codecs, name in names.items()}
+    rows = {row["codec"]: row for row in report["codecs"]}
+    return {
+        codecs: CodecSpeed(
+            encode_gb_s=rows[name]["encode_gb_s"], decode_gb_s=rows[name]["decode_gb_s"]
+        )
+        for codecs, name in names.items()
+    }
 
 
 def sample(heads: int, tokens: int, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Verbs that measure: eval, demo, kv-sweep, bench-codec, bench-forward."""
+"""Verbs that measure: eval, demo, kv-sweep, ablate, sensitivity."""
 
 from __future__ import annotations
 
@@ -300,78 +300,3 @@ def sensitivity(
     else:
         out.print(sensitivity_table(kl_WL, tuple(WAYS)))
         out.print(f"wrote {output}/table.md and blocks.png")
-
-
-@app.command(epilog="Example: pdtrim bench-codec --codec int4 --codec k3v2:rotate=true")
-def bench_codec(
-    codec: Annotated[list[str], typer.Option(help="Give it again for more.")] = [  # noqa: B006
-        "int8",
-        "int4",
-        "k3v2:rotate=true",
-        "int2:rotate=true",
-        "fp8",
-        "entropy",
-        "lossless",
-    ],
-    heads: Annotated[int, typer.Option(help="KV heads, over all layers.")] = 90,
-    tokens: Annotated[int, typer.Option()] = 2048,
-    width: Annotated[int, typer.Option(help="Of a head.")] = 64,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Dtype = "bfloat16",
-    repeats: Annotated[int, typer.Option(help="Runs of each; the median counts.")] = 5,
-    torch_path: Annotated[
-        bool, typer.Option("--torch-path", help="On a GPU too, not the kernels.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Time the codecs beside a plain copy, and say up to which link speed they pay."""
-    from pdtrim.bench.codec import bench_codecs
-
-    report = bench_codecs(
-        codec,
-        heads=heads,
-        tokens=tokens,
-        width=width,
-        dtype=dtype,
-        device=device,
-        repeats=repeats,
-        way="torch" if torch_path else None,
-        progress=progress_of(as_json),
-    )
-    print_json(report)
-
-
-@app.command(epilog="Example: pdtrim bench-forward smollm2 --prompt-tokens 512")
-def bench_forward(
-    model: ModelName,
-    prompt_tokens: Annotated[int, typer.Option()] = 512,
-    continuation_tokens: Annotated[int, typer.Option()] = 256,
-    rows: Annotated[int, typer.Option(help="Sequences a batch.")] = 4,
-    repeats: Annotated[int, typer.Option(help="Runs of each; the median counts.")] = 5,
-    dtype: Dtype = "bfloat16",
-    as_json: Json = False,
-) -> None:
-    """Time the simulator against transformers' forward, and prefix reuse by depth."""
-    from pdtrim.bench.forward import bench_forward as bench
-    from pdtrim.models.loading import load_model
-
-    report = bench(
-        load_model(model, dtype=dtype),
-        prompt=prompt_tokens,
-        continuation=continuation_tokens,
-        rows=rows,
-        repeats=repeats,
-        progress=progress_of(as_json),
-    )
-    if as_json:
-        print_json(report)
-        return
-    out.print(
-        f"transformers {report['transformers_tokens_s']:.0f} tokens/s, simulator"
-        f" {report['simulator_tokens_s']:.0f}: ratio {report['ratio']:.2f}"
-    )
-    for entry in report["reuse"]:
-        out.print(
-            f"resume at block {entry['start']:>3}: {entry['time_share']:.2f} of the full time,"
-            f" {entry['block_share']:.2f} of the blocks"
-        )

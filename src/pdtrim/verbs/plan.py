@@ -39,7 +39,8 @@ class PlanConfig:
         kv_bytes_per_token: instead of a KV policy, the bytes sent for each prompt token.
         handover_ms: instead of a KV policy, the milliseconds that a calibration prompt may take
             over the link.
-        link_gbit_s: speed of the link in Gbit/s; codecs that it outruns here are left out.
+        link_gbit_s: speed of the link in Gbit/s; codecs that do not shorten the handover at the
+            speeds measured here, beside prefill, are left out.
         calibration: calibration text, as self, FILE.txt, FILE.jsonl[.gz], or
             hub:NAME[:SPLIT[:FIELD]].
         prompt_tokens: tokens of each calibration prompt.
@@ -168,22 +169,21 @@ def make_plan(
 
 def _target(model: Model, config: PlanConfig, progress: Progress) -> Target:
     """What the method is asked, its KV policy chosen by what is known of the link."""
-    from pdtrim.bench.codec import codec_speeds
+    from pdtrim.bench.machine import measure_machine
     from pdtrim.kvfit.link import LinkBudget
     from pdtrim.kvfit.policy import parse_policy
     from pdtrim.methods import METHODS, Target
 
-    speeds = None
+    machine = None
     if config.link_gbit_s is not None:
-        with progress("timing the codecs", 1):
-            dtype = str(model.dtype).removeprefix("torch.")
-            speeds = codec_speeds(width=model.head_dim, dtype=dtype, device=model.device)
+        with progress("timing prefill and the codecs", 1):
+            machine = measure_machine(model, config.prompt_tokens)
     kv = LinkBudget(
         compression=config.kv_compression,
         bytes_per_token=config.kv_bytes_per_token,
         handover_ms=config.handover_ms,
         link_gbit_s=config.link_gbit_s,
-    ).policy(model, parse_policy(config.kv), config.prompt_tokens, codec_gb_s=speeds)
+    ).policy(model, parse_policy(config.kv), config.prompt_tokens, machine=machine)
     target = Target(
         **config.removal(model.num_layers),
         metric=config.metric,

@@ -1,0 +1,76 @@
+"""Work that runs beside other work: CUDA streams, or threads on a CPU, with marks to time it by.
+
+A mark is a point in a lane's work. On a GPU it is an event, so that times are the device's own; on
+a CPU, where a call returns when its work is done, it is the clock's reading.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+Mark = Any
+"""A CUDA event, or seconds of the clock."""
+
+
+class Lane:
+    """Work in order on a device: a stream of its own on a GPU, the calling thread on a CPU.
+
+    Args:
+        first: its work goes before that of other lanes where both wait for the device.
+    """
+
+    def __init__(self, device: torch.device, *, first: bool = False) -> None:
+        self._stream = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device, priority=-1 if first else 0)
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """What is launched in the block belongs to this lane."""
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def mark(self) -> Mark:
+        """This point of the lane's work."""
+        if self._stream is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return event
+
+    def wait(self, mark: Mark) -> None:
+        """Later work of this lane starts when the other lane has passed a mark."""
+        if self._stream is not None:
+            self._stream.wait_event(mark)
+
+    def reached(self, mark: Mark) -> Mark:
+        """When this lane knows that another, perhaps on another device, has passed a mark."""
+        if self._stream is None:
+            return mark
+        self.wait(mark)
+        return self.mark()
+
+
+def seconds(start: Mark, stop: Mark) -> float:
+    """Between two marks on one device, both passed."""
+    if isinstance(start, float):
+        return float(stop - start)
+    return start.elapsed_time(stop) / 1000
+
+
+def finish(*devices: torch.device) -> None:
+    """Wait for all work on some devices."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}

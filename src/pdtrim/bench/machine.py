@@ -1,0 +1,53 @@
+"""What a plan must know of the machine that it is made on, to choose a code for a link.
+
+Shapes: N prompt tokens, L layers.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+
+from pdtrim.bench.codec import codec_speeds
+from pdtrim.bench.lanes import Lane, finish, seconds
+from pdtrim.kvfit.link import Machine
+from pdtrim.models.model import Model
+from pdtrim.plan import Gates
+from pdtrim.stage.generate import prefill
+
+REPEATS = 3
+
+
+def measure_machine(model: Model, tokens: int) -> Machine:
+    """Speeds of the codecs on a layer of the model's cache, and of its prefill of so many tokens.
+
+    Raises:
+        PdtrimError: fewer than one token.
+    """
+    speeds = codec_speeds(
+        heads=model.num_kv_heads,
+        tokens=tokens,
+        width=model.head_dim,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=model.device,
+    )
+    return Machine(codecs=speeds, layer_s=_prefill_s(model, tokens) / model.num_layers)
+
+
+@torch.inference_mode()
+def _prefill_s(model: Model, tokens: int) -> float:
+    """Median seconds of a dense prefill, behind one that warms up."""
+    ids_1N = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    gates, lane, times = Gates.dense(model.num_layers), Lane(model.device), []
+    for repeat in range(REPEATS + 1):
+        finish(model.device)
+        with lane.work():
+            start = lane.mark()
+            for _ in prefill(model, ids_1N, gates):
+                pass
+            stop = lane.mark()
+        finish(model.device)
+        if repeat:
+            times.append(seconds(start, stop))
+    return statistics.median(times)

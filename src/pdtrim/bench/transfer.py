@@ -1,0 +1,184 @@
+"""What a handover costs: seconds that prefill and decode wait for it, by KV policy and link.
+
+Keys and values are random; prefill is real: one random block of the shape runs as often as the
+model has blocks, through the code that stages run, and each layer's cache is encoded and moved on
+lanes of its own while the next layers compute. *Exposed* is the time from the end of prefill's
+last kernel until decode has every layer. Encoding, moving and decoding are timed alone as well.
+
+A link that is *measured* is a copy to the receiving device, beside prefill and decoding. One that
+is *paced* is reckoned from the same run: each layer's move takes as long as its bytes at the link's
+speed, or as its copy if that is longer, and begins when the layer is encoded and the link is free.
+With transport ``nixl`` a measured move is one into another process, timed by itself, and exposed
+times are reckoned from it in the same way.
+
+Shapes: L layers, G KV heads, N prompt tokens, D head width, E hidden width; 2 for K and V.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, Literal, get_args
+
+import torch
+
+from pdtrim.bench.lanes import spread
+from pdtrim.bench.pipeline import Machines
+from pdtrim.bench.rounds import Rounds
+from pdtrim.bench.shapes import one_block, random_model, shape_config
+from pdtrim.bench.traffic import Sizes, layers_sent, paper_rule, random_cache
+from pdtrim.errors import PdtrimError
+from pdtrim.models.configs import head_width
+from pdtrim.models.loading import DTYPES
+from pdtrim.progress import Progress, silent
+
+POLICIES = (
+    "full",
+    "full+int4",
+    "full+k3v2:rotate=true",
+    "full+int2:rotate=true",
+    "full+entropy",
+    "full+lossless",
+)
+MEASURED = "measured"
+Transport = Literal["copy", "nixl"]
+
+
+@torch.inference_mode()
+def bench_transfer(
+    shape: str,
+    *,
+    tokens: int,
+    links: Sequence[str] = (MEASURED,),
+    policies: Sequence[str] = POLICIES,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    to: str | None = None,
+    transport: Transport = "copy",
+    repeats: int = 5,
+    progress: Progress = silent,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Time handovers of a shape, all rows in interleaved rounds behind one that warms up.
+
+    Args:
+        shape: a name in ``SHAPES``, or a folder with a ``config.json``.
+        tokens: of the prompt that prefill runs.
+        links: ``measured``, or Gbit/s.
+        policies: KV policies that need no prompt, beside the rows that are always there.
+        to: the device that receives; the second GPU where there is one, else ``device``.
+        transport: of measured links: a copy in this process, or NIXL into another one.
+        say: takes a line for people before the rounds, if NIXL runs far below a plain copy.
+
+    Returns:
+        What was timed on what, and ``rows``: one for each way to hand over and each link. A time
+        is its median over rounds, its least and its most.
+
+    Raises:
+        PdtrimError: a shape, a policy, a link or a number that cannot be timed.
+    """
+    if dtype not in DTYPES:
+        raise PdtrimError(f"unknown dtype '{dtype}': use one of {', '.join(DTYPES)}")
+    if transport not in get_args(Transport):
+        raise PdtrimError(f"unknown transport '{transport}': use copy or nixl")
+    if tokens < 1 or repeats < 1:
+        raise PdtrimError("tokens and repeats: at least one of each")
+    speeds = {link: _gbit(link) for link in links or (MEASURED,)}
+    config = shape_config(shape)
+    sizes = Sizes(
+        layers=config.num_hidden_layers,
+        heads=config.num_key_value_heads,
+        tokens=tokens,
+        width=head_width(config),
+    )
+    source, target = _devices(device, to)
+    sent = {
+        name: layers_sent(policy, sizes, source)
+        for name, policy in (("paper's rule", paper_rule(sizes)), *((p, p) for p in policies))
+    }
+    model = random_model(one_block(config), dtype=DTYPES[dtype], device=source, name=shape)
+    machines = Machines(model, random_cache(sizes, DTYPES[dtype], source), sizes, target)
+    with ExitStack() as stack:
+        nixl = None
+        if transport == "nixl":
+            from pdtrim.bench.nixl_link import NixlLink
+
+            # twice the cache holds its pages, and a code that makes a layer little larger
+            size = 2 * sizes.raw_bytes(DTYPES[dtype])
+            nixl = stack.enter_context(NixlLink(source, target, size))
+        rounds = Rounds(machines, sent, nixl)
+        slow = rounds.slow_link()
+        if slow:
+            say(slow)
+        advance = stack.enter_context(
+            progress("timing the handovers", (repeats + 1) * rounds.count)
+        )
+        for repeat in range(repeats + 1):  # the first round warms up
+            rounds.run(keep=repeat > 0, advance=advance)
+    return {
+        "shape": shape,
+        "tokens": tokens,
+        "layers": sizes.layers,
+        "kv_heads": sizes.heads,
+        "width": sizes.width,
+        "dtype": dtype,
+        "device": str(source),
+        "to": str(target),
+        "copy": _copy_said(source, target),
+        "transport": transport,
+        "slow_link": slow,
+        "hardware": torch.cuda.get_device_name(source) if source.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "repeats": repeats,
+        "raw_bytes": sizes.raw_bytes(DTYPES[dtype]),
+        "copy_gb_s": rounds.copy_gb_s,
+        "copy_s": spread(rounds.copies),
+        "prefill_s": spread(rounds.prefills),
+        "rows": [row for link, gbit in speeds.items() for row in rounds.rows(link, gbit)],
+    }
+
+
+def _gbit(link: str) -> float | None:
+    """The link's speed; None if it is measured."""
+    if link == MEASURED:
+        return None
+    try:
+        speed = float(link)
+    except ValueError:
+        speed = math.nan
+    if not 0 < speed < math.inf:
+        raise PdtrimError(f"link '{link}': give {MEASURED}, or its speed in Gbit/s")
+    return speed
+
+
+def _devices(device: str, to: str | None) -> tuple[torch.device, torch.device]:
+    """The device that sends and the one that receives, with their numbers."""
+    found = []
+    for name in (device, to or device):
+        try:
+            place = torch.device(name)
+        except RuntimeError:
+            raise PdtrimError(f"no device '{name}': give cpu, cuda or cuda:NUMBER") from None
+        if place.type == "cuda":
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            place = torch.device("cuda", place.index or 0)
+            if place.index >= count:
+                raise PdtrimError(f"device '{name}': torch finds {count} GPUs here")
+        elif place.type != "cpu":
+            raise PdtrimError(f"no device '{name}': give cpu, cuda or cuda:NUMBER")
+        found.append(place)
+    source, target = found
+    if source.type != target.type:
+        raise PdtrimError(f"from {source} to {target}: both must be GPUs, or both the CPU")
+    if to is None and source.type == "cuda" and torch.cuda.device_count() > 1:
+        target = torch.device("cuda", (source.index + 1) % torch.cuda.device_count())
+    return source, target
+
+
+def _copy_said(source: torch.device, target: torch.device) -> str:
+    if source == target:
+        return f"a local copy on {source}; prefill and decoding share it"
+    if torch.cuda.can_device_access_peer(source, target):
+        return f"a peer copy from {source} to {target}"
+    return f"a copy from {source} to {target} through the host: they are no peers"
