@@ -44,7 +44,9 @@ def test_gradients_equal_those_of_transformers(family, rule, kept):
     batch = random_batch(model, rows=3, new=30)  # more positions than one slice of the head
     start = {1: perturbed(model, 1)}
     base = frozen(model, torch.float32)
-    student = Student(model, base, running(model, Gates.dense(4), "decode", range(4)), start, DESCENT)
+    student = Student(
+        model, base, running(model, Gates.dense(4), "decode", range(4)), start, DESCENT
+    )
     dense_BCE = dense_stream(base, batch)
     pair = Pair(prefill=base, decode=student.model)
     kl = backward_kl(trimmed(pair, Gates.dense(4), policy), batch, dense_BCE)

@@ -37,9 +37,10 @@ def recall_rows(text: Batch, count: int, *, begin: int = 0, seed: int = 0) -> Ba
         CalibrationError: a share of prompts too short to hold two pieces.
     """
     P, C = text.prompt_BP.shape[1], text.continuation_BC.shape[1]
-    if P < begin + 2 * PAIR:
+    least = begin + 2 * PAIR
+    if least > P:
         raise CalibrationError(
-            f"text that needs recall takes prompts of {begin + 2 * PAIR} tokens at least, not {P}"
+            f"text that needs recall takes prompts of {least} tokens at least, not {P}"
         )
     draw = torch.Generator().manual_seed(seed)
     returned = returns(text, count // 3, begin=begin, draw=draw)

@@ -74,6 +74,12 @@ class DistillConfig:
             raise PlanError("the learning rate must be above 0, warmup a share, decay 0 or more")
 
     @property
+    def what(self) -> str:
+        """What trains, in words."""
+        named = {"prefill": f"prefill {self.parts}", "decode": self.which}
+        return " and ".join(named.values()) if self.stage == "both" else named[self.stage]
+
+    @property
     def descent(self) -> Descent:
         """How the weights move."""
         return Descent(

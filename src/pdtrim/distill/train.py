@@ -2,8 +2,8 @@
 
 The loss is KL(dense || pair) on continuation tokens under prefill/decode inference with the plan's
 gates and KV policy: the simulator itself (``stage/forward.py``), with gradients. A stage that does
-not train keeps its weights. Prefill is heard through its keys and values alone, whose gradient comes
-from decode's attention; SwiftKV (2410.03960) trains the projections of one model in this way.
+not train keeps its weights. Prefill is heard through its keys and values alone, whose gradient
+comes from decode's attention; SwiftKV (2410.03960) trains one model's projections in this way.
 """
 
 from __future__ import annotations

@@ -58,10 +58,11 @@ def beside_cuts(gates: Gates) -> set[int]:
 def running(model: Model, gates: Gates, stage: Stage, layers: Iterable[int]) -> Names:
     """Parameters of all parts of some layers that a stage runs."""
     attention, mlp = gates.of(stage)
-    return {
-        layer: _below(model, layer, model.block(layer).parts(attention=attention[layer], mlp=mlp[layer]))
-        for layer in layers
-    }
+    names = {}
+    for layer in layers:
+        parts = model.block(layer).parts(attention=attention[layer], mlp=mlp[layer])
+        names[layer] = _below(model, layer, parts)
+    return names
 
 
 def prefill_names(what: Parts, model: Model, gates: Gates) -> Names:
@@ -79,7 +80,8 @@ def prefill_names(what: Parts, model: Model, gates: Gates) -> Names:
         return running(model, gates, "prefill", layers)
     names = {}
     for layer in range(cut, gates.last_read + 1):
-        gate, parts = gates.prefill_attention[layer], KV
+        gate = gates.prefill_attention[layer]
+        parts: tuple[str, ...] = KV
         if gate == "off" or (gate == "full" and what != "qkv"):
             continue
         if what != "kv":
@@ -99,9 +101,9 @@ def first_cut(gates: Gates) -> int:
     Raises:
         PlanError: as :func:`prefill_names`.
     """
-    skips = (
+    skips = (  # that of the last keys and values skips the rest of its block in a dense model too
         i
-        for i in range(gates.last_read)  # the last one makes keys and values only, as in a dense model
+        for i in range(gates.last_read)
         if gates.prefill_attention[i] != "full" or not gates.prefill_mlp[i]
     )
     cut = next(skips, None)
