@@ -230,13 +230,12 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_the_seed_decides(
 
 def test_both_stages_together_learn_more_than_either(model, text):
     start = trimmed(model, Gates.removing(5, prefill={1, 3}, decode={2}))
-    after = {
-        stage: distill(model, start, *text, dataclasses.replace(CONFIG, stage=stage, steps=30))
-        .history[-1]
-        .train_kl
-        for stage in ("prefill", "decode", "both")
-    }
-    assert after["both"] < min(after["prefill"], after["decode"])
+    config = dataclasses.replace(CONFIG, steps=30, learning_rate=2e-3)
+    learnt = {}
+    for stage in ("prefill", "decode", "both"):
+        made = distill(model, start, *text, dataclasses.replace(config, stage=stage))
+        learnt[stage] = made.history[-1].train_kl
+    assert learnt["both"] < 0.9 * min(learnt["prefill"], learnt["decode"])
 
 
 def test_the_exported_pair_computes_what_the_simulator_does(model, text, tmp_path):
