@@ -130,7 +130,9 @@ def trained_plan(plan: PrunePlan, trained: Trained) -> TrimPlan:
     """The plan with its trained blocks, in memory until it is saved."""
     stands_for = {**merged_layers(trained.gates)}
     stands_for |= {("decode", made.layer): made.merged for made in trained.merged}
-    origin = plan.provenance.model_copy(update={"distillation": trained.text})
+    before = plan.provenance.distillation
+    text = trained.text if before == "none" else f"{before}; {trained.text}"
+    origin = plan.provenance.model_copy(update={"distillation": text})
     made = plan.model_copy(update={"gates": trained.gates, "provenance": origin})
     return TrimPlan.of(made, trained.blocks, merged=stands_for)
 
