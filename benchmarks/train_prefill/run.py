@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -167,6 +169,11 @@ def main() -> None:
     """Plan, train and measure what is not there yet; print and write the table."""
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
+    settings = {k: str(v) for k, v in vars(args).items() if k not in ("out", "data", "train")}
+    if kept(args.out / "settings.json", lambda: settings) != settings:
+        sys.exit(
+            f"{args.out} was made with other settings: see settings.json, or give another --out"
+        )
     model = load_model(args.model, dtype=args.dtype, device=args.device)
     bare_plan(args, model)
     rows = ["dense", "bare", "repaired"]
@@ -198,15 +205,15 @@ def main() -> None:
             return measured(args, model, Trimmed.of(trim.plan, trim.pair(model)))
 
         cells[name] = kept(args.out / f"{name}.cell", make)
-    report(args, cells)
+    report(args.out, settings, cells)
 
 
-def report(args: argparse.Namespace, cells: dict[str, Any]) -> None:
+def report(out: Path, settings: dict[str, str], cells: dict[str, Any]) -> None:
     """The table, also as ``table.md``; ``result.json`` holds every item."""
     count = len(cells["dense"]["lambada"])
     lines = [
-        f"| | LAMBADA, {count} passages | to repaired [95 %] | share of dense | KL on C4 |",
-        "|---|---|---|---|---|",
+        f"| | LAMBADA, {count} passages | to repaired [95 %] | of dense | its NLL | KL on C4 |",
+        "|---|---|---|---|---|---|",
     ]
     dense = sum(cells["dense"]["lambada"])
     for name, cell in cells.items():
@@ -215,14 +222,12 @@ def report(args: argparse.Namespace, cells: dict[str, Any]) -> None:
         lines.append(
             f"| {name} | {100 * right / count:.1f} |"
             f" {100 * gain.mean:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] |"
-            f" {100 * right / dense:.0f} % | {sum(cell['kl']) / len(cell['kl']):.4f} |"
+            f" {100 * right / dense:.0f} % | {mean(cell['nll']):.3f} | {mean(cell['kl']):.4f} |"
         )
     print("\n".join(lines))
-    (args.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    settings = {k: v for k, v in settings.items() if k not in ("out", "data")}
+    (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     made = {"settings": settings, "versions": versions(), "host": host(), "cells": cells}
-    (args.out / "result.json").write_text(json.dumps(made) + "\n", encoding="utf-8")
+    (out / "result.json").write_text(json.dumps(made) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
