@@ -93,7 +93,6 @@ class _Run:
     """A training run, fresh or resumed."""
 
     def __init__(self, job: Job, checkpoint: Path | None, say: Callable[[str], None]) -> None:
-        self._began = time.monotonic()
         self.job, self.config, self.say = job, job.config, say
         self.dense = frozen(job.model, DTYPES[job.config.compute])
         self.students: dict[Stage, Student] = {}
@@ -106,9 +105,9 @@ class _Run:
         self.best: dict[str, Tensor] = {}
         if checkpoint is not None and checkpoint.exists():
             self._resume(checkpoint)
-        self._saved = time.monotonic()
         self.held_out = self._streams(job.held_out)
         self.data = self._streams(job.data) if job.config.keep_dense else None
+        self._began = self._saved = time.monotonic()  # what is kept was no training
 
     def _decode(self) -> Model:
         job, config = self.job, self.config
