@@ -11,6 +11,7 @@ from helpers import first_last, perturbed, random_batch, tiny_model, trimmed
 from pdtrim.distill.loss import backward_kl, dense_stream
 from pdtrim.distill.student import Descent, Student, frozen
 from pdtrim.distill.train import DistillConfig
+from pdtrim.distill.trainable import running
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.stage import attention
@@ -43,7 +44,9 @@ def test_gradients_equal_those_of_transformers(family, rule, kept):
     batch = random_batch(model, rows=3, new=30)  # more positions than one slice of the head
     start = {1: perturbed(model, 1)}
     base = frozen(model, torch.float32)
-    student = Student(model, base, Gates.dense(4), range(4), start, DESCENT)
+    student = Student(
+        model, base, running(model, Gates.dense(4), "decode", range(4)), start, DESCENT
+    )
     dense_BCE = dense_stream(base, batch)
     pair = Pair(prefill=base, decode=student.model)
     kl = backward_kl(trimmed(pair, Gates.dense(4), policy), batch, dense_BCE)
@@ -75,7 +78,7 @@ def test_gradients_equal_those_of_transformers(family, rule, kept):
 def test_prefills_side_is_not_recorded(model):
     batch = random_batch(model)
     base = frozen(model, torch.float32)
-    student = Student(model, base, GATES, [1], {}, DESCENT)
+    student = Student(model, base, running(model, GATES, "decode", [1]), {}, DESCENT)
     trace = trimmed(Pair(prefill=base, decode=student.model), GATES).streams(batch)
     assert not any(x.requires_grad for x, _ in trace)
     assert [y.requires_grad for _, y in trace] == [False, False, True, True, True]
@@ -87,7 +90,7 @@ def test_a_step_is_clipped_and_decays_matrices_only(model):
     gates = Gates.dense(4)
     base = frozen(model, torch.float32)
     still = dataclasses.replace(DESCENT, weight_decay=0.1, warmup=0.0)
-    student = Student(model, base, gates, [1], {}, still)
+    student = Student(model, base, running(model, gates, "decode", [1]), {}, still)
     before = student.copy_weights(torch.float32)
     for master in student.masters.values():
         master.grad.fill_(3.0)

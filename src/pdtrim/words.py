@@ -31,6 +31,17 @@ Which = Literal["pairs", "neighbours", "all"]
 Reading = Literal["pairs", "redundancy", "none"]
 """Which removed blocks merge with a kept neighbour before a training."""
 
+TrainedStage = Literal["prefill", "decode", "both"]
+"""Whose weights a training changes."""
+
+Parts = Literal["kv", "norms", "qkv", "blocks"]
+"""What trains of prefill behind its first cut; each holds the one before it.
+
+``kv``: key and value projections of skipped blocks. ``norms``: the norms of these, too. ``qkv``:
+that and the queries of kept blocks. ``blocks``: all that prefill runs, from the block before the
+cut on.
+"""
+
 LocalPrefill = Literal["refuse", "count"]
 """What a decode server does with a prompt that comes without its KV: refuse it, or run and count
 it."""

@@ -83,7 +83,7 @@ def distill(
     dtype: Dtype = "bfloat16",
     as_json: Json = False,
 ) -> None:
-    """Train decode's kept blocks for what was removed; an interrupted training goes on."""
+    """Train decode's blocks or prefill's for what was removed; an interrupted training goes on."""
     made, trained = train(
         plan_file,
         output,

@@ -1,4 +1,5 @@
-"""Train decode's blocks: two neighbours merged into one, and the kept ones on the dense logits.
+"""Train what the stages keep: decode's blocks, merged ones too, and prefill's projections.
 
-The prompt's KV comes from prefill's weights, which never change; only decode's checkpoint does.
+Decode learns on the keys and values that prefill makes, prefill by what decode makes of them; both
+from the dense model's word. A stage that does not train stays as its plan has it.
 """

@@ -12,10 +12,12 @@ from pdtrim.keep.tensors import ids_digest, tensors_digest
 from pdtrim.models.model import Model
 from pdtrim.models.swap import Weights
 from pdtrim.stage.forward import Batch, Trimmed
-from pdtrim.words import Which
+from pdtrim.words import Parts, TrainedStage, Which
 
 FREE = ("max_seconds", "checkpoint_seconds")
 """Settings that may change when a run is resumed: they decide when it stops, not what it does."""
+OF_PREFILL = ("stage", "parts", "fit_rows")
+"""Settings that a training of decode alone does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +25,19 @@ class DistillConfig:
     """How to train.
 
     Attributes:
-        which: blocks that train, see ``trainable.py``.
+        stage: whose weights train.
+        which: blocks of decode that train, see ``trainable.py``.
+        parts: what of prefill trains.
+        fit_rows: sequences that prefill's projections of skipped blocks are fitted to in closed
+            form before the first step, layer by layer, to the dense model's keys and values; the
+            fit stands if the held-out text gains. 0 for none.
         warmup: share of the steps in which the learning rate rises; then it falls to 0 by a cosine.
         rows: sequences run together; ``accumulate`` times as many make one step.
         seed: of the order of the rows, new in each epoch.
         compute: type of the forward and backward pass; weights and Adam's states are fp32.
-        keep_dense: keep the dense model's last stream of all rows in memory (E numbers a
-            continuation token) instead of running it again each time: for several epochs on a CPU.
+        keep_dense: keep the dense model's last stream of all rows in memory, and the streams that
+            enter the first layer that trains (E numbers a token of each), instead of running all
+            that again each time: for several epochs.
         max_seconds: of training, over all resumes; None for no limit.
         evaluate_every: steps between two looks at the held-out text.
         patience: looks without a new best after which it stops; None for never.
@@ -38,7 +46,10 @@ class DistillConfig:
         PlanError: a number out of range.
     """
 
+    stage: TrainedStage = "decode"
     which: Which = "all"
+    parts: Parts = "kv"
+    fit_rows: int = 64
     steps: int = 1000
     learning_rate: float = 1e-4
     warmup: float = 0.05
@@ -57,8 +68,16 @@ class DistillConfig:
         for name in ("steps", "rows", "accumulate", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} must be at least 1")
+        if self.fit_rows < 0:
+            raise PlanError("fit_rows must be 0 or more")
         if self.learning_rate <= 0 or not 0 <= self.warmup <= 1 or self.weight_decay < 0:
             raise PlanError("the learning rate must be above 0, warmup a share, decay 0 or more")
+
+    @property
+    def what(self) -> str:
+        """What trains, in words."""
+        named = {"prefill": f"prefill {self.parts}", "decode": self.which}
+        return " and ".join(named.values()) if self.stage == "both" else named[self.stage]
 
     @property
     def descent(self) -> Descent:
@@ -93,8 +112,9 @@ class Job:
     def settings(self) -> Settings:
         """Everything that decides the run's numbers."""
         policy, prefill = self.trimmed.policy, self.trimmed.pair.prefill
+        left_out = (*FREE, *OF_PREFILL) if self.config.stage == "decode" else FREE
         return {
-            **{key: value for key, value in asdict(self.config).items() if key not in FREE},
+            **{key: value for key, value in asdict(self.config).items() if key not in left_out},
             "gates": self.trimmed.gates.model_dump(mode="json"),
             "kv": [rule.model_dump(mode="json") for rule in policy.rules],
             "block_size": policy.block_size,

@@ -37,18 +37,29 @@ def kl_of(head: Model, dense_BCE: Tensor, student_BCE: Tensor) -> Tensor:
     return torch.cat(parts).view(dense_BCE.shape[:2])
 
 
-def backward_kl(student: Trimmed, batch: Batch, dense_BCE: Tensor, *, share: float = 1.0) -> Tensor:
+def backward_kl(
+    student: Trimmed,
+    batch: Batch,
+    dense_BCE: Tensor,
+    *,
+    share: float = 1.0,
+    entry: tuple[Tensor, Tensor] | None = None,
+    start: int = 0,
+) -> Tensor:
     """Add the gradient of the batch's mean KL to the student's weights that require one.
 
     Args:
-        student: its prefill has no trained weights, so that its side is not recorded.
+        student: a stage without trained weights is not recorded, but for what a trained prefill
+            changes in decode.
         share: of the batch in its step; multiplies the gradient only.
+        entry: the streams that enter layer ``start``, before which nothing trains.
 
     Returns:
         The mean KL, nats a token, on the batch's device.
     """
     with torch.enable_grad():
-        student_BCE = student.last_stream(batch)
+        trace = None if entry is None else [entry] * (start + 1)
+        student_BCE = student.streams(batch, resume=trace, start=start)[-1][1]
     decode = student.pair.decode
     scale = share / dense_BCE[..., 0].numel()
     total = student_BCE.new_zeros((), dtype=torch.float32)

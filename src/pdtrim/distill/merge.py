@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pdtrim.distill.schedule import rows_of
 from pdtrim.distill.student import DTYPES, Compute, Descent, Student, by_layer, frozen
+from pdtrim.distill.trainable import running
 from pdtrim.errors import PlanError
 from pdtrim.finite import finite
 from pdtrim.kv.policy import HandoverPolicy, hand_over
@@ -179,7 +180,7 @@ def merge(
         weight_decay=config.weight_decay,
     )
     gates = Gates.dense(model.num_layers)
-    student = Student(model, dense, gates, [layer], {}, descent)
+    student = Student(model, dense, running(model, gates, "decode", [layer]), {}, descent)
     untrained = student.copy_weights(model.dtype)
     variance = seen.variance
     with progress(f"merging blocks {first} and {first + 1}", config.steps) as advance:

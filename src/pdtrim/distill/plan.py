@@ -1,8 +1,8 @@
-"""Train decode's blocks of a plan that is already chosen: what ``pdtrim distill`` does.
+"""Train the blocks of a plan that is already chosen: what ``pdtrim distill`` does.
 
 First, where the rule of the two sets says so (``sets.py``), a removed decode block and a kept
-neighbour become one block, fitted by local regression. Then decode's blocks are trained on the
-dense model's log-probabilities. Prefill and its KV stay as the plan has them.
+neighbour become one block, fitted by local regression. Then decode's blocks, prefill's, or both
+are trained on the dense model's log-probabilities. A stage that does not train stays as it is.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pdtrim.distill.job import DistillConfig
 from pdtrim.distill.merge import MergeConfig, Merged, merge
 from pdtrim.distill.sets import SetRule, merges, similarity
 from pdtrim.distill.train import Distilled, distill
+from pdtrim.distill.trainable import first_cut
 from pdtrim.errors import PlanError
 from pdtrim.models.model import Model
 from pdtrim.models.swap import Blocks
@@ -42,11 +43,11 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A plan's gates with merged slots moved, and decode's trained blocks.
+    """A plan's gates with merged slots moved, and the trained blocks.
 
     Attributes:
         merged: pairs that became one block.
-        blocks: of both stages, prefill's as the plan had them.
+        blocks: of both stages; what did not train is as the plan had it.
         text: what was done, in words.
     """
 
@@ -80,6 +81,13 @@ def train_plan(
     plan = trim.plan
     if plan.widths is not None:
         raise PlanError("training knows whole blocks only: distil a plan without narrower blocks")
+    stage = config.distillation.stage
+    if stage == "prefill" and config.rule.reading != "none":
+        raise PlanError(
+            "blocks of decode merge, which does not train: leave merging out, or train both"
+        )
+    if stage != "decode":
+        first_cut(plan.gates.without_dead_work())  # before the minutes that merging takes
     before, pair = trim.blocks(model), trim.pair(model)
     gates, merged = plan.gates, []
     for first, second in pairs_of(plan, model, text, config.rule):
@@ -103,13 +111,16 @@ def train_plan(
         progress=progress,
         say=say,
     )
+    of_prefill = dict(before.get("prefill", {}))
+    for layer, weights in distilled.prefill.items():
+        of_prefill[layer] = {**of_prefill.get(layer, {}), **weights}
     return Trained(
         gates=gates,
         merged=tuple(merged),
-        blocks={"prefill": dict(before.get("prefill", {})), "decode": distilled.blocks},
+        blocks={"prefill": of_prefill, "decode": distilled.blocks},
         distilled=distilled,
         text=(
-            f"{config.distillation.which}, {len(merged)} merged,"
+            f"{config.distillation.what}, {len(merged)} merged,"
             f" {distilled.history[-1].step} steps on {len(text)} sequences"
         ),
     )
@@ -119,7 +130,9 @@ def trained_plan(plan: PrunePlan, trained: Trained) -> TrimPlan:
     """The plan with its trained blocks, in memory until it is saved."""
     stands_for = {**merged_layers(trained.gates)}
     stands_for |= {("decode", made.layer): made.merged for made in trained.merged}
-    origin = plan.provenance.model_copy(update={"distillation": trained.text})
+    before = plan.provenance.distillation
+    text = trained.text if before == "none" else f"{before}; {trained.text}"
+    origin = plan.provenance.model_copy(update={"distillation": text})
     made = plan.model_copy(update={"gates": trained.gates, "provenance": origin})
     return TrimPlan.of(made, trained.blocks, merged=stands_for)
 

@@ -1,4 +1,4 @@
-"""The weights that train: fp32 masters with Adam, behind a decode model in the compute type.
+"""The weights of a stage that train: fp32 masters with Adam, behind a model in the compute type.
 
 A small update to a bf16 weight is lost in rounding, so the updates go to fp32 masters, and the
 network computes with their rounded copies (mixed precision, 1710.03740).
@@ -7,7 +7,7 @@ network computes with their rounded copies (mixed precision, 1710.03740).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,15 +18,10 @@ from pdtrim.distill.schedule import rate_share
 from pdtrim.finite import finite
 from pdtrim.models.model import Model
 from pdtrim.models.swap import Weights, swap_blocks
-from pdtrim.plan import Gates
 
 Compute = Literal["bfloat16", "float32"]
 DTYPES: dict[Compute, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CLIP = 1.0  # largest norm of a step's gradient
-
-
-SHARED = ("self_attn.k_proj.bias", "self_attn.v_proj.bias")
-"""Both stages take these from the handed-over pairs before a codec (``kv/bias.py``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +55,12 @@ def frozen(model: Model, dtype: torch.dtype) -> Model:
 
 
 class Student:
-    """A decode model of which some blocks train.
+    """A stage's model of which some weights train.
 
     Args:
         model: where the weights start, in the type they are kept in.
         base: the same, ``frozen`` in the compute type; the blocks that do not train are its own.
-        gates: only parts that decode runs train.
+        names: parameters that train, by layer.
         start: weights that stand in place of the model's.
 
     Raises:
@@ -76,16 +71,17 @@ class Student:
         self,
         model: Model,
         base: Model,
-        gates: Gates,
-        layers: Iterable[int],
+        names: Mapping[int, Sequence[str]],
         start: Mapping[int, Weights],
         descent: Descent,
     ) -> None:
+        self.layers = tuple(names)
         self.masters: dict[str, Tensor] = {}
         blocks = {layer: dict(weights) for layer, weights in start.items()}
-        for layer in layers:
+        for layer, chosen in names.items():
             weights = blocks.setdefault(layer, {})
-            for name, tensor in _running(model, gates, layer).items():
+            for name in chosen:
+                tensor = model.block(layer).module.get_parameter(name)
                 master = weights.get(name, tensor).detach().to(model.device, torch.float32)
                 self.masters[f"{layer}.{name}"] = master.clone()
                 weights[name] = master.to(base.dtype, copy=True)
@@ -137,6 +133,12 @@ class Student:
         for key, weight in self._copies.items():
             weight.copy_(self.masters[key])
 
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Stand at other weights, by ``layer.name``, before the first step."""
+        for key, tensor in weights.items():
+            self.masters[key].copy_(tensor)
+        self._publish()
+
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Everything that ``load`` needs: the masters and Adam's two averages."""
         out: dict[str, dict[str, Tensor]] = {"weight": self.masters, "mean": {}, "square": {}}
@@ -174,15 +176,3 @@ def by_layer(weights: Mapping[str, Tensor]) -> dict[int, Weights]:
 def _split(keys: Iterable[str]) -> list[tuple[str, int, str]]:
     parts = ((key, *key.split(".", 1)) for key in keys)
     return [(key, int(layer), name) for key, layer, name in parts]
-
-
-def _running(model: Model, gates: Gates, layer: int) -> Weights:
-    """Parameters of the parts of a block that decode runs, without those that stages share."""
-    block = model.block(layer)
-    parts = block.parts(attention=gates.decode_attention[layer], mlp=gates.decode_mlp[layer])
-    prefixes = tuple(f"{part}." for part in parts)
-    return {
-        name: tensor
-        for name, tensor in block.module.named_parameters()
-        if name.startswith(prefixes) and name not in SHARED
-    }

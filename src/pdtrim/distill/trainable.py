@@ -1,13 +1,21 @@
-"""Which of decode's blocks train. Pure."""
+"""Which blocks of a stage train, and what of them. Pure."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from pdtrim.errors import PlanError
+from pdtrim.models.model import Model
 from pdtrim.plan import Gates
-from pdtrim.words import Which
+from pdtrim.words import Parts, Stage, Which
+
+Names = dict[int, tuple[str, ...]]
+"""Parameters that train, by layer."""
+
+SHARED = ("self_attn.k_proj.bias", "self_attn.v_proj.bias")
+"""Both stages take these from the handed-over pairs before a codec (``kv/bias.py``)."""
+KV = ("self_attn.k_proj", "self_attn.v_proj")
 
 
 def trainable_layers(which: Which, gates: Gates, merged: Collection[int]) -> tuple[int, ...]:
@@ -45,3 +53,72 @@ def beside_cuts(gates: Gates) -> set[int]:
     cuts = [pair for pair in itertools.pairwise(at) if pair[1] - pair[0] > 1]
     sides = set(itertools.chain.from_iterable(cuts)) - {-1, 2 * gates.num_layers}
     return {part // 2 for part in sides}
+
+
+def running(model: Model, gates: Gates, stage: Stage, layers: Iterable[int]) -> Names:
+    """Parameters of all parts of some layers that a stage runs."""
+    attention, mlp = gates.of(stage)
+    names = {}
+    for layer in layers:
+        parts = model.block(layer).parts(attention=attention[layer], mlp=mlp[layer])
+        names[layer] = _below(model, layer, parts)
+    return names
+
+
+def prefill_names(what: Parts, model: Model, gates: Gates) -> Names:
+    """Parameters of prefill that train.
+
+    Args:
+        gates: without dead work.
+
+    Raises:
+        PlanError: prefill skips nothing that keys and values behind it miss.
+    """
+    cut = first_cut(gates)
+    if what == "blocks":
+        layers = [i for i in gates.layers("prefill") if i >= max(cut - 1, 0)]
+        return running(model, gates, "prefill", layers)
+    names = {}
+    for layer in range(cut, gates.last_read + 1):
+        gate = gates.prefill_attention[layer]
+        parts: tuple[str, ...] = KV
+        if gate == "off" or (gate == "full" and what != "qkv"):
+            continue
+        if what != "kv":
+            parts = model.block(layer).KV_PARTS
+        if gate == "full":
+            parts = (*parts, "self_attn.q_proj")
+        names[layer] = _below(model, layer, parts)
+    return names
+
+
+def first_cut(gates: Gates) -> int:
+    """The first layer of which prefill skips a part.
+
+    Args:
+        gates: without dead work.
+
+    Raises:
+        PlanError: as :func:`prefill_names`.
+    """
+    skips = (  # that of the last keys and values skips the rest of its block in a dense model too
+        i
+        for i in range(gates.last_read)
+        if gates.prefill_attention[i] != "full" or not gates.prefill_mlp[i]
+    )
+    cut = next(skips, None)
+    if cut is None:
+        raise PlanError(
+            "prefill skips no block before the last keys and values that decode reads, so there is"
+            " nothing to train in it: give a plan with --prefill-remove, or train --stage decode"
+        )
+    return cut
+
+
+def _below(model: Model, layer: int, parts: Iterable[str]) -> tuple[str, ...]:
+    prefixes = tuple(f"{part}." for part in parts)
+    return tuple(
+        name
+        for name, _ in model.block(layer).module.named_parameters()
+        if name.startswith(prefixes) and name not in SHARED
+    )

@@ -171,7 +171,8 @@ def select(policy: HandoverPolicy, layer: int, view: LayerView) -> Kept:
         shape = seen.k_BGND.shape[:3]
         keep_BGN = torch.ones((), dtype=torch.bool, device=seen.k_BGND.device).expand(shape)
     else:
-        keep_BGN = policy.keep(layer, view)
+        with torch.no_grad():  # which pairs travel has no gradient
+            keep_BGN = policy.keep(layer, view)
         groups = gather(seen, keep_BGN)
     bias, rope = (None if rule.codec.exact else seen.bias()), None
     if bias is not None:
@@ -201,21 +202,29 @@ def whole(view: LayerView) -> HeadGroup:
 
 
 def through(codec: CodecBase, group: HeadGroup) -> HeadGroup:
-    """A group encoded and decoded; each row by itself where rows differ in length."""
+    """A group encoded and decoded; each row by itself where rows differ in length.
+
+    Its gradient is that of the group as it was: rounding has none.
+    """
     B, g, M, D = group.k_BgMD.shape
     if group.padded_BM is None:
         flat = (x.reshape(B * g, M, D) for x in (group.k_BgMD, group.v_BgMD))
         k, v = (x.view(B, g, M, D) for x in codec.round_trip(*flat))
     else:
-        k, v = group.k_BgMD.clone(), group.v_BgMD.clone()
+        k, v = group.k_BgMD.detach().clone(), group.v_BgMD.detach().clone()
         for row, count in enumerate((~group.padded_BM).sum(1).tolist()):
             k[row, :, :count], v[row, :, :count] = codec.round_trip(
                 group.k_BgMD[row, :, :count], group.v_BgMD[row, :, :count]
             )
     return HeadGroup(
         heads=group.heads,
-        k_BgMD=k,
-        v_BgMD=v,
+        k_BgMD=_straight(group.k_BgMD, k),
+        v_BgMD=_straight(group.v_BgMD, v),
         positions_BgM=group.positions_BgM,
         padded_BM=group.padded_BM,
     )
+
+
+def _straight(x: Tensor, coded: Tensor) -> Tensor:
+    """What came through the codec, bit for bit, with the gradient of what went in (1308.3432)."""
+    return coded + (x - x.detach()) if x.requires_grad else coded

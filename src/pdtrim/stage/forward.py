@@ -126,18 +126,20 @@ class Trimmed:
         *,
         resume: Trace | None = None,
         start: int = 0,
+        stop: int | None = None,
         layout: CacheLayout = "compact",
     ) -> Trace:
         """Run the blocks from ``start`` on, from the streams that an earlier run recorded there.
 
         A candidate that differs from the recorded one in no layer before ``start`` costs only the
         layers from there. The result holds every layer's entry, ready to be resumed in turn.
+        It ends with the entry of layer ``stop``.
         """
         run = _Run(self.pair, batch, self.gates, layout)
         trace = [run.entry()] if resume is None else resume[: start + 1]
         assert resume is not None or start == 0
         x, y = trace[-1]
-        for layer in range(start, self.gates.num_layers):
+        for layer in range(start, self.gates.num_layers if stop is None else stop):
             x, view = run.prefill(layer, x)
             y = run.decode(layer, y, view, self.policy)
             trace.append((x, y))

@@ -1,4 +1,4 @@
-"""Train decode's kept blocks for what was removed: what ``pdtrim distill`` does."""
+"""Train what the stages keep for what was removed: what ``pdtrim distill`` does."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from pdtrim.errors import PdtrimError
 from pdtrim.keep.files import sweep
 from pdtrim.keep.folder import output_file
 from pdtrim.progress import Progress, silent
-from pdtrim.words import Reading, Which
+from pdtrim.words import Parts, Reading, TrainedStage, Which
 
 if TYPE_CHECKING:
     from pdtrim.bundle import TrimPlan
     from pdtrim.distill.plan import Trained
+    from pdtrim.models.model import Model
+    from pdtrim.stage.forward import Batch
+
+KEPT_BYTES = 2**32
+"""Memory that streams may take which are kept because training comes back to them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +29,11 @@ class TrainConfig:
 
     Attributes:
         text: sources of training text, as FILE, hub:NAME, or self.
+        stage: whose weights train.
+        train: what trains of prefill, behind its first cut; each holds the one before it.
         blocks: which decode blocks train, as merged pairs, the cuts' neighbours, or all.
+        recall: sequences that need recall, as a share of the others, made of the same text; 1 if
+            not given and prefill trains, else 0.
         merge: which removed blocks merge with a neighbour first; pairs if ``blocks`` is pairs, else
             none, if not given.
         prompt_tokens: tokens of each prompt.
@@ -40,7 +49,10 @@ class TrainConfig:
     """
 
     text: tuple[str, ...] = ("self",)
+    stage: TrainedStage = "decode"
+    train: Parts = "kv"
     blocks: Which = "all"
+    recall: float | None = None
     merge: Reading | None = None
     prompt_tokens: int = 256
     continuation_tokens: int = 256
@@ -65,7 +77,7 @@ def train(
     progress: Progress = silent,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[TrimPlan, Trained]:
-    """Train decode's kept blocks; an interrupted training goes on from its checkpoint.
+    """Train decode's blocks or prefill's; an interrupted training goes on from its checkpoint.
 
     Args:
         plan_file: the plan; it stays as it is.
@@ -91,6 +103,8 @@ def train(
     plan_file, output = Path(plan_file), Path(output)
     if output.resolve() == plan_file.resolve():
         raise PdtrimError("-o names the plan itself: give the trained one a name of its own")
+    if config.stage == "prefill" and (config.blocks != "all" or config.merge not in (None, "none")):
+        raise PdtrimError("--blocks and --merge are of decode: leave them out, or use --stage both")
     with output_file(output):
         loaded = TrimPlan.open(plan_file)
         dense = base_model(loaded.plan, source=model, dtype=dtype, device=device)
@@ -102,13 +116,17 @@ def train(
             seed=config.seed,
         )
         data, rest = load_mixture(dense, config.text, lengths, progress=progress, say=say)
+        data, rest = (with_recall_rows(dense, text, config) for text in (data, rest))
         checkpoint = output.with_name(f"{output.stem}.training.safetensors")
         sweep(checkpoint)
         if checkpoint.exists():
             say(f"going on from {checkpoint}")
         merge = config.merge or ("pairs" if config.blocks == "pairs" else "none")
         distillation = DistillConfig(
+            stage=config.stage,
             which=config.blocks,
+            parts=config.train,
+            keep_dense=pays_to_keep(dense, data, config),
             steps=config.steps,
             rows=config.rows,
             accumulate=config.accumulate,
@@ -130,3 +148,27 @@ def train(
         made = trained_plan(loaded.plan, trained).save(output)
         checkpoint.unlink(missing_ok=True)
     return made, trained
+
+
+def with_recall_rows(model: Model, text: Batch, config: TrainConfig) -> Batch:
+    """Text, and below it rows that need recall, which are made of it."""
+    from pdtrim.calibration.recall_text import recall_rows
+    from pdtrim.calibration.tokens import begin_ids
+    from pdtrim.stage.forward import Batch
+
+    share = config.recall if config.recall is not None else float(config.stage != "decode")
+    if share < 0:
+        raise PdtrimError("--recall is a share of the other sequences: 0 or more")
+    count = round(share * len(text))
+    if not count:
+        return text
+    begin = len(begin_ids(model.need_tokenizer()))
+    return Batch.join([text, recall_rows(text, count, begin=begin, seed=config.seed)])
+
+
+def pays_to_keep(model: Model, text: Batch, config: TrainConfig) -> bool:
+    """Whether prefill's training reads its text more than once, and the streams have room."""
+    tokens = text.prompt_BP.shape[1] + 2 * text.continuation_BC.shape[1]
+    size = len(text) * tokens * int(model.config.hidden_size) * model.dtype.itemsize
+    again = config.steps * config.rows * config.accumulate > len(text)
+    return config.stage == "prefill" and again and size <= KEPT_BYTES
