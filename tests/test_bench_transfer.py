@@ -274,6 +274,21 @@ def test_what_cannot_be_timed_is_refused(shape, change, words):
         bench_transfer(shape, **{"tokens": 20, "policies": (), **change})
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shares": (1.0,)}, "below 1"),
+        ({"tokens": 0}, "from 1 on"),
+        ({"device": "nonsense"}, "no device 'nonsense'"),
+        ({"device": "cuda:77"}, "GPUs here"),
+        ({"dtype": "int8"}, "unknown dtype"),
+    ],
+)
+def test_stages_that_cannot_be_timed_are_refused(shape, change, words):
+    with pytest.raises(PdtrimError, match=words):
+        bench_stages(shape, **{"tokens": 20, **change})
+
+
 def test_a_shape_that_is_none_is_refused(tmp_path):
     with pytest.raises(PdtrimError, match=r"llama-3\.1-8b"):
         shape_config("llama-9")

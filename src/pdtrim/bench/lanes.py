@@ -14,8 +14,31 @@ from typing import Any
 
 import torch
 
+from pdtrim.errors import PdtrimError
+
 Mark = Any
 """A CUDA event, or seconds of the clock."""
+
+
+def device_of(name: str) -> torch.device:
+    """The CPU, or a GPU with its number.
+
+    Raises:
+        PdtrimError: neither, or a GPU that is not there.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise PdtrimError(f"no device '{name}': give cpu, cuda or cuda:NUMBER")
+    if device.type == "cpu":
+        return device
+    device = torch.device("cuda", device.index or 0)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.index >= count:
+        raise PdtrimError(f"device '{name}': torch finds {count} GPUs here")
+    return device
 
 
 class Lane:

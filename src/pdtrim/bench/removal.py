@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pdtrim.bench.lanes import Lane, finish, seconds, spread
+from pdtrim.bench.lanes import Lane, device_of, finish, seconds, spread
 from pdtrim.bench.shapes import random_model, shape_config
 from pdtrim.errors import PdtrimError
 from pdtrim.kv.groups import HeadGroup
@@ -63,9 +63,7 @@ def bench_stages(
         raise PdtrimError(f"unknown dtype '{dtype}': use one of {', '.join(DTYPES)}")
     if tokens < 1 or repeats < 1 or not all(0 <= share < 1 for share in shares):
         raise PdtrimError("tokens and repeats from 1 on, and shares from 0 up to below 1")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise PdtrimError(f"device '{device}': torch finds no GPU here")
-    config, place = shape_config(shape), torch.device(device)
+    config, place = shape_config(shape), device_of(device)
     with progress("drawing the weights", 1):
         model = random_model(config, dtype=DTYPES[dtype], device=place, name=shape)
     L = model.num_layers

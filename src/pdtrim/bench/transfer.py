@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from pdtrim.bench.lanes import spread
+from pdtrim.bench.lanes import device_of, spread
 from pdtrim.bench.pipeline import Machines
 from pdtrim.bench.rounds import Rounds
 from pdtrim.bench.shapes import one_block, random_model, shape_config
@@ -154,21 +154,7 @@ def _gbit(link: str) -> float | None:
 
 def _devices(device: str, to: str | None) -> tuple[torch.device, torch.device]:
     """The device that sends and the one that receives, with their numbers."""
-    found = []
-    for name in (device, to or device):
-        try:
-            place = torch.device(name)
-        except RuntimeError:
-            raise PdtrimError(f"no device '{name}': give cpu, cuda or cuda:NUMBER") from None
-        if place.type == "cuda":
-            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-            place = torch.device("cuda", place.index or 0)
-            if place.index >= count:
-                raise PdtrimError(f"device '{name}': torch finds {count} GPUs here")
-        elif place.type != "cpu":
-            raise PdtrimError(f"no device '{name}': give cpu, cuda or cuda:NUMBER")
-        found.append(place)
-    source, target = found
+    source, target = device_of(device), device_of(to or device)
     if source.type != target.type:
         raise PdtrimError(f"from {source} to {target}: both must be GPUs, or both the CPU")
     if to is None and source.type == "cuda" and torch.cuda.device_count() > 1:
