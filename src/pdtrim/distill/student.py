@@ -25,10 +25,6 @@ DTYPES: dict[Compute, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": tor
 CLIP = 1.0  # largest norm of a step's gradient
 
 
-SHARED = ("self_attn.k_proj.bias", "self_attn.v_proj.bias")
-"""Both stages take these from the handed-over pairs before a codec (``kv/bias.py``)."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Descent:
     """How far and how fast the weights move.
@@ -177,12 +173,17 @@ def _split(keys: Iterable[str]) -> list[tuple[str, int, str]]:
 
 
 def _running(model: Model, gates: Gates, layer: int) -> Weights:
-    """Parameters of the parts of a block that decode runs, without those that stages share."""
+    """Parameters of the parts of a block that decode runs, without those that stages share.
+
+    Both take the biases of keys and values from the handed-over pairs before a codec
+    (``kv/bias.py``).
+    """
     block = model.block(layer)
+    shared = {f"{block.making(made).name}.bias" for made in ("keys", "values")}
     parts = block.parts(attention=gates.decode_attention[layer], mlp=gates.decode_mlp[layer])
     prefixes = tuple(f"{part}." for part in parts)
     return {
         name: tensor
         for name, tensor in block.module.named_parameters()
-        if name.startswith(prefixes) and name not in SHARED
+        if name.startswith(prefixes) and name not in shared
     }

@@ -9,9 +9,11 @@ Shapes: B batch, T tokens, E hidden width, H query heads, G KV heads, D head wid
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from pdtrim.kv.bias import KVBias, turn
@@ -19,6 +21,46 @@ from pdtrim.kv.selectors import SelectorBase
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin of the rotary angles, each ``[B, T, D]``."""
+
+Made = Literal["queries", "keys", "values", "attention", "gate", "up", "mlp"]
+"""What a projection makes; ``attention`` and ``mlp`` are what is added to the stream."""
+OUTPUTS: tuple[Made, Made] = ("attention", "mlp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """A matrix of a block.
+
+    Attributes:
+        name: of its module below the block.
+        makes: what its rows give, in their order; several where a family fuses matrices.
+        unit: what is cut out of it as one: a KV head with its query heads, or an MLP neuron.
+    """
+
+    name: str
+    makes: tuple[Made, ...]
+    unit: Literal["group", "neuron"]
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes to the stream, so that a unit is columns of it; else it is rows."""
+        return self.makes[0] in OUTPUTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Products:
+    """Multiply-adds a token of a block's projections, by the part that needs them.
+
+    Attributes:
+        groups: KV heads.
+        q_width: channels of all query heads; scores and mixing cost that many a key, each.
+    """
+
+    groups: int
+    q_width: int
+    kv: int
+    qo: int
+    mlp: int
 
 
 def rotate(x_BHTD: Tensor, rope: Rope) -> Tensor:
@@ -82,7 +124,7 @@ class Block:
 
     def kv_bias(self) -> KVBias | None:
         """What biases add to every key before the rotation, and to every value; None if nothing."""
-        k, v = self.attention.k_proj.bias, self.attention.v_proj.bias
+        k, v = self.matrix("keys").bias, self.matrix("values").bias
         if k is None or v is None or not self.biases_every_key:
             return None
         D = self.attention.head_dim
@@ -101,6 +143,62 @@ class Block:
         del norm
         x_BTF = getattr(self.attention, projection)(h_BTE)
         return x_BTF.unflatten(-1, (-1, self.attention.head_dim)).transpose(1, 2)
+
+    PROJECTIONS: ClassVar[tuple[Projection, ...]] = (
+        Projection(name="self_attn.q_proj", makes=("queries",), unit="group"),
+        Projection(name="self_attn.k_proj", makes=("keys",), unit="group"),
+        Projection(name="self_attn.v_proj", makes=("values",), unit="group"),
+        Projection(name="self_attn.o_proj", makes=("attention",), unit="group"),
+        Projection(name="mlp.gate_proj", makes=("gate",), unit="neuron"),
+        Projection(name="mlp.up_proj", makes=("up",), unit="neuron"),
+        Projection(name="mlp.down_proj", makes=("mlp",), unit="neuron"),
+    )
+
+    @classmethod
+    def making(cls, made: Made) -> Projection:
+        """The projection that makes something."""
+        return next(p for p in cls.PROJECTIONS if made in p.makes)
+
+    def matrix(self, made: Made) -> nn.Linear:
+        """The module of the projection that makes something."""
+        found: Any = self.module.get_submodule(self.making(made).name)
+        return found
+
+    def parameters_of(self, *made: Made) -> dict[str, Tensor]:
+        """Weights and biases of the projections that make these, by their names in the block."""
+        names = tuple(f"{self.making(what).name}." for what in made)
+        return {n: p.detach() for n, p in self.module.named_parameters() if n.startswith(names)}
+
+    def units(self, projection: Projection) -> tuple[Tensor, ...]:
+        """Channels of each unit, ``[units, channels]``, for each of what the projection makes.
+
+        Channels are rows of the weight, or columns where the projection writes to the stream.
+        """
+        matrix: Any = self.module.get_submodule(projection.name)
+        sizes = [self._unit_size(made) for made in projection.makes]
+        count = matrix.weight.shape[int(projection.writes)] // sum(sizes)
+        parts = torch.arange(count * sum(sizes)).split([count * size for size in sizes])
+        return tuple(part.view(count, -1) for part in parts)
+
+    def _unit_size(self, made: Made) -> int:
+        D: int = self.attention.head_dim
+        heads: int = self.attention.num_key_value_groups
+        sizes = {"queries": heads * D, "keys": D, "values": D, "attention": heads * D}
+        return sizes.get(made, 1)
+
+    @classmethod
+    def products(cls, config: PreTrainedConfig, *, groups: int, neurons: int) -> Products:
+        """Multiply-adds a token of a block of so many KV heads and neurons."""
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or hidden // heads
+        q_width = groups * heads // config.num_key_value_heads * head_dim
+        return Products(
+            groups=groups,
+            q_width=q_width,
+            kv=2 * hidden * groups * head_dim,
+            qo=2 * hidden * q_width,
+            mlp=3 * hidden * neurons,
+        )
 
     # Parameter names (below the block) that each gate needs; export writes just these.
 

@@ -25,15 +25,14 @@ from torch import Tensor
 
 from pdtrim.models.swap import Weights
 
-PROJECTIONS = ("self_attn.k_proj.weight", "self_attn.v_proj.weight")
-
 
 def fit(pairs: Iterable[tuple[Tensor, Tensor]], projections: Weights, *, ridge: float) -> Weights:
     """The projections ``[F, E]`` for normed inputs h of the pruned and g of the dense model.
 
     Args:
         pairs: h and g, each ``[R, E]``.
-        projections: as the dense model has them.
+        projections: as the dense model has them. Every row is fitted by itself, so rows that a
+            family fuses with those of keys and values do not change them.
     """
     gram_EE = cross_EE = torch.zeros((), dtype=torch.float64)
     for h_RE, g_RE in pairs:
