@@ -114,34 +114,36 @@ class Block:
 
     def raw_q(self, h_BTE: Tensor) -> Tensor:
         """Queries before the rotation, ``[B, H, T, D]``."""
-        return self._heads("q_proj", "q_norm", h_BTE)
+        return self._heads("queries", "q_norm", h_BTE)
 
     def project_kv(self, h_BTE: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Rotated keys and values, each ``[B, G, T, D]``, of the normed stream."""
-        return rotate(self._heads("k_proj", "k_norm", h_BTE), rope), self._heads(
-            "v_proj", None, h_BTE
+        k_BGTD, v_BGTD = (
+            self._heads("keys", "k_norm", h_BTE),
+            self._heads("values", None, h_BTE),
         )
+        return rotate(k_BGTD, rope), v_BGTD
 
     def kv_bias(self) -> KVBias | None:
         """What biases add to every key before the rotation, and to every value; None if nothing."""
         k, v = self.matrix("keys").bias, self.matrix("values").bias
-        if k is None or v is None or not self.biases_every_key:
+        if not self.biases_every_key or k is None or v is None:
             return None
         D = self.attention.head_dim
         return KVBias(k_GD=k.detach().view(-1, D), v_GD=v.detach().view(-1, D))
 
     def project_output(self, o_BHTD: Tensor) -> Tensor:
         """What attention adds to the stream, ``[B, T, E]``."""
-        return self.attention.o_proj(o_BHTD.transpose(1, 2).flatten(2))
+        return self.matrix("attention")(o_BHTD.transpose(1, 2).flatten(2))
 
     def mlp(self, x_BTE: Tensor) -> Tensor:
         """What the MLP adds to the stream, its norm included."""
         return self.module.mlp(self.module.post_attention_layernorm(x_BTE))
 
-    def _heads(self, projection: str, norm: str | None, h_BTE: Tensor) -> Tensor:
+    def _heads(self, made: Made, norm: str | None, h_BTE: Tensor) -> Tensor:
         """Project and split into heads; ``norm`` names a per-head norm that the family may have."""
         del norm
-        x_BTF = getattr(self.attention, projection)(h_BTE)
+        x_BTF = self.matrix(made)(h_BTE)
         return x_BTF.unflatten(-1, (-1, self.attention.head_dim)).transpose(1, 2)
 
     PROJECTIONS: ClassVar[tuple[Projection, ...]] = (
