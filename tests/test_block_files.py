@@ -94,7 +94,7 @@ def test_only_the_named_stage_runs_the_new_weights(model, tmp_path, stage):
         )
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2", "qwen3"])
 def test_an_exported_pair_computes_what_the_simulator_does(family, tmp_path):
     model, batch = tiny_model(family), random_batch(tiny_model(family))
     plan = with_blocks(

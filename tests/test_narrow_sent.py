@@ -33,7 +33,7 @@ def model():
 
 
 @pytest.mark.parametrize("gates", GATES)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2", "qwen3"])
 def test_an_exported_stage_is_bit_for_bit_the_one_in_memory(family, gates, tmp_path):
     model = grouped(family)
     kv = (LayerKV(selector=SnapKV(window=3)), *(LayerKV(),) * 3)

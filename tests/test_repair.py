@@ -178,7 +178,7 @@ def test_unknown_kinds_and_ridges_are_refused(setting, kind, ridge):
         repair(model, trimmed(model, gates, policy), fit, kind, ridge=ridge)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2", "qwen3"])
 def test_kv_corrects_skipped_blocks_and_no_stream(family):
     model = tiny_model(family, layers=5)
     gates = Gates.removing(5, prefill={2, 3, 4}).without_dead_work()
@@ -190,14 +190,15 @@ def test_kv_corrects_skipped_blocks_and_no_stream(family):
     blocks = repair(model, trimmed(model, gates, policy), fit, "kv")
     assert blocks["decode"] == {} and set(blocks["prefill"]) == {2, 3, 4}
     names = {name for weights in blocks["prefill"].values() for name in weights}
-    assert names == {"self_attn.k_proj.weight", "self_attn.v_proj.weight"}
+    made = {model.block(0).making(made).name for made in ("keys", "values")}
+    assert names == {f"{name}.weight" for name in made}
     before, after = Pair.dense(model), swap_pair(Pair.dense(model), blocks)
     old, new = (trimmed(pair, gates, policy).streams(held_out) for pair in (before, after))
     for (x_old, _), (x_new, _) in zip(old, new, strict=True):
         assert torch.equal(x_old, x_new), "prefill's stream is what it was"
     assert torch.equal(
-        model.block(2).module.self_attn.k_proj.weight,
-        before.prefill.block(2).module.self_attn.k_proj.weight,
+        model.block(2).matrix("keys").weight,
+        before.prefill.block(2).matrix("keys").weight,
     )
     teacher = Teacher.of(model, held_out)
     kls = [float(teacher.kl(model, trace[-1][1]).mean()) for trace in (old, new)]
