@@ -208,6 +208,18 @@ def test_kv_corrects_skipped_blocks_and_no_stream(family):
     torch.testing.assert_close(again[-1][1], old[-1][1], atol=1e-5, rtol=1e-5)
 
 
+def test_kv_leaves_queries_that_are_fused_with_keys_and_values():
+    """A selector of a skipped block may read its queries."""
+    model = tiny_model("phi3", layers=5)
+    gates = Gates.removing(5, prefill={2, 3, 4}).without_dead_work()
+    fit, block = random_batch(model, rows=8), model.block(3)
+    made = repair(model, trimmed(model, gates, HandoverPolicy.full(5)), fit, "kv")["prefill"][3]
+    (new,), old = made.values(), block.matrix("keys").weight
+    assert torch.equal(new[block.span("queries")], old[block.span("queries")])
+    for part in ("keys", "values"):
+        assert not torch.allclose(new[block.span(part)], old[block.span(part)], atol=1e-4)
+
+
 def test_linear_and_kv_go_together(setting):
     model, gates, policy, fit, _ = setting
     both = repair(model, trimmed(model, gates, policy), fit, "linear+kv", stages=("prefill",))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pdtrim.distill.schedule import rate_share
 from pdtrim.finite import finite
+from pdtrim.models.block import KEYS_AND_VALUES
 from pdtrim.models.model import Model
 from pdtrim.models.swap import Weights, swap_blocks
 from pdtrim.plan import Gates
@@ -179,7 +180,7 @@ def _running(model: Model, gates: Gates, layer: int) -> Weights:
     (``kv/bias.py``).
     """
     block = model.block(layer)
-    shared = {f"{block.making(made).name}.bias" for made in ("keys", "values")}
+    shared = {f"{block.making(made).name}.bias" for made in KEYS_AND_VALUES}
     parts = block.parts(attention=gates.decode_attention[layer], mlp=gates.decode_mlp[layer])
     prefixes = tuple(f"{part}." for part in parts)
     return {

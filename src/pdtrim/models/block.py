@@ -25,6 +25,7 @@ Rope = tuple[Tensor, Tensor]
 Made = Literal["queries", "keys", "values", "attention", "gate", "up", "mlp"]
 """What a projection makes; ``attention`` and ``mlp`` are what is added to the stream."""
 OUTPUTS: tuple[Made, Made] = ("attention", "mlp")
+KEYS_AND_VALUES: tuple[Made, Made] = ("keys", "values")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,16 @@ class Block:
     biases_every_key: ClassVar[bool] = True
     """Whether a bias of the key's projection is added to every key as it is."""
 
+    PROJECTIONS: ClassVar[tuple[Projection, ...]] = (
+        Projection(name="self_attn.q_proj", makes=("queries",), unit="group"),
+        Projection(name="self_attn.k_proj", makes=("keys",), unit="group"),
+        Projection(name="self_attn.v_proj", makes=("values",), unit="group"),
+        Projection(name="self_attn.o_proj", makes=("attention",), unit="group"),
+        Projection(name="mlp.gate_proj", makes=("gate",), unit="neuron"),
+        Projection(name="mlp.up_proj", makes=("up",), unit="neuron"),
+        Projection(name="mlp.down_proj", makes=("mlp",), unit="neuron"),
+    )
+
     def __init__(self, module: Any, *, window: int | None = None) -> None:
         self.module = module
         self.window = window
@@ -118,11 +129,8 @@ class Block:
 
     def project_kv(self, h_BTE: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Rotated keys and values, each ``[B, G, T, D]``, of the normed stream."""
-        k_BGTD, v_BGTD = (
-            self._heads("keys", "k_norm", h_BTE),
-            self._heads("values", None, h_BTE),
-        )
-        return rotate(k_BGTD, rope), v_BGTD
+        k_BGTD = rotate(self._heads("keys", "k_norm", h_BTE), rope)
+        return k_BGTD, self._heads("values", None, h_BTE)
 
     def kv_bias(self) -> KVBias | None:
         """What biases add to every key before the rotation, and to every value; None if nothing."""
@@ -146,16 +154,6 @@ class Block:
         x_BTF = self.matrix(made)(h_BTE)
         return x_BTF.unflatten(-1, (-1, self.attention.head_dim)).transpose(1, 2)
 
-    PROJECTIONS: ClassVar[tuple[Projection, ...]] = (
-        Projection(name="self_attn.q_proj", makes=("queries",), unit="group"),
-        Projection(name="self_attn.k_proj", makes=("keys",), unit="group"),
-        Projection(name="self_attn.v_proj", makes=("values",), unit="group"),
-        Projection(name="self_attn.o_proj", makes=("attention",), unit="group"),
-        Projection(name="mlp.gate_proj", makes=("gate",), unit="neuron"),
-        Projection(name="mlp.up_proj", makes=("up",), unit="neuron"),
-        Projection(name="mlp.down_proj", makes=("mlp",), unit="neuron"),
-    )
-
     @classmethod
     def making(cls, made: Made) -> Projection:
         """The projection that makes something."""
@@ -171,16 +169,26 @@ class Block:
         names = tuple(f"{self.making(what).name}." for what in made)
         return {n: p.detach() for n, p in self.module.named_parameters() if n.startswith(names)}
 
+    def span(self, made: Made) -> slice:
+        """Rows of what is made in the matrix that makes it; columns where that one writes."""
+        projection = self.making(made)
+        matrix = self.matrix(made)
+        total = matrix.in_features if projection.writes else matrix.out_features
+        sizes = [self._unit_size(part) for part in projection.makes]
+        at, count = projection.makes.index(made), total // sum(sizes)
+        start = count * sum(sizes[:at])
+        return slice(start, start + count * sizes[at])
+
     def units(self, projection: Projection) -> tuple[Tensor, ...]:
         """Channels of each unit, ``[units, channels]``, for each of what the projection makes.
 
         Channels are rows of the weight, or columns where the projection writes to the stream.
         """
-        matrix: Any = self.module.get_submodule(projection.name)
-        sizes = [self._unit_size(made) for made in projection.makes]
-        count = matrix.weight.shape[int(projection.writes)] // sum(sizes)
-        parts = torch.arange(count * sum(sizes)).split([count * size for size in sizes])
-        return tuple(part.view(count, -1) for part in parts)
+        return tuple(
+            torch.arange(span.start, span.stop).view(-1, self._unit_size(made))
+            for made in projection.makes
+            for span in (self.span(made),)
+        )
 
     def _unit_size(self, made: Made) -> int:
         D: int = self.attention.head_dim

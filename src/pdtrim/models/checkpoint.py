@@ -34,6 +34,7 @@ from pdtrim.errors import ModelError, PlanError, border
 from pdtrim.keep.files import sha256_of, write_json
 from pdtrim.keep.tensors import write_tensors
 from pdtrim.kv.bias import KVBias, Table
+from pdtrim.models.block import KEYS_AND_VALUES
 from pdtrim.models.configs import ATTENTION, TOKENS, config_of, generation_ids
 from pdtrim.models.families import family_named, family_of
 from pdtrim.models.loading import check_finite, quiet
@@ -245,7 +246,7 @@ def read_kv_bias(folder: Path, stage: Stage, layers: Iterable[int]) -> dict[int,
         names = set(file.keys())
         for layer in layers if family.biases_every_key else ():
             place = f"model.layers.{slots[layer]}"
-            pair = [f"{place}.{family.making(made).name}.bias" for made in ("keys", "values")]
+            pair = [f"{place}.{family.making(made).name}.bias" for made in KEYS_AND_VALUES]
             if set(pair) <= names:
                 k_GD, v_GD = (file.get_tensor(n).view(-1, plan.model.head_dim) for n in pair)
                 found[layer] = KVBias(k_GD=k_GD, v_GD=v_GD)

@@ -31,8 +31,5 @@ class Phi3Block(MistralBlock):
 
     def _heads(self, made: Made, norm: str | None, h_BTE: Tensor) -> Tensor:
         del norm
-        fused = self.making(made)
-        rows = self.units(fused)[fused.makes.index(made)]
-        first, last = int(rows[0, 0]), int(rows[-1, -1])
-        x_BTF = F.linear(h_BTE, self.matrix(made).weight[first : last + 1])
+        x_BTF = F.linear(h_BTE, self.matrix(made).weight[self.span(made)])
         return x_BTF.unflatten(-1, (-1, self.attention.head_dim)).transpose(1, 2)

@@ -29,7 +29,7 @@ from torch import Tensor
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.errors import PdtrimError
 from pdtrim.finite import finite
-from pdtrim.models.block import OUTPUTS
+from pdtrim.models.block import KEYS_AND_VALUES, OUTPUTS
 from pdtrim.models.model import Model
 from pdtrim.models.swap import Blocks, Weights
 from pdtrim.plan import STAGES, Gates, Stage
@@ -282,7 +282,14 @@ def _repair_kv(walk: Walk, ridge: float) -> None:
     for layer, gate in enumerate(walk.gates.prefill_attention):
         if gate == "kv":
             walk.go_to(layer)
-            own = walk.weights("prefill", layer, "keys", "values")
-            projections = {name: part for name, part in own.items() if part.dim() > 1}
-            pairs = walk.normed_and_targets()
-            walk.swap("prefill", layer, kv.fit(pairs, projections, ridge=ridge))
+            block = walk.model.block(layer)
+            own = walk.weights("prefill", layer, *KEYS_AND_VALUES)
+            made = {name: part.clone() for name, part in own.items() if part.dim() > 1}
+            # where a family fuses queries with keys and values, a selector may still read them
+            rows = {
+                part: made[f"{block.making(part).name}.weight"][block.span(part)]
+                for part in KEYS_AND_VALUES
+            }
+            for part, fitted in kv.fit(walk.normed_and_targets(), rows, ridge=ridge).items():
+                rows[part].copy_(fitted)
+            walk.swap("prefill", layer, made)

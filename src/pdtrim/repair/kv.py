@@ -31,8 +31,7 @@ def fit(pairs: Iterable[tuple[Tensor, Tensor]], projections: Weights, *, ridge: 
 
     Args:
         pairs: h and g, each ``[R, E]``.
-        projections: as the dense model has them. Every row is fitted by itself, so rows that a
-            family fuses with those of keys and values do not change them.
+        projections: as the dense model has them.
     """
     gram_EE = cross_EE = torch.zeros((), dtype=torch.float64)
     for h_RE, g_RE in pairs:
