@@ -286,7 +286,7 @@ def _repair_kv(walk: Walk, ridge: float) -> None:
             own = walk.weights("prefill", layer, *KEYS_AND_VALUES)
             made = {name: part.clone() for name, part in own.items() if part.dim() > 1}
             # where a family fuses queries with keys and values, a selector may still read them
-            rows = {
+            rows: Weights = {
                 part: made[f"{block.making(part).name}.weight"][block.span(part)]
                 for part in KEYS_AND_VALUES
             }
