@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -50,13 +51,15 @@ def tiny_config(family: str, *, layers: int = 4, **changes: object) -> PreTraine
         return LlamaConfig(**sizes)
     if family == "mistral":
         return MistralConfig(**{"sliding_window": 7, **sizes})
+    if family == "phi3":
+        return Phi3Config(**{"sliding_window": 7, **sizes})
     if family == "qwen2":
         return Qwen2Config(**{"tie_word_embeddings": True, **sizes})
     assert family == "qwen3"
     return Qwen3Config(**{"head_dim": 16, **sizes})
 
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
 def tiny_model(

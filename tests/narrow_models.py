@@ -13,7 +13,9 @@ BIASES = ("self_attn.o_proj.bias", "mlp.down_proj.bias")
 
 
 def grouped(family, **changes):
-    """A tiny model with enough KV heads to lose some; its head width is 8."""
+    """A tiny model with enough KV heads to lose some; its head width is 8, and it has no window."""
+    if family == "phi3":
+        changes = {"sliding_window": None, **changes}
     heads = {"num_attention_heads": G * R, "num_key_value_heads": G, "head_dim": 8}
     return tiny_model(family, layers=L, hidden_size=G * R * 8, **heads, **changes)
 

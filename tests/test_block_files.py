@@ -94,16 +94,19 @@ def test_only_the_named_stage_runs_the_new_weights(model, tmp_path, stage):
         )
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2", "qwen3"])
 def test_an_exported_pair_computes_what_the_simulator_does(family, tmp_path):
     model, batch = tiny_model(family), random_batch(tiny_model(family))
+    q, k, down = (
+        f"{model.block(0).making(made).name}.weight" for made in ("queries", "keys", "mlp")
+    )
     plan = with_blocks(
         model,
         tmp_path,
         {
-            "decode": {1: new_weights(model, 1, "mlp.down_proj.weight", "self_attn.q_proj.weight")},
+            "decode": {1: new_weights(model, 1, down, q)},
             # prefill's block 1 only makes keys and values
-            "prefill": {1: new_weights(model, 2, "self_attn.k_proj.weight")},
+            "prefill": {1: new_weights(model, 2, k)},
         },
     )
     with torch.no_grad():
@@ -116,8 +119,8 @@ def test_an_exported_pair_computes_what_the_simulator_does(family, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(forward(pair, batch, plan.gates), wanted)
     for stage, names in (
-        ("prefill", {"self_attn.k_proj.weight"}),
-        ("decode", {"mlp.down_proj.weight", "self_attn.q_proj.weight"}),
+        ("prefill", {k}),
+        ("decode", {down, q}),
     ):
         ours, plain = (
             load_file(tmp_path / name / stage / "model.safetensors") for name in ("pair", "plain")

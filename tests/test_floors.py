@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pdtrim
@@ -76,6 +77,18 @@ def test_imports_go_down_wherever_they_stand():
 def test_no_two_modules_need_each_other():
     graph = {name: set(imported(tree, ast.iter_child_nodes)) - {name} for name, tree in modules()}
     tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_projections_are_named_by_families_and_vllm_alone():
+    name = re.compile(r"\b\w*(q|k|v|o|gate|up|down)_proj\b|\bself_attn\b|\.mlp\.|[\"']mlp\.")
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in ROOT.rglob("*.py")
+        if not path.relative_to(ROOT).as_posix().startswith(("models/", "engines/vllm/"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if name.search(line)
+    ]
+    assert not found
 
 
 def test_files_and_functions_fit():

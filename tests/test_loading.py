@@ -252,6 +252,8 @@ def test_each_allowed_rope_is_the_same_alone_and_in_company(tmp_path, kind):
         ("llama", {"layer_types": ["sliding_attention"] * 4, "sliding_window": 8}, [None] * 4),
         ("mistral", {"sliding_window": 8, "use_sliding_window": False}, [8] * 4),
         ("mistral", {"sliding_window": None}, [None] * 4),
+        ("phi3", {"sliding_window": 8}, [8] * 4),
+        ("phi3", {"sliding_window": None}, [None] * 4),
         ("qwen2", {"use_sliding_window": False, "sliding_window": 8}, [None] * 4),
         (
             "qwen3",

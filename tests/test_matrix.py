@@ -43,7 +43,7 @@ def test_the_matrix_has_every_selector_and_every_codec():
     assert {parse_codec(text).name for text in CODECS} == set(kv.codecs.CODECS)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "phi3", "qwen3"])
 def setting(request):
     model = tiny_model(request.param, layers=3)
     batch = random_batch(model, rows=3, prompt=24, new=5)

@@ -137,7 +137,7 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2", "qwen3"])
 @pytest.mark.parametrize("name", PLANS)
 def test_removed_parameters_are_those_that_the_files_lack(family, name, tmp_path):
     model = grouped(family)

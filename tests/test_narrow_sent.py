@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import first_last, forge, make_plan, pair_of, random_batch, trim_of
-from narrow_models import BIASES, GATES, G, L, biases, grouped, narrow_plan, width, widths
+from narrow_models import BIASES, GATES, G, L, R, biases, grouped, narrow_plan, width, widths
 from pdtrim.bundle import export
 from pdtrim.errors import ModelError, PlanError
 from pdtrim.exported import load_pair
@@ -33,7 +33,7 @@ def model():
 
 
 @pytest.mark.parametrize("gates", GATES)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2", "qwen3"])
 def test_an_exported_stage_is_bit_for_bit_the_one_in_memory(family, gates, tmp_path):
     model = grouped(family)
     kv = (LayerKV(selector=SnapKV(window=3)), *(LayerKV(),) * 3)
@@ -48,7 +48,9 @@ def test_an_exported_stage_is_bit_for_bit_the_one_in_memory(family, gates, tmp_p
         config = json.loads((tmp_path / "pair" / stage / "config.json").read_text())
         assert config["model_type"] == f"pdtrim_{family}"
     tensors = load_file(tmp_path / "pair" / "decode" / "model.safetensors")
-    assert tensors["model.layers.0.self_attn.k_proj.weight"].shape == (16, 64)
+    name = f"model.layers.0.{model.block(0).making('keys').name}.weight"
+    shape = (2 * (R + 2) * 8 if family == "phi3" else 16, 64)  # two KV heads of width 8
+    assert tensors[name].shape == shape
     assert torch.equal(
         tensors["model.layers.0.mlp.down_proj.bias"], biases(model)["decode"][0][BIASES[1]]
     )

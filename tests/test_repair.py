@@ -178,7 +178,7 @@ def test_unknown_kinds_and_ridges_are_refused(setting, kind, ridge):
         repair(model, trimmed(model, gates, policy), fit, kind, ridge=ridge)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2", "qwen3"])
 def test_kv_corrects_skipped_blocks_and_no_stream(family):
     model = tiny_model(family, layers=5)
     gates = Gates.removing(5, prefill={2, 3, 4}).without_dead_work()
@@ -190,14 +190,15 @@ def test_kv_corrects_skipped_blocks_and_no_stream(family):
     blocks = repair(model, trimmed(model, gates, policy), fit, "kv")
     assert blocks["decode"] == {} and set(blocks["prefill"]) == {2, 3, 4}
     names = {name for weights in blocks["prefill"].values() for name in weights}
-    assert names == {"self_attn.k_proj.weight", "self_attn.v_proj.weight"}
+    made = {model.block(0).making(made).name for made in ("keys", "values")}
+    assert names == {f"{name}.weight" for name in made}
     before, after = Pair.dense(model), swap_pair(Pair.dense(model), blocks)
     old, new = (trimmed(pair, gates, policy).streams(held_out) for pair in (before, after))
     for (x_old, _), (x_new, _) in zip(old, new, strict=True):
         assert torch.equal(x_old, x_new), "prefill's stream is what it was"
     assert torch.equal(
-        model.block(2).module.self_attn.k_proj.weight,
-        before.prefill.block(2).module.self_attn.k_proj.weight,
+        model.block(2).matrix("keys").weight,
+        before.prefill.block(2).matrix("keys").weight,
     )
     teacher = Teacher.of(model, held_out)
     kls = [float(teacher.kl(model, trace[-1][1]).mean()) for trace in (old, new)]
@@ -205,6 +206,18 @@ def test_kv_corrects_skipped_blocks_and_no_stream(family):
     same = repair(model, trimmed(model, gates, policy), fit, "kv", kv_ridge=math.inf)
     again = trimmed(swap_pair(Pair.dense(model), same), gates, policy).streams(held_out)
     torch.testing.assert_close(again[-1][1], old[-1][1], atol=1e-5, rtol=1e-5)
+
+
+def test_kv_leaves_queries_that_are_fused_with_keys_and_values():
+    """A selector of a skipped block may read its queries."""
+    model = tiny_model("phi3", layers=5)
+    gates = Gates.removing(5, prefill={2, 3, 4}).without_dead_work()
+    fit, block = random_batch(model, rows=8), model.block(3)
+    made = repair(model, trimmed(model, gates, HandoverPolicy.full(5)), fit, "kv")["prefill"][3]
+    (new,), old = made.values(), block.matrix("keys").weight
+    assert torch.equal(new[block.span("queries")], old[block.span("queries")])
+    for part in ("keys", "values"):
+        assert not torch.allclose(new[block.span(part)], old[block.span(part)], atol=1e-4)
 
 
 def test_linear_and_kv_go_together(setting):

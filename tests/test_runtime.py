@@ -91,7 +91,7 @@ def test_every_gate_state_of_two_blocks_equals_the_simulator(family, tmp_path):
         torch.testing.assert_close(real, simulated, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "phi3"])
 def test_two_processes_equal_the_simulator(family, tmp_path):
     model, rng = tiny_model(family), random.Random(5)
     cut = first_last(2, 3)

@@ -198,6 +198,17 @@ def test_settings_that_would_break_the_plan_are_refused(pair, change, words):
         check_config(config_of(pair, **change))
 
 
+def test_one_window_for_all_layers_is_refused_too(tmp_path):
+    for window in (None, 7):
+        model = tiny_model("phi3", sliding_window=window)
+        made = export(make_plan(model, Gates.dense(4)), model, tmp_path / str(window))
+        if window is None:
+            assert check_config(config_of(made)).stage == "decode"
+        else:
+            with pytest.raises(PlanError, match="sliding-window"):
+                check_config(config_of(made))
+
+
 def test_layers_are_mapped_through_the_plan(pair):
     _, plan = read_stage_config(pair / "decode", "decode")
     # prefill runs 0 1 2(kv) 3 in slots 0 .. 3; decode 1 2 3 in slots 0 .. 2

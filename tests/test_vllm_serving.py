@@ -99,6 +99,16 @@ def test_tokens_are_the_simulators_and_bytes_the_plans(servers, simulated):
     until(lambda: idle(*servers[:-1]))
 
 
+def test_fused_projections_are_served(tmp_path, tiny_folder):
+    """Phi-3, with every kind of gate: keys and values alone are rows of the fused matrix."""
+    kv = (RULE if layer in (1, 4) else LayerKV() for layer in range(8))
+    pair = tiny_pair(tmp_path, tiny_folder, kv, "phi3", sliding_window=None)
+    with running(commands(pair), tmp_path) as (*_, router):
+        for length in (33, 129):
+            prompt = prompt_of(length)
+            assert agree(load_pair(pair), prompt, tokens_of(post(router.url, completion(prompt))))
+
+
 def test_the_trimmed_pages_change_what_is_said(simulated):
     """Or the test above could not fail: without the holes other tokens come."""
     pair, plan = simulated

@@ -49,6 +49,15 @@ def calibration(model):
 # --- what they cut ---
 
 
+def first_row(block, made):
+    """Where the rows of what a projection makes begin; Phi-3's are fused, in this order."""
+    a, n = block.attention, block.matrix("mlp").in_features
+    q = block.matrix("attention").in_features
+    kv = q // a.num_key_value_groups
+    fused = {"queries": 0, "keys": q, "values": q + kv, "gate": 0, "up": n}
+    return fused[made] if hasattr(a, "qkv_proj") else 0
+
+
 @torch.no_grad()
 def planted(family):
     """A model in which one group and one neuron of each block do nothing, and which they are."""
@@ -56,16 +65,16 @@ def planted(family):
     useless = {}
     for layer in range(L):
         group, neuron = layer % 2, 7 * layer + 5
-        block, rows = model.network.model.layers[layer], group_channels(model, group)
-        size = model.head_dim
-        for part in (block.self_attn.k_proj, block.self_attn.v_proj):
-            for p in part.parameters():
-                p[group * size : (group + 1) * size] = 0
-        for p in block.self_attn.q_proj.parameters():
-            p[rows] = 0
-        block.self_attn.o_proj.weight[:, rows] = 0
-        block.mlp.gate_proj.weight[neuron] = block.mlp.up_proj.weight[neuron] = 0
-        block.mlp.down_proj.weight[:, neuron] = 0
+        block, size = model.block(layer), model.head_dim
+        read, written = group_channels(model, group), range(group * size, (group + 1) * size)
+        rows = {"queries": read, "keys": list(written), "values": list(written)}
+        for made, cut in {**rows, "gate": [neuron], "up": [neuron]}.items():
+            matrix = block.matrix(made)
+            start = first_row(block, made)
+            for p in matrix.parameters():
+                p[[start + row for row in cut]] = 0
+        block.matrix("attention").weight[:, read] = 0
+        block.matrix("mlp").weight[:, neuron] = 0
         useless[layer] = group, neuron
     return model, useless
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+import pdtrim
 from helpers import first_last, make_plan, tiny_model
 from pdtrim.bundle import export
 from pdtrim.engines.base import Process
@@ -31,7 +32,8 @@ ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
-    "PYTHONPATH": str(HOST),
+    # servers run the code that the tests import
+    "PYTHONPATH": os.pathsep.join((str(HOST), str(Path(pdtrim.__file__).parents[1]))),
 }
 ARGS = ("--dtype", "float32", "--enforce-eager")
 LEASE = 6  # seconds; vLLM's own default is 30
@@ -49,16 +51,17 @@ LENGTHS = (1, 2, 31, 32, 33, 34, 64, 65, 82, 83, 84, 96, 97, 114, 115, 129, 300,
 """Prompts at the edges of pages, and where the hole of RULE opens and grows."""
 
 
-def tiny_pair(folder, tokenizer, kv):
-    """A random Qwen3 of eight blocks under GATES, exported."""
+def tiny_pair(folder, tokenizer, kv, family="qwen3", **changes):
+    """A random model of eight blocks under GATES, exported."""
     made = tiny_model(
-        "qwen3",
+        family,
         layers=8,
         vocab_size=64,
         hidden_size=128,
         intermediate_size=96,
         head_dim=32,
         max_position_embeddings=1024,
+        **changes,
     )
     made.network.save_pretrained(folder / "m")
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -6,16 +6,13 @@ import itertools
 from collections.abc import Collection, Iterable
 
 from pdtrim.errors import PlanError
+from pdtrim.models.block import KEYS_AND_VALUES, Block
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
 from pdtrim.words import Parts, Stage, Which
 
 Names = dict[int, tuple[str, ...]]
 """Parameters that train, by layer."""
-
-SHARED = ("self_attn.k_proj.bias", "self_attn.v_proj.bias")
-"""Both stages take these from the handed-over pairs before a codec (``kv/bias.py``)."""
-KV = ("self_attn.k_proj", "self_attn.v_proj")
 
 
 def trainable_layers(which: Which, gates: Gates, merged: Collection[int]) -> tuple[int, ...]:
@@ -80,14 +77,14 @@ def prefill_names(what: Parts, model: Model, gates: Gates) -> Names:
         return running(model, gates, "prefill", layers)
     names = {}
     for layer in range(cut, gates.last_read + 1):
-        gate = gates.prefill_attention[layer]
-        parts: tuple[str, ...] = KV
+        gate, block = gates.prefill_attention[layer], model.block(layer)
+        parts = keys_and_values(block)
         if gate == "off" or (gate == "full" and what != "qkv"):
             continue
         if what != "kv":
-            parts = model.block(layer).KV_PARTS
+            parts = block.KV_PARTS
         if gate == "full":
-            parts = (*parts, "self_attn.q_proj")
+            parts = (*parts, block.making("queries").name)
         names[layer] = _below(model, layer, parts)
     return names
 
@@ -115,10 +112,19 @@ def first_cut(gates: Gates) -> int:
     return cut
 
 
+def keys_and_values(block: Block) -> tuple[str, ...]:
+    """Projections that make keys and values. Of one that makes queries too, those of a skipped
+    block have no gradient, and stay."""
+    return tuple(block.making(made).name for made in KEYS_AND_VALUES)
+
+
 def _below(model: Model, layer: int, parts: Iterable[str]) -> tuple[str, ...]:
+    """Without biases that both stages take from the handed-over pairs (``kv/bias.py``)."""
+    block = model.block(layer)
     prefixes = tuple(f"{part}." for part in parts)
+    shared = {f"{name}.bias" for name in keys_and_values(block)}
     return tuple(
         name
-        for name, _ in model.block(layer).module.named_parameters()
-        if name.startswith(prefixes) and name not in SHARED
+        for name, _ in block.module.named_parameters()
+        if name.startswith(prefixes) and name not in shared
     )

@@ -9,9 +9,11 @@ Shapes: B batch, T tokens, E hidden width, H query heads, G KV heads, D head wid
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from pdtrim.kv.bias import KVBias, turn
@@ -19,6 +21,47 @@ from pdtrim.kv.selectors import SelectorBase
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin of the rotary angles, each ``[B, T, D]``."""
+
+Made = Literal["queries", "keys", "values", "attention", "gate", "up", "mlp"]
+"""What a projection makes; ``attention`` and ``mlp`` are what is added to the stream."""
+OUTPUTS: tuple[Made, Made] = ("attention", "mlp")
+KEYS_AND_VALUES: tuple[Made, Made] = ("keys", "values")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """A matrix of a block.
+
+    Attributes:
+        name: of its module below the block.
+        makes: what its rows give, in their order; several where a family fuses matrices.
+        unit: what is cut out of it as one: a KV head with its query heads, or an MLP neuron.
+    """
+
+    name: str
+    makes: tuple[Made, ...]
+    unit: Literal["group", "neuron"]
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes to the stream, so that a unit is columns of it; else it is rows."""
+        return self.makes[0] in OUTPUTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Products:
+    """Multiply-adds a token of a block's projections, by the part that needs them.
+
+    Attributes:
+        groups: KV heads.
+        q_width: channels of all query heads; scores and mixing cost that many a key, each.
+    """
+
+    groups: int
+    q_width: int
+    kv: int
+    qo: int
+    mlp: int
 
 
 def rotate(x_BHTD: Tensor, rope: Rope) -> Tensor:
@@ -35,6 +78,16 @@ class Block:
 
     biases_every_key: ClassVar[bool] = True
     """Whether a bias of the key's projection is added to every key as it is."""
+
+    PROJECTIONS: ClassVar[tuple[Projection, ...]] = (
+        Projection(name="self_attn.q_proj", makes=("queries",), unit="group"),
+        Projection(name="self_attn.k_proj", makes=("keys",), unit="group"),
+        Projection(name="self_attn.v_proj", makes=("values",), unit="group"),
+        Projection(name="self_attn.o_proj", makes=("attention",), unit="group"),
+        Projection(name="mlp.gate_proj", makes=("gate",), unit="neuron"),
+        Projection(name="mlp.up_proj", makes=("up",), unit="neuron"),
+        Projection(name="mlp.down_proj", makes=("mlp",), unit="neuron"),
+    )
 
     def __init__(self, module: Any, *, window: int | None = None) -> None:
         self.module = module
@@ -72,35 +125,90 @@ class Block:
 
     def raw_q(self, h_BTE: Tensor) -> Tensor:
         """Queries before the rotation, ``[B, H, T, D]``."""
-        return self._heads("q_proj", "q_norm", h_BTE)
+        return self._heads("queries", "q_norm", h_BTE)
 
     def project_kv(self, h_BTE: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Rotated keys and values, each ``[B, G, T, D]``, of the normed stream."""
-        return rotate(self._heads("k_proj", "k_norm", h_BTE), rope), self._heads(
-            "v_proj", None, h_BTE
-        )
+        k_BGTD = rotate(self._heads("keys", "k_norm", h_BTE), rope)
+        return k_BGTD, self._heads("values", None, h_BTE)
 
     def kv_bias(self) -> KVBias | None:
         """What biases add to every key before the rotation, and to every value; None if nothing."""
-        k, v = self.attention.k_proj.bias, self.attention.v_proj.bias
-        if k is None or v is None or not self.biases_every_key:
+        k, v = self.matrix("keys").bias, self.matrix("values").bias
+        if not self.biases_every_key or k is None or v is None:
             return None
         D = self.attention.head_dim
         return KVBias(k_GD=k.detach().view(-1, D), v_GD=v.detach().view(-1, D))
 
     def project_output(self, o_BHTD: Tensor) -> Tensor:
         """What attention adds to the stream, ``[B, T, E]``."""
-        return self.attention.o_proj(o_BHTD.transpose(1, 2).flatten(2))
+        return self.matrix("attention")(o_BHTD.transpose(1, 2).flatten(2))
 
     def mlp(self, x_BTE: Tensor) -> Tensor:
         """What the MLP adds to the stream, its norm included."""
         return self.module.mlp(self.module.post_attention_layernorm(x_BTE))
 
-    def _heads(self, projection: str, norm: str | None, h_BTE: Tensor) -> Tensor:
+    def _heads(self, made: Made, norm: str | None, h_BTE: Tensor) -> Tensor:
         """Project and split into heads; ``norm`` names a per-head norm that the family may have."""
         del norm
-        x_BTF = getattr(self.attention, projection)(h_BTE)
+        x_BTF = self.matrix(made)(h_BTE)
         return x_BTF.unflatten(-1, (-1, self.attention.head_dim)).transpose(1, 2)
+
+    @classmethod
+    def making(cls, made: Made) -> Projection:
+        """The projection that makes something."""
+        return next(p for p in cls.PROJECTIONS if made in p.makes)
+
+    def matrix(self, made: Made) -> nn.Linear:
+        """The module of the projection that makes something."""
+        found: Any = self.module.get_submodule(self.making(made).name)
+        return found
+
+    def parameters_of(self, *made: Made) -> dict[str, Tensor]:
+        """Weights and biases of the projections that make these, by their names in the block."""
+        names = tuple(f"{self.making(what).name}." for what in made)
+        return {n: p.detach() for n, p in self.module.named_parameters() if n.startswith(names)}
+
+    def span(self, made: Made) -> slice:
+        """Rows of what is made in the matrix that makes it; columns where that one writes."""
+        projection = self.making(made)
+        matrix = self.matrix(made)
+        total = matrix.in_features if projection.writes else matrix.out_features
+        sizes = [self._unit_size(part) for part in projection.makes]
+        at, count = projection.makes.index(made), total // sum(sizes)
+        start = count * sum(sizes[:at])
+        return slice(start, start + count * sizes[at])
+
+    def units(self, projection: Projection) -> tuple[Tensor, ...]:
+        """Channels of each unit, ``[units, channels]``, for each of what the projection makes.
+
+        Channels are rows of the weight, or columns where the projection writes to the stream.
+        """
+        return tuple(
+            torch.arange(span.start, span.stop).view(-1, self._unit_size(made))
+            for made in projection.makes
+            for span in (self.span(made),)
+        )
+
+    def _unit_size(self, made: Made) -> int:
+        D: int = self.attention.head_dim
+        heads: int = self.attention.num_key_value_groups
+        sizes = {"queries": heads * D, "keys": D, "values": D, "attention": heads * D}
+        return sizes.get(made, 1)
+
+    @classmethod
+    def products(cls, config: PreTrainedConfig, *, groups: int, neurons: int) -> Products:
+        """Multiply-adds a token of a block of so many KV heads and neurons."""
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or hidden // heads
+        q_width = groups * heads // config.num_key_value_heads * head_dim
+        return Products(
+            groups=groups,
+            q_width=q_width,
+            kv=2 * hidden * groups * head_dim,
+            qo=2 * hidden * q_width,
+            mlp=3 * hidden * neurons,
+        )
 
     # Parameter names (below the block) that each gate needs; export writes just these.
 

@@ -34,6 +34,7 @@ from pdtrim.errors import ModelError, PlanError, border
 from pdtrim.keep.files import sha256_of, write_json
 from pdtrim.keep.tensors import write_tensors
 from pdtrim.kv.bias import KVBias, Table
+from pdtrim.models.block import KEYS_AND_VALUES
 from pdtrim.models.configs import ATTENTION, TOKENS, config_of, generation_ids
 from pdtrim.models.families import family_named, family_of
 from pdtrim.models.loading import check_finite, quiet
@@ -244,8 +245,8 @@ def read_kv_bias(folder: Path, stage: Stage, layers: Iterable[int]) -> dict[int,
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         names = set(file.keys())
         for layer in layers if family.biases_every_key else ():
-            place = f"model.layers.{slots[layer]}.self_attn"
-            pair = [f"{place}.{part}.bias" for part in ("k_proj", "v_proj")]
+            place = f"model.layers.{slots[layer]}"
+            pair = [f"{place}.{family.making(made).name}.bias" for made in KEYS_AND_VALUES]
             if set(pair) <= names:
                 k_GD, v_GD = (file.get_tensor(n).view(-1, plan.model.head_dim) for n in pair)
                 found[layer] = KVBias(k_GD=k_GD, v_GD=v_GD)
@@ -325,12 +326,11 @@ def _stage_config(model: Model, plan: PrunePlan, stage: Stage) -> dict[str, Any]
 
 def _narrow_slots(network: Any, plan: PrunePlan, stage: Stage) -> None:
     """Make each slot as narrow as its layer, so that the checkpoint's tensors fit."""
-    config = network.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    family = family_of(network.config)
     for slot, layer in enumerate(plan.gates.layers(stage)):
         width = plan.width(stage, layer)
         if width is not None:
-            narrow(network.model.layers[slot], width, head_dim=head_dim, layer=layer)
+            narrow(family(network.model.layers[slot]), width, layer=layer)
 
 
 def _expected_missing(network: PreTrainedModel, plan: PrunePlan, stage: Stage) -> set[str]:

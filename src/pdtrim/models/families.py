@@ -7,12 +7,14 @@ from transformers import PreTrainedConfig
 from pdtrim.errors import ModelError
 from pdtrim.models.block import Block
 from pdtrim.models.mistral import MistralBlock
+from pdtrim.models.phi3 import Phi3Block
 from pdtrim.models.qwen2 import Qwen2Block
 from pdtrim.models.qwen3 import Qwen3Block
 
 FAMILIES: dict[str, type[Block]] = {
     "llama": Block,  # Llama 1 to 3.x, SmolLM2
     "mistral": MistralBlock,
+    "phi3": Phi3Block,
     "qwen2": Qwen2Block,  # and Qwen2.5
     "qwen3": Qwen3Block,
 }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pdtrim.errors import PlanError
+from pdtrim.models.block import Block
 from pdtrim.models.model import Model
 from pdtrim.models.swap import own_blocks
 from pdtrim.plan import PrunePlan, Stage, Width
@@ -27,7 +28,7 @@ def narrow_blocks(model: Model, widths: Mapping[int, Width]) -> Model:
     """
     network = own_blocks(model, widths)
     for layer, width in widths.items():
-        narrow(network.model.layers[layer], width, head_dim=model.head_dim, layer=layer)
+        narrow(type(model.block(layer))(network.model.layers[layer]), width, layer=layer)
     return model.like(network)
 
 
@@ -55,12 +56,12 @@ def outline(model: Model, layer: int, width: Width | None) -> Any:
     }
     block = copy.deepcopy(module, bare)
     if width is not None:
-        narrow(block, width, head_dim=model.head_dim, layer=layer)
+        narrow(type(model.block(layer))(block), width, layer=layer)
     return block
 
 
-def narrow(block: Any, width: Width, *, head_dim: int, layer: int) -> None:
-    """Cut one transformers decoder layer to a width, in place.
+def narrow(block: Block, width: Width, *, layer: int) -> None:
+    """Cut one block to a width, in place.
 
     Args:
         layer: what an error calls it.
@@ -68,25 +69,20 @@ def narrow(block: Any, width: Width, *, head_dim: int, layer: int) -> None:
     Raises:
         PlanError: a head or a neuron that the block does not have.
     """
-    attention, mlp = block.self_attn, block.mlp
-    k, q, gate = attention.k_proj, attention.q_proj, mlp.gate_proj
-    num_groups, num_neurons = k.out_features // head_dim, gate.out_features
-    neurons = width.kept_neurons
-    if width.groups[-1] >= num_groups or neurons[-1] >= num_neurons:
+    kept = {"group": width.groups, "neuron": width.kept_neurons}
+    units = {p: block.units(p) for p in block.PROJECTIONS}
+    sizes = {p.unit: len(parts[0]) for p, parts in units.items()}
+    if any(kept[unit][-1] >= size for unit, size in sizes.items()):
         raise PlanError(
-            f"layer {layer} has {num_groups} KV heads and {num_neurons} MLP neurons: its width"
-            " names more"
+            f"layer {layer} has {sizes['group']} KV heads and {sizes['neuron']} MLP neurons: its"
+            " width names more"
         )
-    kv_rows = channels(width.groups, head_dim)
-    q_rows = channels(width.groups, q.out_features // num_groups)
-    for name in ("k_proj", "v_proj"):
-        setattr(attention, name, _rows(getattr(attention, name), kv_rows))
-    attention.q_proj = _rows(q, q_rows)
-    attention.o_proj = _columns(attention.o_proj, q_rows, biased=width.biased)
-    rows = list(neurons)
-    mlp.gate_proj, mlp.up_proj = _rows(gate, rows), _rows(mlp.up_proj, rows)
-    mlp.down_proj = _columns(mlp.down_proj, rows, biased=width.biased)
-    mlp.intermediate_size = len(rows)
+    for projection, parts in units.items():
+        own = torch.cat([part[list(kept[projection.unit])].flatten() for part in parts]).tolist()
+        path, _, leaf = projection.name.rpartition(".")
+        module, old = block.module.get_submodule(path), block.matrix(projection.makes[0])
+        made = _columns(old, own, biased=width.biased) if projection.writes else _rows(old, own)
+        setattr(module, leaf, made)
 
 
 def channels(units: Sequence[int], size: int) -> list[int]:

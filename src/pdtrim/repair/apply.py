@@ -29,6 +29,7 @@ from torch import Tensor
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.errors import PdtrimError
 from pdtrim.finite import finite
+from pdtrim.models.block import KEYS_AND_VALUES, OUTPUTS
 from pdtrim.models.model import Model
 from pdtrim.models.swap import Blocks, Weights
 from pdtrim.plan import STAGES, Gates, Stage
@@ -221,7 +222,7 @@ def _repair_scalar(walk: Walk, cuts: Sequence[Cut]) -> None:
         gain = scalar.fit(walk.streams_and_targets(cut.stage, (cut.stop,)))
         later = [c.first for c in cuts if c.stage == cut.stage and c.first > cut.stop]
         for layer in range(cut.stop, min([*later, last_write[cut.stage] + 1])):
-            walk.swap(cut.stage, layer, scalar.fold(walk.weights(cut.stage, layer), gain))
+            walk.swap(cut.stage, layer, scalar.fold(walk.weights(cut.stage, layer, *OUTPUTS), gain))
 
 
 def _repair_mlp(walk: Walk, cuts: Sequence[Cut], fit: Callable[..., Tensor], ridge: float) -> None:
@@ -232,7 +233,8 @@ def _repair_mlp(walk: Walk, cuts: Sequence[Cut], fit: Callable[..., Tensor], rid
         for cut in foldable:
             if cut.keeper == keeper:
                 w_EE = fit(walk.outputs_and_targets(cut), ridge=ridge)
-                walk.swap(cut.stage, keeper, linear.fold(walk.weights(cut.stage, keeper), w_EE))
+                down = walk.weights(cut.stage, keeper, "mlp")
+                walk.swap(cut.stage, keeper, linear.fold(down, w_EE))
 
 
 def _repair_outputs(
@@ -252,7 +254,8 @@ def _repair_outputs(
     for layer in range(min(starts.values(), default=end), end):
         walk.go_to(layer)
         begun = [stage for stage, start in starts.items() if layer >= start]
-        for name, of_part in (("self_attn.o_proj", 0), ("mlp.down_proj", 1)):
+        for of_part, made_here in enumerate(OUTPUTS):
+            name = walk.model.block(layer).making(made_here).name
             read = walk.o_and_targets if of_part == 0 else walk.down_and_targets
             runs = [
                 stage
@@ -260,8 +263,8 @@ def _repair_outputs(
                 if walk.gates.of(stage)[of_part][layer] in ("full", True)
                 and readers(walk.gates, stage, layer)
             ]
-            own = {stage: walk.weights(stage, layer) for stage in runs}
-            together = shared and len(runs) > 1 and _same(name, *own.values())
+            own = {stage: walk.weights(stage, layer, made_here) for stage in runs}
+            together = shared and len(runs) > 1 and _same(*own.values())
             for stages in (runs,) if together else [[stage] for stage in runs]:
                 pairs = itertools.chain.from_iterable(read(stage) for stage in stages)
                 made = outputs.refit(pairs, own[stages[0]], name, ridge=ridge)
@@ -269,10 +272,9 @@ def _repair_outputs(
                     walk.swap(stage, layer, made)
 
 
-def _same(projection: str, a: Weights, b: Weights) -> bool:
-    """Whether two stages' blocks have the same weights in a projection."""
-    mine, other = ({n: w for n, w in x.items() if n.startswith(projection)} for x in (a, b))
-    return mine.keys() == other.keys() and all(torch.equal(mine[n], other[n]) for n in mine)
+def _same(a: Weights, b: Weights) -> bool:
+    """Whether two stages have the same weights."""
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
 def _repair_kv(walk: Walk, ridge: float) -> None:
@@ -280,7 +282,14 @@ def _repair_kv(walk: Walk, ridge: float) -> None:
     for layer, gate in enumerate(walk.gates.prefill_attention):
         if gate == "kv":
             walk.go_to(layer)
-            own = walk.weights("prefill", layer)
-            projections = {name: own[name] for name in kv.PROJECTIONS}
-            pairs = walk.normed_and_targets()
-            walk.swap("prefill", layer, kv.fit(pairs, projections, ridge=ridge))
+            block = walk.model.block(layer)
+            own = walk.weights("prefill", layer, *KEYS_AND_VALUES)
+            made = {name: part.clone() for name, part in own.items() if part.dim() > 1}
+            # where a family fuses queries with keys and values, a selector may still read them
+            rows: Weights = {
+                part: made[f"{block.making(part).name}.weight"][block.span(part)]
+                for part in KEYS_AND_VALUES
+            }
+            for part, fitted in kv.fit(walk.normed_and_targets(), rows, ridge=ridge).items():
+                rows[part].copy_(fitted)
+            walk.swap("prefill", layer, made)

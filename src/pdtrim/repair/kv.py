@@ -25,8 +25,6 @@ from torch import Tensor
 
 from pdtrim.models.swap import Weights
 
-PROJECTIONS = ("self_attn.k_proj.weight", "self_attn.v_proj.weight")
-
 
 def fit(pairs: Iterable[tuple[Tensor, Tensor]], projections: Weights, *, ridge: float) -> Weights:
     """The projections ``[F, E]`` for normed inputs h of the pruned and g of the dense model.

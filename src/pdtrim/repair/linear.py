@@ -23,8 +23,6 @@ from torch import Tensor
 
 from pdtrim.models.swap import Weights
 
-DOWN = "mlp.down_proj."
-
 
 def fit(pairs: Iterable[tuple[Tensor, Tensor]], *, ridge: float) -> Tensor:
     """W ``[E, E]`` (float64) for MLP outputs m and what they should be, d, each ``[R, E]``."""
@@ -43,8 +41,4 @@ def fit(pairs: Iterable[tuple[Tensor, Tensor]], *, ridge: float) -> Tensor:
 
 def fold(weights: Weights, w_EE: Tensor) -> Weights:
     """A block's down projection, its bias included, with W behind it."""
-    return {
-        name: (w_EE.T @ part.double()).to(part.dtype)
-        for name, part in weights.items()
-        if name.startswith(DOWN)
-    }
+    return {name: (w_EE.T @ part.double()).to(part.dtype) for name, part in weights.items()}

@@ -24,9 +24,6 @@ from torch import Tensor
 
 from pdtrim.models.swap import Weights
 
-WRITERS = ("self_attn.o_proj", "mlp.down_proj")
-"""The parts of a block that write to the stream."""
-
 
 def fit(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Gain g of the streams s over the targets t, each ``[R, E]``; 1 where s is all zero."""
@@ -38,9 +35,5 @@ def fit(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 
 def fold(weights: Weights, gain: float) -> Weights:
-    """A block's parameters that write to the stream, divided by the gain."""
-    return {
-        name: (part.double() / gain).to(part.dtype)
-        for name, part in weights.items()
-        if name.startswith(WRITERS)
-    }
+    """What of a block's parameters writes to the stream, divided by the gain."""
+    return {name: (part.double() / gain).to(part.dtype) for name, part in weights.items()}

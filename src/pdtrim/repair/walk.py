@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pdtrim.models.block import Made
 from pdtrim.models.model import Model
 from pdtrim.models.swap import Blocks, Weights
 from pdtrim.plan import Gates, LayerKV, Stage
@@ -82,7 +83,7 @@ class Walk:
         """What the down projection reads ``[R, F]`` and should write ``[R, E]``, part by part."""
         block = self._model(stage).block(self.at)
         behind = readers(self.gates, stage, self.at)
-        with _reading(block.module.mlp.down_proj) as seen:
+        with _reading(block.matrix("mlp")) as seen:
             for y_RE, t_RE in self._without_mlp(stage, behind):
                 block.mlp(y_RE)
                 yield seen[-1], t_RE - y_RE.float()
@@ -93,7 +94,7 @@ class Walk:
         runs_mlp = self.gates.of(stage)[1][self.at]
         behind = readers(self.gates, stage, self.at)
         side = 0 if stage == "prefill" else -1
-        with _reading(self._model(stage).block(self.at).attention.o_proj) as seen:
+        with _reading(self._model(stage).block(self.at).matrix("attention")) as seen:
             for part, entry, dense in zip(self.parts, self.here, self.dense, strict=True):
                 t_RE = dense.middle(stage, self.at) if runs_mlp else dense.target(stage, behind)
                 seen.clear()  # the dense model may have run this very module
@@ -107,10 +108,9 @@ class Walk:
         for entry, dense in zip(self.here, self.dense, strict=True):
             yield norm(_rows(entry, "prefill")), norm(_rows(dense.entry(self.at), "prefill"))
 
-    def weights(self, stage: Stage, layer: int) -> Weights:
-        """Parameters of a block as the pair has them now."""
-        module = self._model(stage).block(layer).module
-        return {name: part.detach() for name, part in module.named_parameters()}
+    def weights(self, stage: Stage, layer: int, *made: Made) -> Weights:
+        """Parameters of a block's projections that make these, as the pair has them now."""
+        return self._model(stage).block(layer).parameters_of(*made)
 
     def swap(self, stage: Stage, layer: int, weights: Weights) -> None:
         """Put other weights in place."""

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from pdtrim.kv.policy import HandoverPolicy
+from pdtrim.models.block import Products
 from pdtrim.models.checkpoint import held_parts
+from pdtrim.models.families import family_of
 from pdtrim.models.model import Model
 from pdtrim.models.narrow import outline
 from pdtrim.plan import STAGES, Gates, LayerKV, PrunePlan, Stage, Width, Widths
@@ -71,38 +73,17 @@ def stage_flops(
     return 2 * prefill, 2 * decode
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Size:
-    """A layer's KV heads, width of its queries, and multiply-adds a token of its projections."""
-
-    groups: int
-    q_width: int
-    kv: int
-    qo: int
-    mlp: int
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig, width: Width | None) -> _Size:
-        hidden, whole = config.hidden_size, config.num_key_value_heads
-        head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-        groups = len(width.groups) if width else whole
-        neurons = len(width.kept_neurons) if width else config.intermediate_size
-        q_width = groups * config.num_attention_heads // whole * head_dim
-        return cls(
-            groups=groups,
-            q_width=q_width,
-            kv=2 * hidden * groups * head_dim,
-            qo=2 * hidden * q_width,
-            mlp=3 * hidden * neurons,
-        )
-
-
 def _layer_sizes(
     config: PreTrainedConfig, gates: Gates, widths: Widths | None, stage: Stage
-) -> list[_Size]:
-    if widths is None:
-        return [_Size.of(config, None)] * gates.num_layers
-    return [_Size.of(config, width) for width in widths.of(stage)]
+) -> list[Products]:
+    def size(width: Width | None) -> Products:
+        return family_of(config).products(
+            config,
+            groups=len(width.groups) if width else config.num_key_value_heads,
+            neurons=len(width.kept_neurons) if width else config.intermediate_size,
+        )
+
+    return [size(width) for width in (widths.of(stage) if widths else [None] * gates.num_layers)]
 
 
 def removed_parameters(model: Model, plan: PrunePlan) -> dict[Stage, float]:

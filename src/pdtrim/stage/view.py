@@ -89,7 +89,7 @@ class BlockView:
 
     def output_weight(self) -> Tensor:
         """See ``kv/view.py``."""
-        weight_EF: Tensor = self.block.attention.o_proj.weight
+        weight_EF: Tensor = self.block.matrix("attention").weight
         return self._own(weight_EF.T.unflatten(0, (-1, self.k_BGND.shape[-1])), 0)
 
     def _own(self, heads: Tensor, dim: int) -> Tensor:

@@ -28,14 +28,17 @@ OP = "pdtrim_write_kv"
 class GatedBlock(nn.Module):
     """The parts of a vLLM block that a stage runs, under the block's own parameter names."""
 
-    def __init__(self, block: nn.Module, *, attention: AttentionGate | bool, mlp: bool) -> None:
+    def __init__(
+        self, block: nn.Module, *, attention: AttentionGate | bool, mlp: bool, fused: bool = False
+    ) -> None:
         super().__init__()
         own: Any = block
         self.self_attn: nn.Module | None = None
         self.mlp: nn.Module | None = None
         if attention in ("full", True, "kv"):
             self.input_layernorm = own.input_layernorm
-            self.self_attn = KVOnly(own.self_attn) if attention == "kv" else own.self_attn
+            kv_only = attention == "kv"
+            self.self_attn = KVOnly(own.self_attn, fused=fused) if kv_only else own.self_attn
         if mlp:
             self.post_attention_layernorm = own.post_attention_layernorm
             self.mlp = own.mlp
@@ -63,22 +66,31 @@ def _add_norm(norm: nn.Module, delta: Tensor, residual: Tensor | None) -> tuple[
 
 
 class KVOnly(nn.Module):
-    """What is left of an attention under gate ``kv``."""
+    """What is left of an attention under gate ``kv``.
 
-    def __init__(self, attention: nn.Module) -> None:
+    Args:
+        fused: the checkpoint holds queries, keys and values as one matrix, so all of it is read.
+    """
+
+    def __init__(self, attention: nn.Module, *, fused: bool = False) -> None:
         super().__init__()
         from vllm.model_executor.layers.linear import QKVParallelLinear
 
         own: Any = attention
         self.head_dim = own.head_dim
+        self.skipped = own.q_size if fused else 0
         # a QKV projection of no query head: vLLM's loader fills its k and v shards
-        self.qkv_proj = QKVParallelLinear(
-            own.qkv_proj.hidden_size,
-            own.head_dim,
-            total_num_heads=0,
-            total_num_kv_heads=own.qkv_proj.total_num_kv_heads,
-            bias=own.qkv_proj.bias is not None,
-            prefix=own.qkv_proj.prefix,
+        self.qkv_proj = (
+            own.qkv_proj
+            if fused
+            else QKVParallelLinear(
+                own.qkv_proj.hidden_size,
+                own.head_dim,
+                total_num_heads=0,
+                total_num_kv_heads=own.qkv_proj.total_num_kv_heads,
+                bias=own.qkv_proj.bias is not None,
+                prefix=own.qkv_proj.prefix,
+            )
         )
         self.rotary_emb = own.rotary_emb
         self.k_norm = getattr(own, "k_norm", None)
@@ -93,7 +105,7 @@ class KVOnly(nn.Module):
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """Write K and V of ``[T, E]``; zeros, for the stream."""
         kv, _ = self.qkv_proj(hidden_states)
-        k, v = kv.chunk(2, dim=-1)
+        k, v = kv[:, self.skipped :].chunk(2, dim=-1)
         heads = (-1, k.shape[-1] // self.head_dim, self.head_dim)
         if self.k_norm is not None:
             k = self.k_norm(k.reshape(heads)).flatten(1)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
@@ -20,6 +21,7 @@ from pdtrim.engines.vllm.blocks import GatedBlock
 from pdtrim.engines.vllm.stage import Served
 from pdtrim.errors import PlanError
 from pdtrim.kv.selectors import FirstLast
+from pdtrim.models.families import family_named
 
 
 class Staged:
@@ -39,6 +41,7 @@ def close_gates(blocks_L: nn.ModuleList, served: Served, vllm_config: Any) -> No
     """Replace the blocks of which the stage runs a part only."""
     blocks.register()
     attention, mlp = served.plan.gates.of(served.stage)
+    fused = "queries" in family_named(served.plan.model.family).making("keys").makes
     for slot, layer in enumerate(served.layers):
         if attention[layer] in ("full", True) and mlp[layer]:
             continue
@@ -47,7 +50,7 @@ def close_gates(blocks_L: nn.ModuleList, served: Served, vllm_config: Any) -> No
                 "a stage with closed gates is not served quantised: drop --quantization"
             )
         whole: Any = blocks_L[slot]
-        blocks_L[slot] = GatedBlock(whole, attention=attention[layer], mlp=mlp[layer])
+        blocks_L[slot] = GatedBlock(whole, attention=attention[layer], mlp=mlp[layer], fused=fused)
         if attention[layer] in ("off", False):
             del vllm_config.compilation_config.static_forward_context[
                 whole.self_attn.attn.layer_name
@@ -65,6 +68,10 @@ def trim_layers(blocks_L: nn.ModuleList, served: Served) -> None:
 
 class PDTrimLlamaForCausalLM(Staged, LlamaForCausalLM):
     """Llama and its kin."""
+
+
+class PDTrimPhi3ForCausalLM(Staged, Phi3ForCausalLM):
+    """Phi-3, whose projections are fused in its checkpoints."""
 
 
 class PDTrimQwen2ForCausalLM(Staged, Qwen2ForCausalLM):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 
-FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+FAMILIES = {"llama": "Llama", "phi3": "Phi3", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
 def register() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pdtrim.engines.pages import check_servable, is_coded
 from pdtrim.errors import PlanError
+from pdtrim.models.families import family_named
 from pdtrim.plan import PrunePlan, Stage
 
 ROLE_OF: dict[Stage, str] = {"prefill": "kv_producer", "decode": "kv_consumer"}
@@ -95,8 +96,11 @@ def check_config(config: Any) -> Served:
             raise PlanError(f"pdtrim does not serve with {what}")
     if is_coded(served.plan):
         _check_coded(config)
-    kinds = getattr(config.model_config.hf_config, "layer_types", None) or ()
-    if "sliding_attention" in kinds:
+    hf_config = config.model_config.hf_config
+    kinds = getattr(hf_config, "layer_types", None) or ()
+    family = family_named(served.plan.model.family)
+    slots = range(len(served.layers))
+    if "sliding_attention" in kinds or any(family.window_of(hf_config, i) for i in slots):
         raise PlanError("pdtrim does not serve sliding-window attention on vLLM: use the runtime")
     check_servable(served.plan, cache.block_size)
     return served

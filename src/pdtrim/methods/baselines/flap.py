@@ -32,15 +32,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pdtrim.finite import finite
 from pdtrim.methods.baselines.base import PaperCalibration
 from pdtrim.methods.baselines.moments import Moments, watched
 from pdtrim.methods.baselines.residuals import each_residuals
 from pdtrim.methods.baselines.width import (
-    GROUP_COLUMNS,
-    NEURON_COLUMNS,
     Costs,
     Narrowed,
     StageCost,
@@ -51,6 +49,7 @@ from pdtrim.methods.baselines.width import (
     group_sums,
 )
 from pdtrim.methods.problem import Problem
+from pdtrim.models.block import OUTPUTS
 from pdtrim.models.model import Model
 from pdtrim.models.narrow import channels
 from pdtrim.models.swap import Blocks, Weights
@@ -228,13 +227,8 @@ def _dense_moments(
     return moments
 
 
-def _outputs(model: Model, layer: int) -> tuple[nn.Linear, nn.Linear]:
-    module = model.block(layer).module
-    return module.get_submodule(GROUP_COLUMNS), module.get_submodule(NEURON_COLUMNS)
-
-
 def _scores(model: Model, layer: int, attention: Moments, mlp: Moments) -> UnitScores:
-    o, down = _outputs(model, layer)
+    o, down = (model.block(layer).matrix(made) for made in OUTPUTS)
     return flap_scores(
         fluctuation(attention.variance_F, o.weight.double()),
         fluctuation(mlp.variance_F, down.weight.double()),
@@ -245,16 +239,12 @@ def _scores(model: Model, layer: int, attention: Moments, mlp: Moments) -> UnitS
 def _biases(model: Model, layer: int, lost: Units, attention: Moments, mlp: Moments) -> Weights:
     """Biases of both output projections, the model's own included."""
     heads_F = channels(lost.groups, len(attention.mean_F) // model.num_kv_heads)
+    block = model.block(layer)
     made: Weights = {}
-    for name, projection, seen, cut in zip(
-        (GROUP_COLUMNS, NEURON_COLUMNS),
-        _outputs(model, layer),
-        (attention, mlp),
-        (heads_F, lost.neurons),
-        strict=True,
-    ):
+    for output, seen, cut in zip(OUTPUTS, (attention, mlp), (heads_F, lost.neurons), strict=True):
+        projection = block.matrix(output)
         bias_E = compensation(projection.weight, seen.mean_F, cut)
         if projection.bias is not None:
             bias_E = bias_E + projection.bias
-        made[f"{name}.bias"] = bias_E.to(projection.weight.dtype)
+        made[f"{block.making(output).name}.bias"] = bias_E.to(projection.weight.dtype)
     return made

@@ -36,10 +36,6 @@ from pdtrim.methods.baselines.base import PaperCalibration
 from pdtrim.methods.baselines.gradients import PASSES, add_gradients, wanting_gradients
 from pdtrim.methods.baselines.uniform import Counts, uniform_counts
 from pdtrim.methods.baselines.width import (
-    GROUP_COLUMNS,
-    GROUP_ROWS,
-    NEURON_COLUMNS,
-    NEURON_ROWS,
     Costs,
     Lost,
     Narrowed,
@@ -47,9 +43,9 @@ from pdtrim.methods.baselines.width import (
     UnitScores,
     WidthMethod,
     each_stage,
-    group_sums,
 )
 from pdtrim.methods.problem import Problem
+from pdtrim.models.block import Block, Projection
 from pdtrim.models.model import Model
 from pdtrim.plan import STAGES, Stage
 from pdtrim.stage.forward import Batch
@@ -73,27 +69,31 @@ def vector_scores(w_UI: Tensor, g_UI: Tensor) -> Tensor:
     return (w_UI * g_UI).sum(1).abs()
 
 
-def unit_scores(scores: Mapping[str, Tensor], num_groups: int) -> UnitScores:
+def unit_scores(block: Block, scores: Mapping[Projection, Tensor]) -> UnitScores:
     """Sum what the rows and columns of a block scored over its units.
 
     Args:
         scores: by projection, those of its rows or, for output projections, of its columns.
     """
-    groups = [group_sums(scores[name], num_groups) for name in (*GROUP_ROWS, GROUP_COLUMNS)]
-    neurons = [scores[name] for name in (*NEURON_ROWS, NEURON_COLUMNS)]
-    return UnitScores(
-        groups_G=torch.stack(groups).sum(0),
-        neurons_F=torch.stack(neurons).sum(0),
-    )
+    of_unit: dict[str, list[Tensor]] = {"group": [], "neuron": []}
+    for projection, lines in scores.items():
+        for channels in block.units(projection):
+            of_unit[projection.unit].append(lines[channels].sum(1))
+    groups_G, neurons_F = (torch.stack(parts).sum(0) for parts in of_unit.values())
+    return UnitScores(groups_G=groups_G, neurons_F=neurons_F)
 
 
 def taylor_units(
     model: Model, batch: Batch, layers: Sequence[int], criterion: Criterion
 ) -> dict[int, UnitScores]:
     """Scores of each layer's units for the mean NLL of all tokens; the model is left as it was."""
-    blocks = {layer: model.block(layer).module for layer in layers}
-    names = (*GROUP_ROWS, GROUP_COLUMNS, *NEURON_ROWS, NEURON_COLUMNS)
-    weights = [w for b in blocks.values() for n in names for w in b.get_submodule(n).parameters()]
+    blocks = {layer: model.block(layer) for layer in layers}
+    weights = [
+        weight
+        for block in blocks.values()
+        for projection in block.PROJECTIONS
+        for weight in block.matrix(projection.makes[0]).parameters()
+    ]
     with wanting_gradients(weights):
         squares: dict[nn.Parameter, Tensor] = {}
         if criterion == "element2":
@@ -103,8 +103,7 @@ def taylor_units(
         with torch.no_grad():
             return {
                 layer: unit_scores(
-                    {name: _score(block, name, criterion, squares) for name in names},
-                    model.num_kv_heads,
+                    block, {p: _score(block, p, criterion, squares) for p in block.PROJECTIONS}
                 )
                 for layer, block in blocks.items()
             }
@@ -130,18 +129,21 @@ def _gradients_and_squares(
 
 
 def _score(
-    block: Any, name: str, criterion: Criterion, squares: Mapping[nn.Parameter, Tensor]
+    block: Block,
+    projection: Projection,
+    criterion: Criterion,
+    squares: Mapping[nn.Parameter, Tensor],
 ) -> Tensor:
     """Scores of a projection's rows, or of an output projection's columns."""
-    projection = block.get_submodule(name)
+    matrix: Any = block.matrix(projection.makes[0])
 
     def lines_UI(read: Read) -> Tensor:
-        weight = read(projection.weight).float()
-        if name in (GROUP_COLUMNS, NEURON_COLUMNS):
+        weight = read(matrix.weight).float()
+        if projection.writes:
             return weight.T  # its bias belongs to no unit
-        if projection.bias is None:
+        if matrix.bias is None:
             return weight
-        return torch.cat((weight, read(projection.bias).float()[:, None]), dim=1)
+        return torch.cat((weight, read(matrix.bias).float()[:, None]), dim=1)
 
     def gradient(weight: nn.Parameter) -> Tensor:
         assert weight.grad is not None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdtrim.models.block import Block
+from pdtrim.models.block import OUTPUTS, Block
 
 
 class Moments:
@@ -55,7 +55,7 @@ def watched(block: Block) -> Iterator[tuple[Moments, Moments]]:
     def counting(into: Moments) -> Any:
         return lambda module, inputs: into.add(inputs[0])
 
-    projections = block.attention.o_proj, block.module.mlp.down_proj
+    projections = [block.matrix(made) for made in OUTPUTS]
     hooks = [
         projection.register_forward_pre_hook(counting(into))
         for projection, into in zip(projections, moments, strict=True)

@@ -43,7 +43,7 @@ from pdtrim.methods.baselines.width import (
     width_without,
 )
 from pdtrim.methods.problem import Problem
-from pdtrim.models.block import Block
+from pdtrim.models.block import OUTPUTS, Block
 from pdtrim.models.model import Model
 from pdtrim.models.narrow import narrow_blocks
 from pdtrim.plan import STAGES, Stage
@@ -111,7 +111,7 @@ def _through(
     block = model.block(layer)
     with watched(block) as (attention, mlp):
         run(block)
-    o, down = block.attention.o_proj.weight, block.module.mlp.down_proj.weight
+    o, down = (block.matrix(made).weight for made in OUTPUTS)
     scores = UnitScores(
         groups_G=group_sums(channel_scores(o.double(), attention.norm_F), model.num_kv_heads),
         neurons_F=channel_scores(down.double(), mlp.norm_F),

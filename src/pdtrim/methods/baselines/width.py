@@ -31,15 +31,12 @@ from pdtrim.methods.base import Found, Method
 from pdtrim.methods.baselines.base import PaperCalibration
 from pdtrim.methods.baselines.residuals import dense_cost
 from pdtrim.methods.problem import Problem
+from pdtrim.models.block import OUTPUTS, Block
 from pdtrim.models.checkpoint import held_parts
 from pdtrim.models.model import Model
 from pdtrim.models.swap import Blocks
 from pdtrim.plan import STAGES, Gates, LayerKV, Mode, Stage, Width, Widths
 
-GROUP_ROWS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-GROUP_COLUMNS = "self_attn.o_proj"
-NEURON_ROWS = ("mlp.gate_proj", "mlp.up_proj")
-NEURON_COLUMNS = "mlp.down_proj"
 ROUNDING = 1e-9  # of a share, which is a float, times a count of parameters
 T = TypeVar("T")
 
@@ -149,20 +146,23 @@ def stage_cost(
             if name.startswith(parts)
         }
         whole = attention in ("full", True) and mlp
-        outputs = (GROUP_COLUMNS, NEURON_COLUMNS) if whole else ()
+        block = model.block(layer)
+        outputs = [block.making(made).name for made in OUTPUTS] if whole else ()
         bare = sum(f"{name}.bias" not in size for name in outputs)
-        group = _cut(size, GROUP_ROWS, GROUP_COLUMNS) // model.num_kv_heads
-        neuron = _cut(size, NEURON_ROWS, NEURON_COLUMNS) // model.config.intermediate_size
+        group = _cut(size, block, "group") // model.num_kv_heads
+        neuron = _cut(size, block, "neuron") // model.config.intermediate_size
         bias = bare * model.config.hidden_size
         layers.append(LayerCost(group=group, neuron=neuron, bias=bias, whole=whole))
         held += sum(size.values())
     return StageCost(stage=stage, layers=tuple(layers), held=held, share=share)
 
 
-def _cut(size: Mapping[str, int], rows: tuple[str, ...], columns: str) -> int:
+def _cut(size: Mapping[str, int], block: Block, unit: str) -> int:
     """Parameters of all units of a kind; a bias is part of a row, but not of a column."""
-    names = [f"{name}.{leaf}" for name in rows for leaf in ("weight", "bias")]
-    return sum(size.get(name, 0) for name in (*names, f"{columns}.weight"))
+    of_kind = [projection for projection in block.PROJECTIONS if projection.unit == unit]
+    names = [f"{projection.name}.weight" for projection in of_kind]
+    names += [f"{projection.name}.bias" for projection in of_kind if not projection.writes]
+    return sum(size.get(name, 0) for name in names)
 
 
 Costs = Mapping[Stage, StageCost]
