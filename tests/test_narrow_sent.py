@@ -143,7 +143,7 @@ def test_a_frame_is_its_head_its_table_and_the_heads_that_decode_keeps(model, gi
         table += struct.pack("<HIQ", layer, 0, 2 * heads * N * 8 * 4)
     head = struct.pack(
         "<8sH32s16sIBHQ",
-        *(b"PDTRIMKV", 2, bytes.fromhex(plan.digest), bytes(16), N, 2, 3, len(body)),
+        *(b"PDTRIMKV", 3, bytes.fromhex(plan.digest), bytes(16), N, 2, 3, len(body)),
     )
     frame = b"".join(piece.numpy().tobytes() for piece in encode_frame(layout, bytes(16), layers))
     body = head + table + body

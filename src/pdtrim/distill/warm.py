@@ -12,10 +12,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from pdtrim.distill.trainable import keys_and_values
 from pdtrim.models.model import Model
 from pdtrim.models.swap import Weights
 from pdtrim.repair.apply import repair
-from pdtrim.repair.kv import PROJECTIONS
 from pdtrim.stage.forward import Batch, Trimmed
 from pdtrim.stage.swap import swap_pair
 
@@ -25,10 +25,11 @@ def fitted_kv(
 ) -> dict[str, Tensor]:
     """Projections of the skipped blocks among ``layers``, by ``layer.name``."""
     skipped = [i for i in layers if trimmed.gates.prefill_attention[i] == "kv"]
-    plain: dict[int, Weights] = {
-        i: {name: dense.block(i).module.get_parameter(name) for name in PROJECTIONS}
-        for i in skipped
-    }
+    plain: dict[int, Weights] = {}
+    for i in skipped:
+        block = dense.block(i)
+        names = [f"{name}.weight" for name in keys_and_values(block)]
+        plain[i] = {name: block.module.get_parameter(name) for name in names}
     begun = replace(trimmed, pair=swap_pair(trimmed.pair, {"prefill": plain}))
     made = repair(dense, begun, batch, "kv", stages=("prefill",))["prefill"]
-    return {f"{i}.{name}": made[i][name] for i in skipped for name in PROJECTIONS}
+    return {f"{i}.{name}": made[i][name] for i in skipped for name in plain[i]}
