@@ -10,10 +10,14 @@ from rich.table import Table
 
 from pdtrim.cli.common import Json, out, print_json
 from pdtrim.cli.options import from_record
+from pdtrim.verbs.assess import AssessConfig
+from pdtrim.verbs.assess import assess as assess_fleet
 from pdtrim.verbs.roi import RoiConfig, estimate_roi
 
 app = typer.Typer()
 
+SHOWN = 4
+"""Changes in the table; JSON has all."""
 STAGES, CODECS, SIMULATED, FORMULA = "stage times", "codecs", "simulated", "formula"
 ROWS = (
     ("prefill GPUs", "prefill_gpus", "{:,}", SIMULATED),
@@ -102,4 +106,57 @@ def _sensitivity(rows: list[dict[str, Any]]) -> Table:
             for end in ("low", "high")
         ]
         table.add_row(row["input"], f"{row['value']:g}", *ends)
+    return table
+
+
+@app.command(
+    epilog="Example: pdtrim assess --metrics http://127.0.0.1:8100/metrics --metrics decode.prom"
+    " | pdtrim assess --trace lengths.jsonl --stages llama-3.1-8b --tpot 0.02 --link-gbit-s 100"
+)
+@from_record(AssessConfig)
+def assess(
+    config: AssessConfig,
+    metrics: Annotated[
+        list[str],
+        typer.Option(help="Prometheus text of a server, a file or loopback URL; one for each."),
+    ] = [],  # noqa: B006
+    trace: Annotated[
+        str | None, typer.Option(help="JSONL of prompt_tokens and output_tokens, for no metrics.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say where a fleet's time goes and which plan to make, or not to prune."""
+    found = assess_fleet(config, metrics=metrics, trace=trace)
+    if as_json:
+        print_json(found)
+        return
+    out.print(_parts(found))
+    out.print(_levers(found["levers"]))
+    for name, source in found["sources"].items():
+        out.print(f"{name}: {source}")
+    for lever in found["levers"][:SHOWN]:
+        out.print(f"{lever['name']}: {lever['source']}")
+    for line in found["advice"]:
+        out.print(line, style="bold")
+
+
+def _parts(found: dict[str, Any]) -> Table:
+    table = Table(title="where a request's time goes", title_justify="left", box=None)
+    for name in ("part", "seconds", "share"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    for part in found["parts"]:
+        cells = _cell(part["seconds"], "{:.4f}"), _cell(part["share"], "{:.0%}")
+        table.add_row(part["part"], *cells)
+    return table
+
+
+def _levers(found: list[dict[str, Any]]) -> Table:
+    table = Table(title="what could be saved at most", title_justify="left", box=None)
+    table.add_column("change")
+    for name in ("seconds", "of the request", "of GPU time", "of TTFT"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for lever in found[:SHOWN]:
+        shares = ("share_of_request", "share_of_gpu", "share_of_first")
+        cells = [_cell(lever[name], "{:.1%}") for name in shares]
+        table.add_row(lever["name"], f"{lever['saves_s']:.4f}", *cells)
     return table

@@ -64,7 +64,7 @@ def aiconfigurator_times(model: str, system: str, *, engine: str = "vllm") -> St
     tables = sorted((home / "systems" / "data" / system / "gemm" / engine).glob("*"))
     which = f", {engine} {tables[-1].name}" if tables else f", {engine}"
     return StageTimes(
-        schema_id="pdtrim.stage-times/1",
+        schema="pdtrim.stage-times/1",
         source=f"AIConfigurator {version('aiconfigurator-core')}{which}",
         system=system,
         gpu_memory_bytes=memory,

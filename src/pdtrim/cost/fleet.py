@@ -85,7 +85,7 @@ def size_fleet(service: Service, load: Load, targets: Targets, *, seed: int = 0)
     """
     assert load.rate is not None
     rate, prompt, answer = load.rate, load.mean_prompt, load.mean_answer
-    rows, place_s = _batch(service, prompt, answer, targets)
+    rows, place_s = best_batch(service, prompt, answer, targets)
     alone = Simulation(service, load, rows, place_s, seed)
     prefill = int(rate * alone.prefill_mean) + 1
     decode = int(rate * place_s / rows) + 1
@@ -126,15 +126,19 @@ def size_fleet(service: Service, load: Load, targets: Targets, *, seed: int = 0)
     )
 
 
-def _batch(service: Service, prompt: float, answer: float, targets: Targets) -> tuple[int, float]:
+def best_batch(
+    service: Service, prompt: float, answer: float, targets: Targets
+) -> tuple[int, float]:
     """The batch that serves most within the TPOT target, and the seconds a place in it is taken.
 
     Decoding another request's cache holds up the whole batch, once for each of its places.
+
+    Raises:
+        Unreachable: a batch of one misses the target.
+        PdtrimError: beyond what is measured.
     """
     unpack = service.handover(prompt).decode_s
-    most = min(
-        service.rows_in_memory(prompt, answer, targets.memory_use), service.times.most_rows
-    )
+    most = min(service.rows_in_memory(prompt, answer, targets.memory_use), service.times.most_rows)
     best: tuple[int, float] | None = None
     for rows in range(1, most + 1):
         place_s = answer * service.step_s(rows, prompt, answer / 2) + rows * unpack
@@ -163,9 +167,7 @@ def _in_flight(service: Service, rate: float, most: int, load: Load) -> float:
 class Simulation:
     """One draw of requests, run through fleets of any size."""
 
-    def __init__(
-        self, service: Service, load: Load, rows: int, place_s: float, seed: int
-    ) -> None:
+    def __init__(self, service: Service, load: Load, rows: int, place_s: float, seed: int) -> None:
         assert load.rate is not None
         rng = random.Random(seed)
         prefill_s, moved = cache(service.prefill_s), cache(service.handover)

@@ -9,9 +9,9 @@ from pdtrim.cost.pair import PairCost
 from pdtrim.cost.times import StageTimes
 from pdtrim.errors import PdtrimError
 
-PLACES = (Path(__file__).parent / "measured", Path(__file__).parents[3] / "benchmarks")
-"""In a wheel, and in a checkout."""
-STAGES, CODECS = "stages_202611/*.json", "codec_h100_202611/bench_[0-9]*.json"
+STAGES = Path(__file__).parent / "measured" / "stages_202611"
+CODECS = Path(__file__).parents[3] / "benchmarks" / "codec_h100_202611"
+"""In a checkout only; who has the wheel alone names files."""
 CODECS_SYSTEM = "h100"
 AICONFIGURATOR = "aiconfigurator:"
 
@@ -20,7 +20,8 @@ def stage_times(source: str | None, system: str, pair: PairCost | None) -> Stage
     """The stage times that the user names, or the kept ones of a system and of the pair's shape.
 
     Args:
-        source: a file, ``aiconfigurator:MODEL``, or None.
+        source: a file, the name of kept times such as ``llama-3.1-8b``, ``aiconfigurator:MODEL``,
+            or None.
 
     Raises:
         PdtrimError: nothing is measured for them, or the file is of another model or system.
@@ -29,6 +30,8 @@ def stage_times(source: str | None, system: str, pair: PairCost | None) -> Stage
         from pdtrim.cost.aiconfigurator import aiconfigurator_times
 
         times, where = aiconfigurator_times(source.removeprefix(AICONFIGURATOR), system), source
+    elif source is not None and source in (kept := kept_names(system)):
+        times, where = _kept(kept[source]), source
     elif source is not None:
         times, where = StageTimes.load(source), source
         times = times.model_copy(update={"source": f"{times.source}, in {source}"})
@@ -51,18 +54,28 @@ def fits(times: StageTimes, pair: PairCost) -> bool:
     return own == (pair.layers, pair.kv_heads, pair.head_dim)
 
 
+def kept_names(system: str) -> dict[str, Path]:
+    """Models whose stage times on a system come with pdtrim, and their files."""
+    ending = f"_{system}.json"
+    paths = sorted(STAGES.glob("*.json"))
+    return {p.name.removesuffix(ending): p for p in paths if p.name.endswith(ending)}
+
+
+def _kept(path: Path) -> StageTimes:
+    times = StageTimes.load(path)
+    return times.model_copy(update={"source": f"{times.source}, in {path.parent.name}/{path.name}"})
+
+
 def _kept_times(system: str, pair: PairCost | None) -> StageTimes:
-    known: list[str] = []
-    for path in _files(STAGES):
-        times = StageTimes.load(path)
-        if times.system == system and pair is not None and fits(times, pair):
-            name = f"{path.parent.name}/{path.name}"
-            return times.model_copy(update={"source": f"{times.source}, in {name}"})
-        known.append(f"{times.model.name} on {times.system}")
-    about = f"'{pair.model}' ({pair.layers} layers)" if pair else "this model"
+    kept = kept_names(system)
+    for path in kept.values():
+        times = _kept(path)
+        if pair is not None and fits(times, pair):
+            return times
+    about = f"'{pair.model}' ({pair.layers} layers)" if pair else "an unnamed model"
     raise PdtrimError(
-        f"no stage times of {about} on {system} come with pdtrim"
-        f" ({'; '.join(known) or 'none do'}): give --stages FILE or --stages aiconfigurator:MODEL"
+        f"no stage times of {about} on {system} come with pdtrim (there are:"
+        f" {', '.join(kept) or 'none'}): give --stages NAME, FILE or aiconfigurator:MODEL"
     )
 
 
@@ -72,12 +85,5 @@ def codec_files(paths: tuple[str, ...], system: str) -> list[CodecFile]:
         return [CodecFile.load(path) for path in paths]
     if CODECS_SYSTEM not in system.split("_"):
         return []
-    found = _files(CODECS)
+    found = sorted(CODECS.glob("bench_[0-9]*.json"))
     return [CodecFile.load(path, source=f"{path.parent.name}/{path.name}") for path in found]
-
-
-def _files(pattern: str) -> list[Path]:
-    for place in PLACES:
-        if found := sorted(place.glob(pattern)):
-            return found
-    return []

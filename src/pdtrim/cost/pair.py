@@ -203,8 +203,9 @@ def _sent(rule: _Rule, where: str) -> Sent:
         return Sent(codec=codec, share=1.0)
     if name == "first_last":
         ends = [selector.get(key) for key in ("first", "last")]
-        if all(isinstance(end, int) and end >= 0 for end in ends):
-            return Sent(codec=codec, share=None, ends=sum(ends))
+        counts = [end for end in ends if isinstance(end, int) and end >= 0]
+        if len(counts) == len(ends):
+            return Sent(codec=codec, share=None, ends=sum(counts))
     share = selector.get("share")
     if isinstance(share, int | float) and 0 < share <= 1:
         return Sent(codec=codec, share=float(share))

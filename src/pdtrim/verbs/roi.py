@@ -36,8 +36,8 @@ class RoiConfig:
         memory_use: share of a GPU's memory for weights and cache; 0.9 is vLLM's default.
         work_cost: price of the work to prune; the plan's search at gpu_hour if not given.
         gpu_watts: power that one GPU draws, for energy; none is reported if not given.
-        stages: stage times, as FILE or aiconfigurator:MODEL; those that come with pdtrim for the
-            system and the plan's shape if not given.
+        stages: stage times, as FILE, a kept name such as llama-3.1-8b, or aiconfigurator:MODEL;
+            the kept ones of the system and the plan's shape if not given.
         codecs: outputs of bench-codec, with commas; those that come with pdtrim if not given.
         kv_bytes_per_token: bytes that the pair sends for each prompt token, where you know.
         seed: of the simulated arrivals.
@@ -80,7 +80,7 @@ class RoiConfig:
                 raise PdtrimError(f"give --{name.replace('_', '-')}: nothing stands in for it")
         if (self.trace is None) == (self.isl is None) or (self.isl is None) != (self.osl is None):
             raise PdtrimError("give either --isl and --osl, or --trace")
-        for name, low in (("overlap", 0 <= self.overlap), ("quantile", 0 < self.quantile)):
+        for name, low in (("overlap", self.overlap >= 0), ("quantile", self.quantile > 0)):
             if not low or getattr(self, name) > 1:
                 raise PdtrimError(f"--{name} {getattr(self, name):g}: give a share up to 1")
         if not 0 < self.memory_use <= 1:
