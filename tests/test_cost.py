@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import sys
 from dataclasses import replace
 
 import pytest
@@ -232,3 +233,40 @@ def test_the_kept_times_are_whole_and_found_by_the_plan(tmp_path):
     with pytest.raises(PdtrimError, match="not on --system"):
         stage_times(str(write(tmp_path / "t.json", times_data())), "h100_sxm", None)
     assert len(codec_files((), "h100_sxm")) == 3 and codec_files((), "b200_sxm") == []
+
+
+def test_the_kept_times_are_what_aiconfigurator_gives():
+    pytest.importorskip("aiconfigurator_core")
+    from pdtrim.cost.aiconfigurator import aiconfigurator_times
+
+    made = aiconfigurator_times("meta-llama/Meta-Llama-3.1-8B", "h100_sxm")
+    assert made == StageTimes.load(kept_names("h100_sxm")["llama-3.1-8b"])
+    for model, system, words in (
+        ("meta-llama/Meta-Llama-3.1-8B", "../x", "does not know system"),
+        ("nobody/nothing", "h100_sxm", "no config of"),
+        ("mistralai/Mixtral-8x7B-v0.1", "h100_sxm", "has experts"),
+    ):
+        with pytest.raises(PdtrimError, match=words):
+            aiconfigurator_times(model, system)
+
+
+def test_without_aiconfigurator_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "aiconfigurator_core", None)
+    with pytest.raises(PdtrimError, match="pip install aiconfigurator-core"):
+        stage_times("aiconfigurator:meta-llama/Meta-Llama-3.1-8B", "h100_sxm", None)
+
+
+def test_a_shape_counts_the_parameters_of_its_model():
+    from helpers import tiny_model
+    from pdtrim.cost.aiconfigurator import shape_of
+
+    network = tiny_model().network
+    shape = shape_of(network.config.to_dict(), "some/tiny")
+    assert shape.parameters == sum(p.numel() for p in network.parameters())
+    with pytest.raises(PdtrimError, match="hidden_size"):
+        shape_of({}, "nothing")
+
+
+def test_more_servers_than_are_modelled_are_refused_before_they_are_simulated(tmp_path):
+    with pytest.raises(PdtrimError, match="smaller --rate"):
+        size_fleet(service(tmp_path), replace(LOAD, rate=1e12), Targets(ttft=0.3, tpot=0.01))

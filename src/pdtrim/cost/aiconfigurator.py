@@ -19,7 +19,7 @@ from pdtrim.cost.times import DecodeRow, PrefillRow, Shape, StageTimes
 from pdtrim.errors import PdtrimError, border
 from pdtrim.reading.json_text import read_json
 
-PROMPTS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+PROMPTS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 PARTS = {

@@ -95,6 +95,8 @@ def size_fleet(service: Service, load: Load, targets: Targets, *, seed: int = 0)
             f" {quantile(alone.empty(), targets.quantile):.3g} s, more than --ttft {targets.ttft:g}"
         )
     while True:
+        if prefill + decode > MOST_SERVERS:
+            raise PdtrimError(f"more than {MOST_SERVERS:,} servers: give a smaller --rate")
         waits = alone.run(prefill, decode)
         reached = quantile(waits.ttft, targets.quantile)
         if reached <= targets.ttft:
@@ -103,8 +105,6 @@ def size_fleet(service: Service, load: Load, targets: Targets, *, seed: int = 0)
             prefill += max(1, prefill // 50)
         else:
             decode += max(1, decode // 50)
-        if prefill + decode > MOST_SERVERS:
-            raise PdtrimError(f"more than {MOST_SERVERS:,} servers: give a smaller --rate")
     moved, batch = service.handover(prompt), _in_flight(service, rate / decode, rows, load)
     gpus = service.times.gpus
     return Fleet(

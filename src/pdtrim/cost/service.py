@@ -95,7 +95,8 @@ class Service:
             PdtrimError: not even one.
         """
         memory = self.times.gpus * self.times.gpu_memory_bytes * memory_use
-        rows = int((memory - self.decode_weights()) / self.kv_bytes(prompt, answer))
+        left, one = memory - self.decode_weights(), self.kv_bytes(prompt, answer)
+        rows = int(left / one) if one > 0 else self.times.most_rows
         if rows < 1:
             raise PdtrimError(
                 f"decode's weights and one sequence of {prompt + answer:,.0f} tokens do not fit"
