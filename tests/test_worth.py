@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from cost_files import codec_data, pair_metrics, plan_data, prometheus, times_data, write
@@ -219,3 +220,14 @@ def test_assess_prints_the_verdict(files, tmp_path):
     assert "d.prom" in done.output
     both = CliRunner().invoke(app, [*args, "--json"])
     assert isinstance(both.exception, PdtrimError) and "either --metrics" in str(both.exception)
+
+
+def test_the_commands_of_the_docs_have_options_that_exist():
+    text = (Path(__file__).parent.parent / "docs" / "operate.md").read_text(encoding="utf-8")
+    text = text.replace("\\\n", " ")
+    commands = typer.main.get_command(app).commands
+    lines = [line.split() for line in text.splitlines() if line.startswith("pdtrim ")]
+    assert {words[1] for words in lines} == {"assess", "plan", "eval", "roi", "export", "serve"}
+    for words in lines:
+        known = {name for option in commands[words[1]].params for name in option.opts}
+        assert {word for word in words if word.startswith("-")} <= known, words
