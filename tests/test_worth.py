@@ -180,10 +180,10 @@ def test_spoiled_metrics_are_one_line(tmp_path, what):
 
 
 @pytest.mark.parametrize(
-    "url", ["http://example.com/metrics", "https://127.0.0.1/", "file:///etc/passwd", "http://["]
+    "url", ["http://192.0.2.1/metrics", "https://127.0.0.1/", "file:///etc/passwd"]
 )
 def test_only_loopback_is_asked(url):
-    with pytest.raises(PdtrimError, match=r"loopback|cannot read"):
+    with pytest.raises(PdtrimError, match="not http on loopback"):
         read_servers([url])
 
 

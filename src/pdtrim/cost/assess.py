@@ -133,11 +133,10 @@ def _codec_savings(
     found: dict[str, tuple[float, float, str]] = {}
     for file in sorted(codecs, key=lambda file: -abs(file.raw_bytes - size)):  # the nearest last
         for name, speed in file.speeds.items():
-            if speed.compression > 1:
-                wire = size * (1 - 1 / speed.compression) * 8 / (link * 1e9)
-                coding = size / speed.encode_gb_s + size / speed.decode_gb_s
-                source = f"{file.source} ({file.hardware})"
-                found[name] = wire - coding / 1e9, speed.compression, source
+            wire = size * (1 - 1 / speed.compression) * 8 / (link * 1e9)
+            coding = size / speed.encode_gb_s + size / speed.decode_gb_s
+            source = f"{file.source} ({file.hardware})"
+            found[name] = wire - coding / 1e9, speed.compression, source
     return found
 
 
