@@ -11,6 +11,7 @@ FLOORS = (
     ("errors", "progress", "records", "versions", "words"),
     ("finite", "reading"),
     ("keep",),
+    ("cost",),
     ("kv.groups", "kv.view", "kv.bias", "kv.selectors", "kv.codecs", "kv.kernels", "kv.bearable"),
     ("plan",),
     ("card",),

@@ -43,15 +43,18 @@ if TYPE_CHECKING:
     from pdtrim.runtime.session import Generation, Session
     from pdtrim.stage.forward import Batch, Pair, Trimmed, forward
     from pdtrim.stage.sampling import Sampling
+    from pdtrim.verbs.assess import AssessConfig, assess
     from pdtrim.verbs.compare import compare_methods
     from pdtrim.verbs.distill import TrainConfig, train
     from pdtrim.verbs.export import export_pair
     from pdtrim.verbs.measure import measure_sensitivity, run_ablation, sweep_kv
     from pdtrim.verbs.plan import PlanConfig, make_plan
+    from pdtrim.verbs.roi import RoiConfig, estimate_roi
     from pdtrim.verbs.serve import serve_pair
 
 __all__ = [
     "AblationConfig",
+    "AssessConfig",
     "Batch",
     "Calibration",
     "CalibrationConfig",
@@ -68,6 +71,7 @@ __all__ = [
     "PlanConfig",
     "PrunePlan",
     "Quality",
+    "RoiConfig",
     "Sampling",
     "ServeConfig",
     "Session",
@@ -77,11 +81,13 @@ __all__ = [
     "TrainConfig",
     "TrimPlan",
     "Trimmed",
+    "assess",
     "bench_codecs",
     "bench_forward",
     "bench_stages",
     "bench_transfer",
     "compare_methods",
+    "estimate_roi",
     "evaluate_tasks",
     "evaluate_text",
     "export",
@@ -105,6 +111,10 @@ _HOMES = {
     "train": "pdtrim.verbs.distill",
     "bench_forward": "pdtrim.bench.forward",
     "evaluate_text": "pdtrim.evaluate.run",
+    "AssessConfig": "pdtrim.verbs.assess",
+    "RoiConfig": "pdtrim.verbs.roi",
+    "assess": "pdtrim.verbs.assess",
+    "estimate_roi": "pdtrim.verbs.roi",
     "AblationConfig": "pdtrim.evaluate.ablation",
     "Batch": "pdtrim.stage.forward",
     "Calibration": "pdtrim.calibration.batches",
