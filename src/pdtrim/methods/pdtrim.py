@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pdtrim.errors import PlanError
 from pdtrim.methods.base import Found, Method
 from pdtrim.methods.problem import Problem, Target
-from pdtrim.models.swap import Blocks
+from pdtrim.models.swap import Blocks, joined
 from pdtrim.plan import STAGES, Gates, Widths
 from pdtrim.repair.apply import Repaired, best_repair
 from pdtrim.repair.cuts import writes
@@ -112,7 +112,7 @@ class PDTrim(Method):
             kl=objective.memo[state],
             repair=repaired.text if repaired else "none",
             widths=widths,
-            blocks=_joined(blocks, repaired.blocks) if repaired else blocks,
+            blocks=joined(blocks, repaired.blocks) if repaired else blocks,
         )
 
     def ground(self, problem: Problem) -> Ground:
@@ -201,12 +201,3 @@ class PDTrim(Method):
                 made.append((state, repaired))
                 advance(1)
         return min(made, key=lambda pair: pair[1].kl)
-
-
-def _joined(below: Blocks, above: Blocks) -> Blocks:
-    """Parameters of both, those of ``above`` where both have them."""
-    joined: Blocks = {}
-    for stage in STAGES:
-        old, new = below.get(stage, {}), above.get(stage, {})
-        joined[stage] = {i: {**old.get(i, {}), **new.get(i, {})} for i in sorted({*old, *new})}
-    return joined
