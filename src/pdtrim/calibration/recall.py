@@ -79,7 +79,7 @@ def recall_text(model: Model, text: Batch, *, seed: int = 0) -> Recall:
         CalibrationError: the sequences are too short.
     """
     ids_nW = torch.cat((text.prompt_BP, text.continuation_BC), dim=1).cpu()
-    if ids_nW.shape[1] < LEAST:
+    if sequence_tokens(text) < LEAST:
         raise CalibrationError(
             f"recall needs sequences of at least {LEAST} tokens, and these have"
             f" {ids_nW.shape[1]}: give longer ones, or a recall weight of 0"
@@ -92,6 +92,11 @@ def recall_text(model: Model, text: Batch, *, seed: int = 0) -> Recall:
         continuation_BC=torch.tensor(continuations, dtype=torch.long),
     )
     return Recall(batch=batch.to(model.device), answer_BC=torch.tensor(answers).to(model.device))
+
+
+def sequence_tokens(text: Batch) -> int:
+    """Tokens of a sequence, its prompt and its continuation."""
+    return text.prompt_BP.shape[1] + text.continuation_BC.shape[1]
 
 
 @torch.inference_mode()

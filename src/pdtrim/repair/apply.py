@@ -156,6 +156,11 @@ class Repaired:
         return self.score.kl
 
     @property
+    def winners(self) -> dict[Stage, tuple[Kind, ...]]:
+        """The kind that won in each stage, to choose from for a pair much like this one."""
+        return {s: ("outputs",) if k in SHARED else (k,) for s, k in self.kinds.items()}
+
+    @property
     def text(self) -> str:
         """In words."""
         done = [f"{stage} {kind}" for stage, kind in self.kinds.items() if kind != "none"]
@@ -171,6 +176,7 @@ def best_repair(
     kinds: Mapping[Stage, Sequence[Kind]] = KINDS,
     *,
     ridge: float = RIDGE,
+    over: Callable[[], bool] = lambda: False,
 ) -> Repaired:
     """Choose each stage's repair, prefill's first, and then whether one of both stages is better.
 
@@ -181,6 +187,7 @@ def best_repair(
         trimmed: the pair as it is pruned.
         fit, held_out: what was repaired on them before has left the dense model's streams there.
         kinds: to choose from; the shared ones are tried where both stages have ``outputs``.
+        over: whether there is no time for another kind; the best so far then stays.
     """
     changed = changed_stages(model, trimmed)
     text = fit if isinstance(fit, DenseText) else DenseText(model, fit, stages=changed or STAGES)
@@ -196,6 +203,8 @@ def best_repair(
         for kind in kinds[stage] if stage in changed else ():
             if kind == "none" or not ("outputs" in kind or find_cuts(trimmed.gates, stage)):
                 continue
+            if over():
+                break
             made[kind] = _made(model, before, text, kind, (stage,), made, ridge)
             repaired = _with(before, made[kind])
             found = judge.score(repaired)
@@ -206,6 +215,8 @@ def best_repair(
     if len(changed) == len(STAGES) and all("outputs" in kinds[stage] for stage in STAGES):
         made = {}
         for kind in SHARED:
+            if over():
+                break
             made[kind] = _made(model, trimmed, text, kind, STAGES, made, ridge)
             found = judge.score(_with(trimmed, made[kind]))
             tried["decode"][kind] = found.loss

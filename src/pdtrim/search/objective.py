@@ -14,6 +14,7 @@ Shapes: n sequences of the parts measured.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -120,6 +121,7 @@ class Objective:
 
     Attributes:
         memo: loss of every state measured on the whole text.
+        late: whether the time for the search is over; asked once a state meets the goal.
         known: losses ``[n]`` of every state on the first parts of the text.
     """
 
@@ -155,6 +157,12 @@ class Objective:
         self.dense_cost = self._cost(Gates.dense(model.num_layers), 0, range(len(self.batches)))
         self.spent = self.dense_cost
         self.origins: tuple[Measured, ...] = ()
+        self.late: Callable[[], bool] = lambda: False
+        self.held = False
+
+    def hold(self) -> None:
+        """From here on an evaluation that begins late ends the search as a spent budget does."""
+        self.held = True
 
     @property
     def levels(self) -> list[int]:
@@ -227,6 +235,8 @@ class Objective:
         cost = self._cost(gates, start, parts)
         if self.budget is not None and self.spent + cost > self.budget:
             raise BudgetSpent
+        if self.held:
+            self._be_in_time()
         self.spent += cost
         made: list[Traces] = []
 
@@ -259,6 +269,17 @@ class Objective:
             parts=parts.stop,
             run=lambda: made[0] if made else self._run(gates, parts, None, 0),
         )
+
+    def _be_in_time(self) -> None:
+        """Raise where it is late; a search that is resumed ends where it did."""
+        key: dict[str, object] = {"late": self.spent}
+        journal = self.journal
+        replaying = journal is not None and journal.replaying
+        if not (journal is not None and journal.holds(key) if replaying else self.late()):
+            return
+        if journal is not None:
+            journal.once(key, list)
+        raise BudgetSpent
 
     @torch.inference_mode()
     def _run(self, gates: Gates, parts: range, resume: Traces | None, start: int) -> Traces:
@@ -317,6 +338,16 @@ class Objective:
             if start > found[1]:
                 found = origin, start
         return found
+
+    @torch.inference_mode()
+    def timed(self, state: Removal) -> tuple[float, int]:
+        """Seconds and block-tokens of a state on the first part; neither counted nor kept."""
+        begun, part = time.perf_counter(), range(1)
+        text, recall = self._run(state.gates, part, None, 0)
+        values = [self.losses[0](text[0][-1][1])]
+        values += [self._answers(0, trace[-1][1]) for trace in recall]
+        torch.cat(values).tolist()  # waits for a GPU
+        return time.perf_counter() - begun, self._cost(state.gates, 0, part)
 
     def quote(self, state: Removal) -> int:
         """Block-tokens that measuring a state on the whole text would be charged now."""
