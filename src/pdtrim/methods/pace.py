@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pdtrim.keep.journal import Journal
 from pdtrim.models.model import Model
 from pdtrim.search.goal import Goal
 from pdtrim.search.objective import Objective
@@ -44,17 +45,25 @@ class Pace:
         return walks + stages * finalists * fits
 
 
-def measured_pace(model: Model, objective: Objective) -> Pace:
-    """Time the dense model on a part of the search's text, and a fit of few tokens."""
-    dense = Removal(num_layers=model.num_layers, mode="projected")
-    seconds, tokens = objective.timed(dense)
-    width = int(model.config.intermediate_size)
-    x_RF = torch.randn(ROWS, width, device=model.device)
-    gram_s = _seconds(lambda: x_RF.T @ x_RF) / ROWS
-    part = max(width // SHARE, 1)
-    square = torch.eye(part, dtype=torch.float64, device=model.device)
-    solve_s = _seconds(lambda: torch.linalg.solve(square, square)) * SHARE**3
-    return Pace(block_token_s=seconds / tokens, gram_s=gram_s, solve_s=solve_s)
+def measured_pace(model: Model, objective: Objective, journal: Journal | None) -> Pace:
+    """Time the dense model on a part of the search's text, and a fit of few tokens.
+
+    Args:
+        journal: of the search, which then has the same pace when it is resumed.
+    """
+
+    def measure() -> list[float]:
+        dense = Removal(num_layers=model.num_layers, mode="projected")
+        seconds, tokens = objective.timed(dense)
+        width = int(model.config.intermediate_size)
+        x_RF = torch.randn(ROWS, width, device=model.device)
+        gram_s = _seconds(lambda: x_RF.T @ x_RF) / ROWS
+        square = torch.eye(max(width // SHARE, 1), dtype=torch.float64, device=model.device)
+        solve_s = _seconds(lambda: torch.linalg.solve(square, square)) * SHARE**3
+        return [seconds / tokens, gram_s, solve_s]
+
+    values = measure() if journal is None else journal.once({"pace": "seconds"}, measure)
+    return Pace(block_token_s=values[0], gram_s=values[1], solve_s=values[2])
 
 
 def minutes(seconds: float) -> str:

@@ -209,7 +209,7 @@ class PDTrim(Method):
         passes = 0.0
         if target.search in ("hybrid", "anneal"):
             passes = self.annealing.steps * 2 / 3
-        pace = measured_pace(problem.model, objective)
+        pace = measured_pace(problem.model, objective, problem.journal)
         search = (
             STEP * greedy_evaluations(goal, problem.dense(), self.shortlist) + passes
         ) * objective.dense_cost

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pdtrim.calibration.recall import answer_loss, recall_text
 from pdtrim.calibration.score import Score
-from pdtrim.calibration.teacher import Teacher
+from pdtrim.calibration.teacher import HEAD_ROWS, Teacher
 from pdtrim.finite import finite
 from pdtrim.keep.journal import Journal
 from pdtrim.models.model import Model
@@ -344,9 +344,10 @@ class Objective:
         """Seconds and block-tokens of a state on the first part; neither counted nor kept."""
         begun, part = time.perf_counter(), range(1)
         text, recall = self._run(state.gates, part, None, 0)
-        values = [self.losses[0](text[0][-1][1])]
-        values += [self._answers(0, trace[-1][1]) for trace in recall]
-        torch.cat(values).tolist()  # waits for a GPU
+        streams = [trace[-1][1].flatten(0, 1) for trace in text]
+        streams += [trace[-1][1][self.recalls[0].answer_BC] for trace in recall]
+        for some in torch.cat(streams).split(HEAD_ROWS):
+            float(F.log_softmax(self.model.head(some), -1, dtype=torch.float32).sum())
         return time.perf_counter() - begun, self._cost(state.gates, 0, part)
 
     def quote(self, state: Removal) -> int:
