@@ -19,7 +19,7 @@ from pdtrim.cli.common import (
 )
 from pdtrim.errors import PdtrimError
 from pdtrim.keep.folder import output_file, output_folder
-from pdtrim.verbs.measure import measure_sensitivity, run_ablation, sweep_kv
+from pdtrim.verbs.measure import run_ablation, sensitivity_maps, sweep_kv
 
 app = typer.Typer()
 
@@ -278,7 +278,7 @@ def sensitivity(
     dtype: Dtype = "bfloat16",
     as_json: Json = False,
 ) -> None:
-    """Measure what losing each block alone costs each stage; write a table and a heat map."""
+    """Measure what losing each block alone costs each stage, in KL and recall, with heat maps."""
     from pdtrim.calibration.batches import CalibrationConfig
     from pdtrim.evaluate.sensitivity import WAYS
     from pdtrim.report.table import sensitivity_table
@@ -292,11 +292,15 @@ def sensitivity(
         fit=0,
         seed=seed,
     )
-    kl_WL = measure_sensitivity(
+    maps = sensitivity_maps(
         model, config, output, dtype=dtype, device=device, progress=progress_of(as_json)
     )
     if as_json:
-        print_json({way: row for way, row in zip(WAYS, kl_WL.tolist(), strict=True)})
+        rows = {
+            what: dict(zip(WAYS, loss_WL.tolist(), strict=True)) for what, loss_WL in maps.items()
+        }
+        print_json({**rows["KL"], "recall": rows["recall"]})
     else:
-        out.print(sensitivity_table(kl_WL, tuple(WAYS)))
-        out.print(f"wrote {output}/table.md and blocks.png")
+        for what, loss_WL in maps.items():
+            out.print(f"{what}:\n{sensitivity_table(loss_WL, tuple(WAYS))}")
+        out.print(f"wrote table.md, blocks.png, recall.md and recall.png to {output}")

@@ -1,4 +1,4 @@
-"""What each block is worth to each stage: the KL of losing it alone.
+"""What each block is worth to each stage: the KL of losing it alone, and what recall loses.
 
 Four ways to lose block i, everything else whole:
 
@@ -19,6 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pdtrim.calibration.recall import answer_loss, recall_text
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.finite import finite
 from pdtrim.kv.policy import HandoverPolicy
@@ -44,7 +45,10 @@ WAYS: dict[str, Callable[[int, int], Gates]] = {
 }
 
 
-@torch.inference_mode()
+Loss = Callable[[Tensor], Tensor]
+"""Decode's last stream ``[B, C, E]`` to a loss a sequence."""
+
+
 def sensitivity(
     model: Model,
     batch: Batch,
@@ -57,14 +61,60 @@ def sensitivity(
     Args:
         policy: KV policy under which blocks are lost; None is full.
     """
-    batch, count = batch.to(model.device), model.num_layers
-    policy = policy or HandoverPolicy.full(count)
-    dense = replace(Trimmed.dense(model), policy=policy)
+    batch = batch.to(model.device)
+
+    def loss_on(start: int) -> tuple[Batch, Loss]:
+        part = batch[start : start + ROWS]
+        teacher = Teacher.of(model, part)
+        return part, lambda y_BCE: teacher.kl(model, y_BCE)
+
+    kl_WL = _losses(model, len(batch), loss_on, policy, progress)
+    return finite(kl_WL, "the KL of losing a block")
+
+
+def recall_sensitivity(
+    model: Model,
+    batch: Batch,
+    *,
+    policy: HandoverPolicy | None = None,
+    progress: Progress = silent,
+    seed: int = 0,
+) -> Tensor:
+    """Mean NLL of answers above the dense model's (``calibration/recall.py``), likewise.
+
+    Raises:
+        CalibrationError: the text's sequences are too short for it.
+    """
+    rows = recall_text(model, batch, seed=seed)
+
+    def loss_on(start: int) -> tuple[Batch, Loss]:
+        part = rows[start : start + ROWS]
+        dense_B = answer_loss(model, part, Trimmed.dense(model).last_stream(part.batch))
+        return part.batch, lambda y_BCE: answer_loss(model, part, y_BCE) - dense_B
+
+    recall_WL = _losses(model, len(rows), loss_on, policy, progress)
+    return finite(recall_WL, "the recall of losing a block")
+
+
+@torch.inference_mode()
+def _losses(
+    model: Model,
+    sequences: int,
+    loss_on: Callable[[int], tuple[Batch, Loss]],
+    policy: HandoverPolicy | None,
+    progress: Progress,
+) -> Tensor:
+    """Mean loss of losing each block in each way, ``[W, L]``, float64.
+
+    Args:
+        loss_on: what is run from a sequence on, ``ROWS`` of them, and its loss.
+    """
+    count = model.num_layers
+    dense = replace(Trimmed.dense(model), policy=policy or HandoverPolicy.full(count))
     total_WL = torch.zeros(len(WAYS), count, dtype=torch.float64)
-    with progress("measuring blocks", total_WL.numel() * len(batch)) as advance:
-        for start in range(0, len(batch), ROWS):
-            part = batch[start : start + ROWS]
-            teacher = Teacher.of(model, part)
+    with progress("measuring blocks", total_WL.numel() * sequences) as advance:
+        for begin in range(0, sequences, ROWS):
+            part, loss = loss_on(begin)
             whole = dense.streams(part)
             for way, gates_of in enumerate(WAYS.values()):
                 for layer in range(count):
@@ -72,7 +122,7 @@ def sensitivity(
                     # the last block of prefill is dead work in the dense model already
                     first = min(layer, gates.last_read)
                     trace = replace(dense, gates=gates).streams(part, resume=whole, start=first)
-                    kl_B = teacher.kl(model, trace[-1][1])
-                    total_WL[way, layer] += float(kl_B.double().sum())
-                    advance(len(part))
-    return finite(total_WL / len(batch), "the KL of losing a block")
+                    loss_B = loss(trace[-1][1])
+                    total_WL[way, layer] += float(loss_B.double().sum())
+                    advance(len(loss_B))
+    return total_WL / sequences

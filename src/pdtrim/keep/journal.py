@@ -79,6 +79,17 @@ class Journal:
         self.at += 1
         return values
 
+    def holds(self, key: dict[str, Any]) -> bool:
+        """Whether an earlier run wrote this at this place. False where it had not come so far."""
+        entry = dict(self.old[self.at]) if self.at < len(self.old) else {}
+        entry.pop("values", None)
+        return entry == plain(key)
+
+    @property
+    def replaying(self) -> bool:
+        """Whether what an earlier run measured is still to come."""
+        return self.at < len(self.old)
+
     def _bytes(self) -> bytes:
         if not self.path.exists():
             return b""

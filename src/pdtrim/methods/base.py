@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, get_args
 
 from pdtrim.bundle import TrimPlan
 from pdtrim.calibration.batches import Calibration
+from pdtrim.calibration.recall import LEAST, sequence_tokens
 from pdtrim.errors import PlanError
 from pdtrim.keep.journal import Journal
 from pdtrim.keep.settings import Settings
@@ -18,6 +20,7 @@ from pdtrim.models.model import Model
 from pdtrim.models.swap import Blocks
 from pdtrim.plan import (
     Gates,
+    HeldOutScore,
     Mode,
     Provenance,
     PrunePlan,
@@ -25,7 +28,9 @@ from pdtrim.plan import (
 )
 from pdtrim.progress import Progress, silent
 from pdtrim.repair.cuts import merged_layers
+from pdtrim.repair.held_out import HeldOut
 from pdtrim.search.objective import BudgetSpent
+from pdtrim.stage.forward import Trimmed
 from pdtrim.versions import versions
 from pdtrim.words import Grain, Metric, Repair
 
@@ -42,6 +47,7 @@ class Found:
     gates: Gates
     block_tokens: int
     kl: float | None = None
+    recall: float | None = None
     repair: str = "none"
     blocks: Blocks = field(default_factory=dict)
     widths: Widths | None = None
@@ -81,12 +87,14 @@ class Method(ABC):
         *,
         progress: Progress = silent,
         journal: Path | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> TrimPlan:
         """Search, and record how.
 
         Args:
             journal: a file in which the search's measurements are kept, and from which a search
                 that was interrupted goes on.
+            say: takes a line for people.
 
         Returns:
             The plan with its weights, in memory until it is saved.
@@ -100,7 +108,7 @@ class Method(ABC):
         record = None
         if journal is not None:
             record = Journal(journal, self._settings(model, calibration, target))
-        problem = Problem.of(model, calibration, target, progress=progress, journal=record)
+        problem = Problem.of(model, calibration, target, progress=progress, journal=record, say=say)
         found = self.solved(problem)
         provenance = Provenance(
             method=self.name,
@@ -110,6 +118,8 @@ class Method(ABC):
             calibration_hash=calibration.hash,
             search_block_tokens=found.block_tokens,
             search_kl=found.kl,
+            search_recall=found.recall,
+            recall_weight=0.0 if found.recall is None else target.recall,
             repair=found.repair,
             wall_s=round(time.perf_counter() - started, 3),
             versions=versions(),
@@ -123,7 +133,8 @@ class Method(ABC):
             "provenance": provenance,
         }
         plan = PrunePlan.from_json(data, source=f"method '{self.name}'")
-        return TrimPlan.of(plan, found.blocks, merged=merged_layers(found.gates))
+        made = TrimPlan.of(plan, found.blocks, merged=merged_layers(found.gates))
+        return replace(made, plan=_judged(made, problem))
 
     def own(self, target: Target) -> Target:
         """The target with the method's own choices where it makes none.
@@ -176,3 +187,17 @@ class Method(ABC):
             },
             "versions": versions(),
         }
+
+
+def _judged(made: TrimPlan, problem: Problem) -> PrunePlan:
+    """The plan with what its pair costs on the re-rank text, if there is any."""
+    plan, text = made.plan, problem.text.rerank
+    if len(text) == 0:
+        return plan
+    weight = problem.target.recall if sequence_tokens(text) >= LEAST else None
+    judge = HeldOut(problem.model, text, weight=weight, seed=problem.target.seed)
+    score = judge.score(Trimmed.of(plan, made.pair(problem.model)))
+    held_out = HeldOutScore(kl=score.kl, recall=score.recall)
+    return plan.model_copy(
+        update={"provenance": plan.provenance.model_copy(update={"held_out": held_out})}
+    )

@@ -13,16 +13,22 @@ Prefill work that nothing reads is then removed; it changes nothing.
 
 from __future__ import annotations
 
+import math
 import random
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pdtrim.errors import PlanError
 from pdtrim.methods.base import Found, Method
+from pdtrim.methods.pace import measured_pace, minutes
 from pdtrim.methods.problem import Problem, Target
-from pdtrim.models.swap import Blocks
-from pdtrim.plan import STAGES, Gates, Widths
-from pdtrim.repair.apply import Repaired, best_repair
+from pdtrim.models.swap import Blocks, joined
+from pdtrim.plan import STAGES, Gates, Stage, Widths
+from pdtrim.repair.apply import KINDS, Kind, Repaired, best_repair, changed_stages
 from pdtrim.repair.cuts import writes
+from pdtrim.repair.dense import DenseText
+from pdtrim.repair.held_out import HeldOut
 from pdtrim.search.anneal import Annealing, anneal
 from pdtrim.search.evolution import Evolution, evolution
 from pdtrim.search.goal import SEARCH_ORDER, Goal
@@ -32,6 +38,12 @@ from pdtrim.search.objective import Measured, Objective
 from pdtrim.search.one_shot import one_shot
 from pdtrim.search.state import Removal
 from pdtrim.stage.forward import Pair, Trimmed
+
+STEP = 0.35
+"""Of a dense pass, a greedy step's evaluation: candidates run from where they differ, and most of
+them on part of the text."""
+SEARCH_SHARE = 0.8
+"""Of the minutes behind repairs, that the search plans with; the rest is for a slower machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +94,7 @@ class PDTrim(Method):
     shortlist: int | None = 10
     annealing: Annealing = field(default_factory=Annealing)
     evolution: Evolution = field(default_factory=Evolution)
-    hybrid: Hybrid = field(default_factory=Hybrid)
+    hybrid: Hybrid = field(default_factory=lambda: Hybrid(halving=True))
     finalists: int = 4
     repaired: int = 2
 
@@ -92,27 +104,31 @@ class PDTrim(Method):
         ground = self.ground(problem)
         if ground.widths is None and ground.goal.met(dense):
             return Found(gates=dense.gates.without_dead_work(), block_tokens=0)
+        begun = time.monotonic()
         start = replace(
             Trimmed.whole(ground.pair, Gates.dense(problem.model.num_layers)), policy=problem.policy
         )
-        objective = problem.objective(start=start)
+        objective = problem.objective(start=start, recall=True)
         objective.spent += ground.block_tokens
+        clock = self._clock(problem, objective, ground.goal, begun)
         best = self.explore(problem, objective, ground.goal)
         if not ground.goal.met(best.state):
             raise PlanError(f"no state was found that saves this much in {target.metric}")
         ranked, spent = self._rerank(problem, objective, ground.goal, best.state)
         state, repaired = ranked[0], None
         if target.repair != "none":
-            state, repaired = self._repair(problem, ranked, objective.start)
+            state, repaired = self._repair(problem, ranked, objective.start, clock)
+        score = objective.score_of(state)
         gates = state.gates.without_dead_work()
         widths, blocks = ground.under(gates)
         return Found(
             gates=gates,
             block_tokens=objective.spent + spent,
-            kl=objective.memo[state],
+            kl=score.kl,
+            recall=score.recall,
             repair=repaired.text if repaired else "none",
             widths=widths,
-            blocks=_joined(blocks, repaired.blocks) if repaired else blocks,
+            blocks=joined(blocks, repaired.blocks) if repaired else blocks,
         )
 
     def ground(self, problem: Problem) -> Ground:
@@ -169,7 +185,7 @@ class PDTrim(Method):
         text = problem.text
         if len(text.rerank) == 0 or len(finalists) == 1:
             return [best], 0
-        second = problem.objective(start=objective.start, text=text.rerank, free=True)
+        second = problem.objective(start=objective.start, text=text.rerank, free=True, recall=True)
         share = len(text.rerank) / (len(text.rerank) + len(text.search))
         losses: dict[Removal, float] = {}
         with problem.progress("ranking finalists", len(finalists)) as advance:
@@ -180,33 +196,80 @@ class PDTrim(Method):
                 advance(1)
         return sorted(losses, key=lambda s: losses[s]), second.spent
 
+    def _clock(
+        self, problem: Problem, objective: Objective, goal: Goal, begun: float
+    ) -> Callable[[], bool]:
+        """Say how long it will take, and hold the search to the target's minutes if it has any.
+
+        Returns:
+            Whether the minutes are over.
+        """
+        target = problem.target
+        fit = problem.text.fit if len(problem.text.fit) else problem.text.search
+        passes = 0.0
+        if target.search in ("hybrid", "anneal"):
+            passes = self.annealing.steps * 2 / 3
+        pace = measured_pace(problem.model, objective, problem.journal)
+        search = (
+            STEP * greedy_evaluations(goal, problem.dense(), self.shortlist) + passes
+        ) * objective.dense_cost
+        repairs = 0.0
+        if target.repair != "none":
+            repairs = pace.repair_seconds(problem.model, fit, goal, self.repaired)
+        if target.minutes is not None:
+            key = {"block_tokens_in": target.minutes}
+            left = SEARCH_SHARE * (60 * target.minutes - (time.monotonic() - begun) - repairs)
+
+            def affordable() -> list[int]:
+                return [objective.spent + max(int(left / pace.block_token_s), 0)]
+
+            journal = problem.journal
+            objective.budget = (journal.once(key, affordable) if journal else affordable())[0]
+        if objective.budget is not None:
+            search = min(search, objective.budget) if target.minutes is None else objective.budget
+        seconds = search * pace.block_token_s
+        problem.say(
+            f"about {minutes(seconds + repairs)} from here: {minutes(seconds)} of search,"
+            f" {minutes(repairs)} of repairs"
+        )
+        end = math.inf if target.minutes is None else begun + 60 * target.minutes
+        objective.late = lambda: time.monotonic() > end - repairs
+        return lambda: time.monotonic() > end
+
     def _repair(
-        self, problem: Problem, ranked: list[Removal], start: Trimmed
+        self,
+        problem: Problem,
+        ranked: list[Removal],
+        start: Trimmed,
+        over: Callable[[], bool],
     ) -> tuple[Removal, Repaired]:
         """The finalist that is best when repaired, chosen on the re-rank text.
 
-        Fitted to the text that is there for it, or else to the search's. The search's meter does
-        not count it: a repair costs a few passes.
+        All kinds of repair are tried on the first, on the others the kinds that won there. Fitted
+        to the text that is there for it, or else to the search's. The search's meter does not count
+        it: a repair costs a few passes.
+
+        Args:
+            over: whether there is no time for another repair.
         """
-        text = problem.text
+        text, model = problem.text, problem.model
         if len(text.rerank) == 0:
             raise PlanError("a repair is chosen on the re-rank text, and there is none")
-        options = ranked[: self.repaired]
-        fit = text.fit if len(text.fit) else text.search
+        options = [replace(start, gates=state.gates) for state in ranked[: self.repaired]]
+        changed = [
+            stage for stage in STAGES if any(stage in changed_stages(model, o) for o in options)
+        ]
+        fit = DenseText(model, text.fit if len(text.fit) else text.search, stages=changed or STAGES)
+        weight = problem.target.recall or None
+        judge = HeldOut(model, text.rerank, weight=weight, seed=problem.target.seed)
+        kinds: Mapping[Stage, Sequence[Kind]] = KINDS
         made: list[tuple[Removal, Repaired]] = []
         with problem.progress("repairing finalists", len(options)) as advance:
-            for state in options:
-                trimmed = replace(start, gates=state.gates)
-                repaired = best_repair(problem.model, trimmed, fit, text.rerank)
+            for state, trimmed in zip(ranked, options, strict=False):
+                if made and over():
+                    break
+                repaired = best_repair(model, trimmed, fit, judge, kinds, over=over)
                 made.append((state, repaired))
+                kinds = repaired.winners
                 advance(1)
-        return min(made, key=lambda pair: pair[1].kl)
-
-
-def _joined(below: Blocks, above: Blocks) -> Blocks:
-    """Parameters of both, those of ``above`` where both have them."""
-    joined: Blocks = {}
-    for stage in STAGES:
-        old, new = below.get(stage, {}), above.get(stage, {})
-        joined[stage] = {i: {**old.get(i, {}), **new.get(i, {})} for i in sorted({*old, *new})}
-    return joined
+        return min(made, key=lambda pair: pair[1].score.loss)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -47,6 +49,9 @@ class Target:
         prefill_share, decode_share: shares of its blocks' parameters, its operations or its time
             that each stage must save; with ``kv_bytes``, decode's is the share of the handover's
             bytes, and prefill has none.
+        recall: weight of recall beside KL in the loss (``calibration/recall.py``), for methods that
+            minimise a KL; 0 leaves it out.
+        minutes: how long search and repairs may take; None for the method's own effort.
     """
 
     prefill_remove: int = 0
@@ -62,6 +67,8 @@ class Target:
     repair: Repair | None = None
     prefill_share: float = 0.0
     decode_share: float = 0.0
+    recall: float = 0.0
+    minutes: float | None = None
 
     def remove(self, stage: Stage) -> int:
         """Blocks that a stage loses."""
@@ -85,6 +92,13 @@ class Target:
             self.prefill_remove != self.decode_remove or self.prefill_share != self.decode_share
         ):
             raise PlanError("mode 'unified': both stages lose the same, so ask the same of both")
+        for name, number in (("recall", self.recall), ("minutes", self.minutes or 1.0)):
+            if not 0 <= number < math.inf:
+                raise PlanError(f"{name} {number:g} must be a number of at least 0")
+        if self.minutes == 0:
+            raise PlanError("a search takes more than 0 minutes: give more")
+        if self.minutes is not None and self.budget is not None:
+            raise PlanError("give either minutes or a budget of block-tokens, not both")
         self._check_shares()
 
     def _check_shares(self) -> None:
@@ -114,6 +128,7 @@ class Problem:
     rules: tuple[LayerKV, ...]
     progress: Progress
     journal: Journal | None
+    say: Callable[[str], None] = lambda text: None
 
     @classmethod
     def of(
@@ -124,6 +139,7 @@ class Problem:
         *,
         progress: Progress,
         journal: Journal | None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> Problem:
         """Resolve the KV policy.
 
@@ -143,7 +159,13 @@ class Problem:
         dumped = resolve() if journal is None else journal.once(key, resolve)
         rules = tuple(LayerKV.model_validate(rule) for rule in dumped)
         return cls(
-            model=model, text=text, target=target, rules=rules, progress=progress, journal=journal
+            model=model,
+            text=text,
+            target=target,
+            rules=rules,
+            progress=progress,
+            journal=journal,
+            say=say,
         )
 
     @property
@@ -188,6 +210,7 @@ class Problem:
         start: Trimmed | None = None,
         text: Batch | None = None,
         free: bool = False,
+        recall: bool = False,
     ) -> Objective:
         """The loss of states on a text, under the target's budget and with the journal.
 
@@ -195,6 +218,7 @@ class Problem:
             start: what states are cut out of; None is the dense model with all of its KV.
             text: None is the search text.
             free: of the budget.
+            recall: with the target's weight of it.
         """
         return Objective(
             self.model,
@@ -203,6 +227,8 @@ class Problem:
             start=start,
             budget=None if free else self.target.budget,
             journal=self.journal,
+            recall=self.target.recall if recall else 0.0,
+            seed=self.target.seed,
         )
 
     def narrower(self, model: Model) -> Problem:

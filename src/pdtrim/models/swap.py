@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pdtrim.finite import finite
 from pdtrim.models.model import Model
-from pdtrim.plan import Stage
+from pdtrim.plan import STAGES, Stage
 
 Weights = dict[str, Tensor]
 """Parameters of one block, by their names below it, such as ``mlp.down_proj.weight``."""
@@ -61,3 +61,12 @@ def _put(block: nn.Module, layer: int, name: str, tensor: Tensor) -> None:
         )
     finite(tensor, f"'{name}' of the block that replaces layer {layer}, in {tensor.dtype},")
     owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def joined(below: Blocks, above: Blocks) -> Blocks:
+    """Parameters of both, those of ``above`` where both have them."""
+    made: Blocks = {}
+    for stage in STAGES:
+        old, new = below.get(stage, {}), above.get(stage, {})
+        made[stage] = {i: {**old.get(i, {}), **new.get(i, {})} for i in sorted({*old, *new})}
+    return made

@@ -4,6 +4,7 @@ from pdtrim.plan.gates import AttentionGate, Gates
 from pdtrim.plan.plan import (
     MAX_PLAN_BYTES,
     BaseModelRef,
+    HeldOutScore,
     LayerKV,
     Provenance,
     PrunePlan,
@@ -19,6 +20,7 @@ __all__ = [
     "AttentionGate",
     "BaseModelRef",
     "Gates",
+    "HeldOutScore",
     "LayerKV",
     "Mode",
     "Provenance",

@@ -88,8 +88,26 @@ class Replacement(Frozen):
         return value
 
 
+class HeldOutScore(Frozen):
+    """What the finished pair costs on the re-rank text, nats a token above the dense model.
+
+    Attributes:
+        kl: KL of continuation tokens.
+        recall: NLL of answers that need the prompt.
+    """
+
+    kl: float
+    recall: float | None = None
+
+
 class Provenance(Frozen):
-    """How the plan came to be. It does not enter the digest: it changes nothing that runs."""
+    """How the plan came to be. It does not enter the digest: it changes nothing that runs.
+
+    Attributes:
+        search_kl, search_recall: of the blocks found, on the text that steered the search.
+        recall_weight: of recall beside KL in what was minimised.
+        held_out: of the finished pair; None in plans from before it was measured.
+    """
 
     method: str
     mode: Mode
@@ -98,6 +116,9 @@ class Provenance(Frozen):
     calibration_hash: str
     search_block_tokens: int = Field(ge=0)
     search_kl: float | None = None
+    search_recall: float | None = None
+    recall_weight: float = 0.0
+    held_out: HeldOutScore | None = None
     repair: str = "none"
     distillation: str = "none"
     wall_s: float = Field(default=0.0, ge=0)

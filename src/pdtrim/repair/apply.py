@@ -26,16 +26,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pdtrim.calibration.teacher import Teacher
 from pdtrim.errors import PdtrimError
-from pdtrim.finite import finite
 from pdtrim.models.block import KEYS_AND_VALUES, OUTPUTS
 from pdtrim.models.model import Model
-from pdtrim.models.swap import Blocks, Weights
+from pdtrim.models.swap import Blocks, Weights, joined
 from pdtrim.plan import STAGES, Gates, Stage
 from pdtrim.repair import diagonal, kv, linear, outputs, scalar
 from pdtrim.repair.cuts import Cut, find_cuts, readers, writes
-from pdtrim.repair.walk import ROWS, Walk
+from pdtrim.repair.dense import DenseText
+from pdtrim.repair.held_out import HeldOut, Score
+from pdtrim.repair.walk import Walk
 from pdtrim.stage.forward import Batch, Trimmed
 from pdtrim.stage.swap import swap_pair
 
@@ -58,6 +58,7 @@ KINDS: dict[Stage, tuple[Kind, ...]] = {
 """What repairs one stage."""
 SHARED: tuple[Kind, ...] = ("shared", "shared+kv")
 """What repairs both at once."""
+_KIND: dict[str, Kind] = {kind: kind for kind in (*KINDS["prefill"], *SHARED)}
 RIDGE = 1.0
 """Chosen on SmolLM2-135M: on 3000 tokens, ``linear`` with 0.03 already does harm on other text."""
 OUTPUTS_RIDGE = 0.3
@@ -70,7 +71,7 @@ KV_RIDGE = 0.1
 def repair(
     model: Model,
     trimmed: Trimmed,
-    batch: Batch,
+    batch: Batch | DenseText,
     kind: Kind,
     *,
     stages: Sequence[Stage] = STAGES,
@@ -83,7 +84,7 @@ def repair(
     Args:
         model: the dense model, whose streams are the targets.
         trimmed: the pair as it is pruned; whole models with gates.
-        batch: text to fit on.
+        batch: text to fit on; one that was fitted to before has the dense streams already.
         stages: what is repaired; the shared kinds need both.
         ridge: of ``diagonal`` and ``linear``, relative to the data; infinite repairs nothing.
         outputs_ridge: of ``outputs`` and ``shared``, likewise, but biases are fitted without.
@@ -100,8 +101,9 @@ def repair(
     if kind == "none":
         return {"prefill": {}, "decode": {}}
     cuts = [cut for stage in stages for cut in find_cuts(trimmed.gates, stage)]
-    walk = Walk(model, trimmed, batch)
-    what, _, then = kind.rpartition("+") if "+" in kind else (kind, "", "")
+    text = batch if isinstance(batch, DenseText) else DenseText(model, batch, stages=stages)
+    walk = Walk(trimmed, text, stages)
+    what, _, then = kind.partition("+")
     if what == "scalar":
         _repair_scalar(walk, cuts)
     elif what in ("diagonal", "linear"):
@@ -110,9 +112,12 @@ def repair(
         changed = {stage: first_change(model, trimmed, stage) for stage in stages}
         first = {stage: i for stage, i in changed.items() if i is not None}
         _repair_outputs(walk, first, outputs_ridge, shared=what == "shared")
-    if "kv" in (what, then) and "prefill" in stages:
-        walk.begin()
+    if what == "kv" and "prefill" in stages:
         _repair_kv(walk, kv_ridge)
+    elif then == "kv" and "prefill" in stages:  # with what was just made in place
+        behind = Walk(walk.trimmed, text, stages)
+        _repair_kv(behind, kv_ridge)
+        return joined(walk.made, behind.made)
     return walk.made
 
 
@@ -136,15 +141,25 @@ class Repaired:
     """The repair of each stage with the least KL on text that no fit has seen.
 
     Attributes:
-        kl: of the repaired pair, nats a continuation token, over the dense model's top tokens.
-        tried: that of each kind, by stage; decode's are tried on prefill's best. Those of both
+        score: of the repaired pair.
+        tried: the loss of each kind, by stage; decode's are tried on prefill's best. Those of both
             stages at once stand with decode's.
     """
 
     kinds: dict[Stage, Kind]
     blocks: Blocks
-    kl: float
+    score: Score
     tried: dict[Stage, dict[Kind, float]]
+
+    @property
+    def kl(self) -> float:
+        """KL to the dense model, nats a continuation token, over its top tokens."""
+        return self.score.kl
+
+    @property
+    def winners(self) -> dict[Stage, tuple[Kind, ...]]:
+        """The kind that won in each stage, to choose from for a pair much like this one."""
+        return {s: ("outputs",) if k in SHARED else (k,) for s, k in self.kinds.items()}
 
     @property
     def text(self) -> str:
@@ -157,59 +172,87 @@ class Repaired:
 def best_repair(
     model: Model,
     trimmed: Trimmed,
-    fit: Batch,
-    held_out: Batch,
+    fit: Batch | DenseText,
+    held_out: Batch | HeldOut,
     kinds: Mapping[Stage, Sequence[Kind]] = KINDS,
     *,
     ridge: float = RIDGE,
+    over: Callable[[], bool] = lambda: False,
 ) -> Repaired:
     """Choose each stage's repair, prefill's first, and then whether one of both stages is better.
 
-    No repair is a choice too, and wins a tie.
+    No repair is a choice too, and wins a tie. What one kind has made, the kinds that go on from it
+    begin with.
 
     Args:
         trimmed: the pair as it is pruned.
+        fit, held_out: what was repaired on them before has left the dense model's streams there.
         kinds: to choose from; the shared ones are tried where both stages have ``outputs``.
+        over: whether there is no time for another kind; the best so far then stays.
     """
-    held_out = held_out.to(model.device)
-    parts = [held_out[i : i + ROWS] for i in range(0, len(held_out), ROWS)]
-    teachers = [Teacher.of(model, part) for part in parts]
-
-    def measure(trimmed: Trimmed) -> float:
-        kl_B = [
-            teacher.kl(trimmed.pair.decode, trimmed.last_stream(part))
-            for teacher, part in zip(teachers, parts, strict=True)
-        ]
-        return float(finite(torch.cat(kl_B), "the KL of a repair").mean())
-
-    def with_blocks(start: Trimmed, made: Blocks) -> Trimmed:
-        return replace(start, pair=swap_pair(start.pair, made))
-
-    now = trimmed
-    changed = [s for s in STAGES if first_change(model, trimmed, s) is not None]
-    kl = measure(trimmed)
+    changed = changed_stages(model, trimmed)
+    text = fit if isinstance(fit, DenseText) else DenseText(model, fit, stages=changed or STAGES)
+    judge = held_out if isinstance(held_out, HeldOut) else HeldOut(model, held_out)
+    now, score = trimmed, judge.score(trimmed)
     best: dict[Stage, Kind] = {}
     blocks: Blocks = {"prefill": {}, "decode": {}}
     tried: dict[Stage, dict[Kind, float]] = {}
     for stage in STAGES:
-        best[stage], tried[stage] = "none", {"none": kl}
+        best[stage], tried[stage] = "none", {"none": score.loss}
         before = now
+        made: dict[str, Blocks] = {}
         for kind in kinds[stage] if stage in changed else ():
             if kind == "none" or not ("outputs" in kind or find_cuts(trimmed.gates, stage)):
                 continue
-            made = repair(model, before, fit, kind, stages=(stage,), ridge=ridge)
-            repaired = with_blocks(before, made)
-            tried[stage][kind] = measure(repaired)
-            if tried[stage][kind] < kl:
-                kl, now = tried[stage][kind], repaired
-                best[stage], blocks[stage] = kind, made[stage]
+            if over():
+                break
+            made[kind] = _made(model, before, text, kind, (stage,), made, ridge)
+            repaired = _with(before, made[kind])
+            found = judge.score(repaired)
+            tried[stage][kind] = found.loss
+            if found.loss < score.loss:
+                score, now = found, repaired
+                best[stage], blocks[stage] = kind, made[kind][stage]
     if len(changed) == len(STAGES) and all("outputs" in kinds[stage] for stage in STAGES):
+        made = {}
         for kind in SHARED:
-            made = repair(model, trimmed, fit, kind)
-            tried["decode"][kind] = measure(with_blocks(trimmed, made))
-            if tried["decode"][kind] < kl:
-                kl, best, blocks = tried["decode"][kind], dict.fromkeys(STAGES, kind), made
-    return Repaired(kinds=best, blocks=blocks, kl=kl, tried=tried)
+            if over():
+                break
+            made[kind] = _made(model, trimmed, text, kind, STAGES, made, ridge)
+            found = judge.score(_with(trimmed, made[kind]))
+            tried["decode"][kind] = found.loss
+            if found.loss < score.loss:
+                score, best, blocks = found, dict.fromkeys(STAGES, kind), made[kind]
+    return Repaired(kinds=best, blocks=blocks, score=score, tried=tried)
+
+
+def changed_stages(model: Model, trimmed: Trimmed) -> tuple[Stage, ...]:
+    """The stages that run less than the dense model, which are those that can be repaired."""
+    return tuple(stage for stage in STAGES if first_change(model, trimmed, stage) is not None)
+
+
+def _made(
+    model: Model,
+    before: Trimmed,
+    text: DenseText,
+    kind: Kind,
+    stages: tuple[Stage, ...],
+    done: dict[str, Blocks],
+    ridge: float,
+) -> Blocks:
+    """One kind's weights; those of a kind that it goes on from are made once, for ``done``."""
+    what, _, then = kind.partition("+")
+    if not then:
+        return repair(model, before, text, kind, stages=stages, ridge=ridge)
+    first = done.get(what)
+    if first is None:
+        first = done[what] = repair(model, before, text, _KIND[what], stages=stages, ridge=ridge)
+    behind = repair(model, _with(before, first), text, _KIND[then], stages=stages)
+    return joined(first, behind)
+
+
+def _with(start: Trimmed, made: Blocks) -> Trimmed:
+    return replace(start, pair=swap_pair(start.pair, made))
 
 
 def _repair_scalar(walk: Walk, cuts: Sequence[Cut]) -> None:

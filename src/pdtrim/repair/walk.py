@@ -1,77 +1,70 @@
 """The pruned pair on its way through the layers, repaired as it goes, beside the dense streams.
 
+Up to the first layer in which the pair differs from the dense model its streams are the dense
+ones, which are there already: the way begins at the layer before, in which a cut is made up for.
+
 Shapes: R tokens of a part of the text, E hidden width, F input channels of a projection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pdtrim.models.block import Made
 from pdtrim.models.model import Model
 from pdtrim.models.swap import Blocks, Weights
-from pdtrim.plan import Gates, LayerKV, Stage
+from pdtrim.plan import STAGES, Gates, LayerKV, Stage
 from pdtrim.repair.cuts import Cut, readers
-from pdtrim.stage.forward import Batch, Pair, Trimmed
+from pdtrim.repair.dense import DenseText, reading
+from pdtrim.repair.run import rows, run
+from pdtrim.stage.forward import Trimmed
 from pdtrim.stage.swap import swap_pair
-
-ROWS = 8  # sequences run together
-Entry = tuple[Tensor, Tensor]
-"""Streams that enter a layer: prefill's ``[B, N, E]`` and decode's ``[B, C, E]``."""
 
 
 class Walk:
-    """The pair's streams and the dense model's, part by part of the text, from layer to layer.
+    """The pair's streams, part by part of the text, from layer to layer.
 
-    Only the streams that enter the current layer are held, and dense ones from it up to the last
-    that was asked for.
+    Only the streams that enter the current layer are held, beside the dense ones.
 
     Args:
-        model: the dense model.
         start: the pair as it is pruned.
+        text: what is fitted to.
+        stages: whose streams are wanted: prefill's run alone without decode's.
 
     Attributes:
         trimmed: the pair with the repairs so far in place.
         made: weights that were swapped in so far.
     """
 
-    def __init__(self, model: Model, start: Trimmed, batch: Batch) -> None:
-        self.model, self.trimmed, self.gates = model, start, start.gates
-        batch = batch.to(model.device)
-        self.parts = [batch[i : i + ROWS] for i in range(0, len(batch), ROWS)]
+    def __init__(self, start: Trimmed, text: DenseText, stages: Sequence[Stage] = STAGES) -> None:
+        self.model, self.trimmed, self.gates = text.model, start, start.gates
+        self.parts, self.dense = text.batches, text.parts
         self.made: Blocks = {"prefill": {}, "decode": {}}
-        self.begin()
-
-    def begin(self) -> None:
-        """Go to the first layer, with the repairs so far in place."""
-        self.at = 0
-        self.here = [streams_into(self.trimmed.pair, part) for part in self.parts]
-        self.dense = [_Dense(self.model, part) for part in self.parts]
+        decode = "decode" in stages
+        self.at = max(same_layers(text.model, start, decode=decode) - 1, 0)
+        entries = [dense.entry(self.at) for dense in self.dense]
+        self.here = [(x_BNE, y_BCE if decode else None) for x_BNE, y_BCE in entries]
 
     def go_to(self, layer: int) -> None:
-        """Run on to the streams that enter a layer."""
+        """Run on to the streams that enter a layer; what lies behind cannot be reached again."""
+        assert layer >= self.at, f"layer {layer} lies behind layer {self.at}"
         if layer == self.at:
             return
         self.here = [
-            _run(self.trimmed, part, entry, self.at, layer)
+            run(self.trimmed, part, entry, self.at, layer)
             for part, entry in zip(self.parts, self.here, strict=True)
         ]
         self.at = layer
-        for dense in self.dense:
-            dense.forget(layer)
 
     def streams_and_targets(
         self, stage: Stage, targets: tuple[int, ...]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The stream of a stage here and the dense one at the readers, ``[R, E]``, part by part."""
         for entry, dense in zip(self.here, self.dense, strict=True):
-            yield _rows(entry, stage), dense.target(stage, targets)
+            yield rows(entry, stage), dense.target(stage, targets)
 
     def outputs_and_targets(self, cut: Cut) -> Iterator[tuple[Tensor, Tensor]]:
         """What the MLP of this layer writes, and what it should write, ``[R, E]``, part by part."""
@@ -83,7 +76,7 @@ class Walk:
         """What the down projection reads ``[R, F]`` and should write ``[R, E]``, part by part."""
         block = self._model(stage).block(self.at)
         behind = readers(self.gates, stage, self.at)
-        with _reading(block.matrix("mlp")) as seen:
+        with reading(block.matrix("mlp")) as seen:
             for y_RE, t_RE in self._without_mlp(stage, behind):
                 block.mlp(y_RE)
                 yield seen[-1], t_RE - y_RE.float()
@@ -94,19 +87,20 @@ class Walk:
         runs_mlp = self.gates.of(stage)[1][self.at]
         behind = readers(self.gates, stage, self.at)
         side = 0 if stage == "prefill" else -1
-        with _reading(self._model(stage).block(self.at).matrix("attention")) as seen:
+        bare = self._bare(*STAGES)
+        with reading(self._model(stage).block(self.at).matrix("attention")) as seen:
             for part, entry, dense in zip(self.parts, self.here, self.dense, strict=True):
                 t_RE = dense.middle(stage, self.at) if runs_mlp else dense.target(stage, behind)
                 seen.clear()  # the dense model may have run this very module
-                _run(self.trimmed, part, entry, self.at, self.at + 1)
+                run(bare, part, entry, self.at, self.at + 1)
                 x_RF = seen[side].flatten(0, 1)  # as both stages may; prefill comes first
-                yield x_RF, t_RE - _rows(entry, stage).float()
+                yield x_RF, t_RE - rows(entry, stage).float()
 
     def normed_and_targets(self) -> Iterator[tuple[Tensor, Tensor]]:
         """A prefill block's normed input here and in the dense model, ``[R, E]``, part by part."""
         norm = self.model.block(self.at).attention_norm
         for entry, dense in zip(self.here, self.dense, strict=True):
-            yield norm(_rows(entry, "prefill")), norm(_rows(dense.entry(self.at), "prefill"))
+            yield norm(rows(entry, "prefill")), norm(rows(dense.entry(self.at), "prefill"))
 
     def weights(self, stage: Stage, layer: int, *made: Made) -> Weights:
         """Parameters of a block's projections that make these, as the pair has them now."""
@@ -122,96 +116,41 @@ class Walk:
         pair = self.trimmed.pair
         return pair.prefill if stage == "prefill" else pair.decode
 
+    def _bare(self, *stages: Stage) -> Trimmed:
+        """The pair without this layer's MLP in some stages."""
+        gates = self.gates
+        for stage in stages:
+            off = tuple(on and layer != self.at for layer, on in enumerate(gates.of(stage)[1]))
+            gates = gates.model_copy(update={f"{stage}_mlp": off})
+        return replace(self.trimmed, gates=gates)
+
     def _without_mlp(
         self, stage: Stage, behind: tuple[int, ...]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The stream that this layer's MLP reads, and the dense one at its readers, ``[R, E]``."""
-        off = tuple(on and layer != self.at for layer, on in enumerate(self.gates.of(stage)[1]))
-        bare = replace(self.trimmed, gates=self.gates.model_copy(update={f"{stage}_mlp": off}))
+        bare = self._bare(stage)
         for part, entry, dense in zip(self.parts, self.here, self.dense, strict=True):
-            y_RE = _rows(_run(bare, part, entry, self.at, self.at + 1), stage)
+            y_RE = rows(run(bare, part, entry, self.at, self.at + 1), stage)
             yield y_RE, dense.target(stage, behind)
 
 
-class _Dense:
-    """The dense model's streams of one part of the text, run on as far as they are asked for."""
+def same_layers(model: Model, trimmed: Trimmed, *, decode: bool = True) -> int:
+    """How many first layers of a pair do just what the dense model's do.
 
-    def __init__(self, model: Model, part: Batch) -> None:
-        self.trimmed, self.part = Trimmed.dense(model), part
-        self.entries = {0: streams_into(self.trimmed.pair, part)}
-        self.middles: dict[tuple[Stage, int], Tensor] = {}
-
-    def entry(self, layer: int) -> Entry:
-        """The streams that enter a layer; the number of layers stands for the head."""
-        for i in range(max(self.entries), layer):
-            self._step(i)
-        return self.entries[layer]
-
-    def target(self, stage: Stage, layers: tuple[int, ...]) -> Tensor:
-        """Mean of a stage's streams that enter some layers, ``[R, E]``, fp32."""
-        return torch.stack([_rows(self.entry(i), stage).float() for i in layers]).mean(0)
-
-    def middle(self, stage: Stage, layer: int) -> Tensor:
-        """A stage's stream between a layer's attention and its MLP, ``[R, E]``, fp32."""
-        self.entry(layer + 1)
-        return self.middles[stage, layer].flatten(0, 1).float()
-
-    def forget(self, layer: int) -> None:
-        """Drop what lies before a layer."""
-        self.entry(layer)
-        self.entries = {i: entry for i, entry in self.entries.items() if i >= layer}
-        self.middles = {key: middle for key, middle in self.middles.items() if key[1] >= layer}
-
-    def _step(self, layer: int) -> None:
-        norm = self.trimmed.pair.prefill.block(layer).module.post_attention_layernorm
-        with _reading(norm) as seen:
-            self.entries[layer + 1] = _run(
-                self.trimmed, self.part, self.entries[layer], layer, layer + 1
-            )
-        # in the order in which the stages run; prefill does not run the last layer's MLP
-        self.middles |= {("decode", layer): seen[-1], ("prefill", layer): seen[0]}
-
-
-def streams_into(pair: Pair, part: Batch) -> Entry:
-    """The streams that enter layer 0."""
-    return pair.prefill.embed(part.prefill_ids_BN), pair.decode.embed(part.decode_ids_BC)
-
-
-def _run(trimmed: Trimmed, part: Batch, entry: Entry, start: int, stop: int) -> Entry:
-    """The streams that enter layer ``stop``, from those that enter ``start``."""
-    if stop < trimmed.gates.num_layers:
-        policy = trimmed.policy
-        policy = replace(policy, rules=(*policy.rules[:stop], LayerKV()))
-        trimmed = replace(trimmed, gates=_ending(trimmed.gates, stop), policy=policy)
-    return trimmed.streams(part, resume=[entry] * (start + 1), start=start)[stop]
-
-
-@contextmanager
-def _reading(*modules: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, what the modules read is appended to a list."""
-    seen: list[Tensor] = []
-
-    def note(module: Any, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
-
-    hooks = [module.register_forward_pre_hook(note) for module in modules]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _ending(gates: Gates, stop: int) -> Gates:
-    """Gates of the layers before ``stop``, and a reader there: without one prefill would stop."""
-    return Gates(
-        prefill_attention=(*gates.prefill_attention[:stop], "kv"),
-        prefill_mlp=(*gates.prefill_mlp[:stop], False),
-        decode_attention=(*gates.decode_attention[:stop], True),
-        decode_mlp=(*gates.decode_mlp[:stop], False),
-    )
-
-
-def _rows(entry: tuple[Tensor, Tensor], stage: Stage) -> Tensor:
-    """A stage's stream of a trace entry, all sequences below one another, ``[R, E]``."""
-    return entry[0 if stage == "prefill" else 1].flatten(0, 1)
+    Args:
+        decode: whether decode's streams count too, and with them what travels.
+    """
+    pair, gates, dense = trimmed.pair, trimmed.gates, Gates.dense(model.num_layers)
+    stages: tuple[Stage, ...] = STAGES if decode else ("prefill",)
+    ends = {"prefill": gates.last_read, "decode": model.num_layers}
+    for layer in range(min(ends[stage] for stage in stages)):
+        for stage in stages:
+            own = pair.prefill if stage == "prefill" else pair.decode
+            parts = [side[layer] for side in gates.of(stage)]
+            if parts != [side[layer] for side in dense.of(stage)]:
+                return layer
+            if own.block(layer).module is not model.block(layer).module:
+                return layer
+        if decode and trimmed.policy.rules[layer] != LayerKV():
+            return layer
+    return min(ends[stage] for stage in stages)

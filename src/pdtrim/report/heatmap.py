@@ -17,8 +17,17 @@ FLOOR = 1e-4
 """The least KL that is told apart: the colours are on a log scale, and less is noise."""
 
 
-def plot_sensitivity(kl_WL: Tensor, ways: Sequence[str], path: Path, *, title: str) -> Path:
+def plot_sensitivity(
+    kl_WL: Tensor,
+    ways: Sequence[str],
+    path: Path,
+    *,
+    title: str,
+    unit: str = "KL, nats a token",
+) -> Path:
     """Write a PNG: a row a way, a column a block, dark where losing it costs much.
+
+    What is below the floor, as recall may be that gets better, has the lightest colour.
 
     Raises:
         PdtrimError: matplotlib is missing.
@@ -50,7 +59,7 @@ def plot_sensitivity(kl_WL: Tensor, ways: Sequence[str], path: Path, *, title: s
             text = "0" if value < FLOOR else f"{value:.1g}".replace("0.", ".").replace("e-0", "e-")
             colour = "white" if dark else "black"
             axes.text(layer, way, text, ha="center", va="center", fontsize=6, color=colour)
-    figure.colorbar(image, ax=axes, label="KL, nats a token", pad=0.01)
+    figure.colorbar(image, ax=axes, label=unit, pad=0.01)
     with whole(path) as part:
         figure.savefig(part, format="png")
     return path

@@ -28,9 +28,24 @@ def _head(plan: PrunePlan) -> Text:
         f" {plan.model.num_layers} blocks, fingerprint {plan.model.fingerprint[:12]})",
         f"made by {p.method} in mode {p.mode}, seed {p.seed}, calibration {p.calibration},"
         f" {p.search_block_tokens:,} block-tokens, {p.wall_s:.0f} s",
+        *_scores(plan),
         "",
     ]
     return Text("\n".join(lines))
+
+
+def _scores(plan: PrunePlan) -> list[str]:
+    """What was lost, on the search's text before repairs and on the re-rank text behind them."""
+    p = plan.provenance
+    found = [("searched", p.search_kl, p.search_recall)]
+    if p.held_out is not None:
+        found.append(("finished, on the re-rank text", p.held_out.kl, p.held_out.recall))
+    lines = []
+    for what, kl, recall in found:
+        if kl is not None:
+            lost = "" if recall is None else f", recall {recall:+.3f} nats an answer"
+            lines.append(f"{what}: KL {kl:.4f} nats a token{lost}")
+    return lines
 
 
 def _blocks(plan: PrunePlan) -> Table:

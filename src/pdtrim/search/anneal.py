@@ -45,6 +45,7 @@ def anneal(
         allowed: units that may be removed; None for all.
         stages: whose sets may change.
     """
+    objective.hold()
     best = current = start
     for step in range(config.steps):
         advance(1)

@@ -54,6 +54,7 @@ def evolution(
     if not first:
         return start
     parent = objective.measure(select(objective, first, config.survive))
+    objective.hold()
     for _ in range(config.generations):
         advance(1)
         objective.stand_on(parent, start)

@@ -17,6 +17,8 @@ from pdtrim.search.goal import SEARCH_ORDER, Goal
 from pdtrim.search.objective import Measured, Objective
 from pdtrim.search.state import Removal
 
+FEW = 3  # candidates that are all measured on the whole text
+
 
 def greedy(
     objective: Objective,
@@ -25,19 +27,22 @@ def greedy(
     *,
     shortlist: int | None = None,
     thrifty: bool = False,
+    halving: bool = False,
     stages: tuple[Stage, ...] = SEARCH_ORDER,
     advance: Callable[[float], None] = lambda amount: None,
 ) -> Measured:
     """Remove units, stage after stage, until the goal is met; ends early only when none is left.
 
     Args:
+        halving: measure candidates on a growing part of the text, and only the better third of them
+            on each larger part (successive halving: Jamieson and Talwalkar, 1502.07943).
         thrifty: shorten the list of candidates where measuring all would not leave a dense pass
             for each removal still to come.
 
     Raises:
         BudgetSpent: the objective's budget ran out.
     """
-    run = _Greedy(objective, goal, shortlist, thrifty, advance)
+    run = _Greedy(objective, goal, shortlist, thrifty, halving, advance)
     to_come = sum(goal.least(stage) for stage in stages)
     for stage in stages:
         to_come -= goal.least(stage)
@@ -54,10 +59,11 @@ class _Greedy:
         goal: Goal,
         shortlist: int | None,
         thrifty: bool,
+        halving: bool,
         advance: Callable[[float], None],
     ) -> None:
         self.objective, self.goal, self.shortlist = objective, goal, shortlist
-        self.thrifty, self.advance = thrifty, advance
+        self.thrifty, self.halving, self.advance = thrifty, halving, advance
 
     def prune(self, current: Measured, stage: Stage, to_come: int) -> Measured:
         """Reach one stage's goal; ``to_come`` removals follow in later stages."""
@@ -68,7 +74,10 @@ class _Greedy:
             self.objective.stand_on(current)
             best: tuple[float, float] | None = None
             found = current
-            for unit in self._candidates(current.state, stage, harm, least + to_come):
+            units = self._candidates(current.state, stage, harm, least + to_come)
+            if self.halving:
+                units = self._halved(current, stage, units, harm)
+            for unit in units:
                 tried = self.objective.measure(current.state.remove(stage, unit))
                 harm[unit] = tried.loss - current.loss
                 rank = self.goal.price(current.state, stage, unit, harm[unit]), tried.loss
@@ -81,6 +90,23 @@ class _Greedy:
         costly_first = sorted(harm, key=lambda unit: -harm[unit])
         trimmed = self.goal.trim(current.state, stage, costly_first)
         return current if trimmed == current.state else self.objective.measure(trimmed)
+
+    def _halved(
+        self, current: Measured, stage: Stage, units: list[int], harm: dict[int, float]
+    ) -> list[int]:
+        """The units that stay in the race on all parts of the text but the whole."""
+        for parts in self.objective.levels[:-1]:
+            if len(units) <= FEW:
+                break
+            for unit in units:
+                loss_n = self.objective.score(current.state.remove(stage, unit), parts)
+                harm[unit] = float((loss_n - current.loss_n[: len(loss_n)]).mean())
+            ranked = sorted(
+                units, key=lambda unit: self.goal.price(current.state, stage, unit, harm[unit])
+            )
+            self.advance(len(units) - max(FEW, len(units) // 3))
+            units = ranked[: max(FEW, len(units) // 3)]
+        return units
 
     def _candidates(
         self, state: Removal, stage: Stage, harm: dict[int, float], to_come: int

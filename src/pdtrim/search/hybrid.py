@@ -48,6 +48,7 @@ class Hybrid:
         neighbours: random swaps among which the surrogate picks.
         tabu: swaps for which a swapped unit rests.
         patience: measurements without a new best after which the walk starts elsewhere.
+        halving: greedy drops its worse candidates on part of the text.
     """
 
     pairs: float = 0.4
@@ -57,6 +58,7 @@ class Hybrid:
     neighbours: int = 60
     tabu: int = 3
     patience: int = 8
+    halving: bool = False
 
 
 def hybrid(
@@ -74,9 +76,18 @@ def hybrid(
     Raises:
         BudgetSpent: the budget does not reach the end of a greedy with one candidate a step.
     """
-    seed = greedy(objective, start, goal, shortlist=shortlist, thrifty=True, advance=advance)
+    seed = greedy(
+        objective,
+        start,
+        goal,
+        shortlist=shortlist,
+        thrifty=True,
+        halving=config.halving,
+        advance=advance,
+    )
     if seed.state == start.state or not goal.met(seed.state):
         return seed
+    objective.hold()
     left: float = config.annealing.steps * 2 / 3 * objective.dense_cost
     if objective.budget is not None:
         left = objective.budget - objective.spent

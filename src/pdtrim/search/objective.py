@@ -6,21 +6,28 @@ the search stands on in no layer before i is computed from layer i only.
 The text is cut into parts, always the same: a state can be measured on the first few of them and
 on the rest later, and its losses are the same numbers as if all had been measured at once.
 
+Where recall has a weight, each sequence brings rows of its own text that need their prompt
+(``calibration/recall.py``), and its loss is the KL plus the weight times what their answers lost.
+
 Shapes: n sequences of the parts measured.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pdtrim.calibration.teacher import Teacher
+from pdtrim.calibration.recall import answer_loss, recall_text
+from pdtrim.calibration.score import Score
+from pdtrim.calibration.teacher import HEAD_ROWS, Teacher
 from pdtrim.finite import finite
 from pdtrim.keep.journal import Journal
 from pdtrim.models.model import Model
@@ -56,19 +63,26 @@ def dense_trace(model: Model, batch: Batch) -> Trace:
     return Trimmed.dense(model).streams(batch)
 
 
+class Traces(NamedTuple):
+    """Streams of each part's sequences, and of its rows of recall if there are any."""
+
+    text: list[Trace]
+    recall: list[Trace]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measured:
     """A state's loss, and the streams from which its neighbours start.
 
     Attributes:
         parts: how many parts of the text were measured.
-        run: makes the streams, one trace a part; called once, when they are first asked for.
+        run: makes the streams; called once, when they are first asked for.
     """
 
     state: Removal
     loss_n: Tensor
     parts: int
-    run: Callable[[], list[Trace]]
+    run: Callable[[], Traces]
 
     @property
     def loss(self) -> float:
@@ -76,9 +90,14 @@ class Measured:
         return float(self.loss_n.mean())
 
     @cached_property
-    def traces(self) -> list[Trace]:
-        """Streams of each part."""
+    def streams(self) -> Traces:
+        """Streams of all that was measured."""
         return self.run()
+
+    @property
+    def traces(self) -> list[Trace]:
+        """Streams of each part's sequences."""
+        return self.streams.text
 
 
 class BudgetSpent(Exception):
@@ -97,8 +116,12 @@ class Objective:
             cost no forward, but the meter counts them, so that a resumed search ends like an
             uninterrupted one; streams that it still needs of them are made again uncounted.
 
+        recall: weight of recall in the loss; 0 does not measure it.
+        seed: of the rows of recall.
+
     Attributes:
         memo: loss of every state measured on the whole text.
+        late: whether the time for the search is over; asked once a state meets the goal.
         known: losses ``[n]`` of every state on the first parts of the text.
     """
 
@@ -111,6 +134,8 @@ class Objective:
         start: Trimmed | None = None,
         budget: int | None = None,
         journal: Journal | None = None,
+        recall: float = 0.0,
+        seed: int = 0,
     ) -> None:
         batch = batch.to(model.device)
         self.model = model
@@ -118,13 +143,26 @@ class Objective:
         rows = min(ROWS, -(-len(batch) // PARTS))
         self.batches = [batch[i : i + rows] for i in range(0, len(batch), rows)]
         self.losses = [loss(model, part) for part in self.batches]
+        self.weight = recall
+        self.recalls = []
+        if recall:
+            whole = recall_text(model, batch, seed=seed)
+            self.recalls = [whole[i : i + rows] for i in range(0, len(batch), rows)]
         self.budget = budget
         self.journal = journal
         self.memo: dict[Removal, float] = {}
         self.known: dict[Removal, Tensor] = {}
+        self.known_recall: dict[Removal, Tensor] = {}
+        self.dense_recall = [self._answers(i, self._dense_stream(i)) for i in self._recalled()]
         self.dense_cost = self._cost(Gates.dense(model.num_layers), 0, range(len(self.batches)))
         self.spent = self.dense_cost
         self.origins: tuple[Measured, ...] = ()
+        self.late: Callable[[], bool] = lambda: False
+        self.held = False
+
+    def hold(self) -> None:
+        """From here on an evaluation that begins late ends the search as a spent budget does."""
+        self.held = True
 
     @property
     def levels(self) -> list[int]:
@@ -197,20 +235,33 @@ class Objective:
         cost = self._cost(gates, start, parts)
         if self.budget is not None and self.spent + cost > self.budget:
             raise BudgetSpent
+        if self.held:
+            self._be_in_time()
         self.spent += cost
-        made: list[list[Trace]] = []
+        made: list[Traces] = []
 
         def forwards() -> list[float]:
-            resume = None if origin is None else origin.traces
+            resume = None if origin is None else origin.streams
             made.append(self._run(gates, parts, resume, start))
-            columns = zip(parts, made[0], strict=True)
-            return torch.cat([self.losses[i](trace[-1][1]) for i, trace in columns]).tolist()
+            text, recall = made[0]
+            kl = [self.losses[i](t[-1][1]) for i, t in zip(parts, text, strict=True)]
+            lost = [
+                self._answers(i, t[-1][1]) - self.dense_recall[i]
+                for i, t in zip(self._recalled(parts), recall, strict=True)
+            ]
+            return torch.cat([*kl, *lost]).tolist()
 
         if self.journal is None:
             values = forwards()
         else:
             values = self.journal.once(_key(state, parts, self.spent), forwards)
-        loss_n = finite(torch.tensor(values), "the loss of a removal")
+        measured = finite(torch.tensor(values), "the loss of a removal")
+        if self.recalls:
+            kl_n, recall_n = measured.view(2, -1)
+            loss_n = kl_n + self.weight * recall_n
+            self._remember_recall(state, parts, recall_n)
+        else:
+            loss_n = measured
         self._remember(state, parts, loss_n)
         return Measured(
             state=state,
@@ -219,17 +270,57 @@ class Objective:
             run=lambda: made[0] if made else self._run(gates, parts, None, 0),
         )
 
+    def _be_in_time(self) -> None:
+        """Raise where it is late; a search that is resumed ends where it did."""
+        key: dict[str, object] = {"late": self.spent}
+        journal = self.journal
+        replaying = journal is not None and journal.replaying
+        if not (journal is not None and journal.holds(key) if replaying else self.late()):
+            return
+        if journal is not None:
+            journal.once(key, list)
+        raise BudgetSpent
+
     @torch.inference_mode()
-    def _run(
-        self, gates: Gates, parts: range, resume: list[Trace] | None, start: int
-    ) -> list[Trace]:
+    def _run(self, gates: Gates, parts: range, resume: Traces | None, start: int) -> Traces:
         trimmed = replace(self.start, gates=gates)
-        return [
-            trimmed.streams(
-                self.batches[i], resume=None if resume is None else resume[i], start=start
+
+        def streams(batch: Batch, before: list[Trace] | None, part: int) -> Trace:
+            return trimmed.streams(
+                batch, resume=None if before is None else before[part], start=start
             )
-            for i in parts
-        ]
+
+        return Traces(
+            text=[streams(self.batches[i], resume and resume.text, i) for i in parts],
+            recall=[
+                streams(self.recalls[i].batch, resume and resume.recall, i)
+                for i in self._recalled(parts)
+            ],
+        )
+
+    def _recalled(self, parts: range | None = None) -> range:
+        """The parts that have rows of recall: all of them, or none."""
+        parts = range(len(self.batches)) if parts is None else parts
+        return parts if self.recalls else range(0)
+
+    def _answers(self, part: int, y_BCE: Tensor) -> Tensor:
+        return answer_loss(self.model, self.recalls[part], y_BCE)
+
+    @torch.inference_mode()
+    def _dense_stream(self, part: int) -> Tensor:
+        return Trimmed.dense(self.model).last_stream(self.recalls[part].batch)
+
+    def score_of(self, state: Removal) -> Score:
+        """KL and recall of a state that was measured on the whole text."""
+        lost = float(self.known_recall[state].mean()) if self.recalls else None
+        kl = self.memo[state] - self.weight * (lost or 0.0)
+        return Score(kl=kl, recall=lost, weight=self.weight)
+
+    def _remember_recall(self, state: Removal, parts: range, recall_n: Tensor) -> None:
+        if parts.start:
+            recall_n = torch.cat((self.known_recall[state], recall_n))
+        if len(recall_n) >= len(self.known_recall.get(state, ())):
+            self.known_recall[state] = recall_n
 
     def _remember(self, state: Removal, parts: range, loss_n: Tensor) -> None:
         if parts.start:
@@ -248,21 +339,34 @@ class Objective:
                 found = origin, start
         return found
 
+    @torch.inference_mode()
+    def timed(self, state: Removal) -> tuple[float, int]:
+        """Seconds and block-tokens of a state on the first part; neither counted nor kept."""
+        begun, part = time.perf_counter(), range(1)
+        text, recall = self._run(state.gates, part, None, 0)
+        streams = [trace[-1][1].flatten(0, 1) for trace in text]
+        streams += [trace[-1][1][self.recalls[0].answer_BC] for trace in recall]
+        for some in torch.cat(streams).split(HEAD_ROWS):
+            float(F.log_softmax(self.model.head(some), -1, dtype=torch.float32).sum())
+        return time.perf_counter() - begun, self._cost(state.gates, 0, part)
+
     def quote(self, state: Removal) -> int:
         """Block-tokens that measuring a state on the whole text would be charged now."""
         parts = range(len(self.batches))
         return self._cost(state.gates, self._nearest(state.gates, parts.stop)[1], parts)
 
     def _cost(self, gates: Gates, start: int, parts: range) -> int:
+        texts = [self.batches[i] for i in parts]
+        texts += [self.recalls[i].batch for i in self._recalled(parts)]
         return sum(
             block_tokens(
                 gates,
-                sequences=len(self.batches[i]),
-                prefill=self.batches[i].prompt_BP.shape[1] - 1,
-                decode=self.batches[i].continuation_BC.shape[1],
+                sequences=len(batch),
+                prefill=batch.prompt_BP.shape[1] - 1,
+                decode=batch.continuation_BC.shape[1],
                 start=start,
             )
-            for i in parts
+            for batch in texts
         )
 
 

@@ -145,6 +145,16 @@ class Trimmed:
             trace.append((x, y))
         return trace
 
+    def prefill_stream(self, batch: Batch, x_BNE: Tensor, *, start: int, stop: int) -> Tensor:
+        """Prefill's stream that enters layer ``stop``, from the one that enters ``start``.
+
+        Nothing is handed over, and decode does not run.
+        """
+        run = _Run(self.pair, batch, self.gates, "compact")
+        for layer in range(start, stop):
+            x_BNE, _ = run.prefill(layer, x_BNE)
+        return x_BNE
+
     def last_stream(self, batch: Batch) -> Tensor:
         """What decode's head reads, ``[B, C, E]``."""
         return self.streams(batch)[-1][1]

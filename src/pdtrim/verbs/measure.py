@@ -70,17 +70,33 @@ def measure_sensitivity(
     Args:
         model: the dense model, or its name, which is loaded with ``dtype`` to ``device``.
         config: the text; its ``search`` part is measured on.
-        folder: gets ``table.md`` and ``blocks.png``.
+        folder: gets ``table.md`` and ``blocks.png``, and the same of recall, ``recall.md`` and
+            ``recall.png``.
 
     Returns:
         KL to the dense model, nats a token, ``[W, L]``: the ways of
         ``pdtrim.evaluate.sensitivity.WAYS``, then layers.
 
     Raises:
-        PdtrimError: unreadable text, or a folder that holds something else.
+        PdtrimError: unreadable text, too short for recall, or a folder that holds something else.
     """
+    return sensitivity_maps(model, config, folder, dtype=dtype, device=device, progress=progress)[
+        "KL"
+    ]
+
+
+def sensitivity_maps(
+    model: Model | str,
+    config: CalibrationConfig,
+    folder: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> dict[str, Tensor]:
+    """:func:`measure_sensitivity`, with ``recall`` beside ``KL``: nats an answer above dense."""
     from pdtrim.calibration.batches import load_calibration
-    from pdtrim.evaluate.sensitivity import WAYS, sensitivity
+    from pdtrim.evaluate.sensitivity import WAYS, recall_sensitivity, sensitivity
     from pdtrim.report.heatmap import plot_sensitivity
     from pdtrim.report.table import sensitivity_table
 
@@ -88,11 +104,18 @@ def measure_sensitivity(
     with output_folder(folder, "sensitivity"):
         dense = dense_model(model, dtype=dtype, device=device, progress=progress)
         text = load_calibration(dense, config, progress=progress).search
-        kl_WL = sensitivity(dense, text, progress=progress)
-        write_text(folder / "table.md", sensitivity_table(kl_WL, tuple(WAYS)))
-        title = f"{dense.name}: KL of losing one block"
-        plot_sensitivity(kl_WL, tuple(WAYS), folder / "blocks.png", title=title)
-    return kl_WL
+        maps = {
+            "KL": sensitivity(dense, text, progress=progress),
+            "recall": recall_sensitivity(dense, text, progress=progress, seed=config.seed),
+        }
+        units = {"KL": "KL, nats a token", "recall": "NLL above dense, nats an answer"}
+        names = {"KL": ("table.md", "blocks.png"), "recall": ("recall.md", "recall.png")}
+        for what, loss_WL in maps.items():
+            table, picture = names[what]
+            write_text(folder / table, sensitivity_table(loss_WL, tuple(WAYS)))
+            title = f"{dense.name}: {what} of losing one block"
+            plot_sensitivity(loss_WL, tuple(WAYS), folder / picture, title=title, unit=units[what])
+    return maps
 
 
 def run_ablation(

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from pdtrim.methods import Target
     from pdtrim.models.model import Model
 
+RECALL = 0.2
+"""Weight of recall, nats an answer above dense, beside KL: one lost answer in some hundred tokens
+of text."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
@@ -48,7 +52,9 @@ class PlanConfig:
         sequences: calibration sequences that steer the search.
         fit_sequences: further calibration sequences that repairs are fitted to; 0 fits them to
             those that steer.
+        recall: weight of recall beside KL in what pdtrim and its hybrids minimise; 0 leaves it out.
         budget: block-tokens that the search may spend; the method's own effort if not given.
+        minutes: how long search and repairs may take; the best found so far is kept.
         block_size: tokens in a page of the decode engine.
         seed: seed of the calibration text and of the search.
     """
@@ -71,7 +77,9 @@ class PlanConfig:
     continuation_tokens: int = 128
     sequences: int = 12
     fit_sequences: int = 24
+    recall: float = RECALL
     budget: int | None = None
+    minutes: float | None = None
     block_size: int = 1
     seed: int = 0
 
@@ -155,7 +163,7 @@ def make_plan(
         dense = dense_model(model, dtype=dtype, device=device, progress=progress)
         target = _target(dense, config, progress)
         packed = load_calibration(dense, text, progress=progress)
-        return method.plan(dense, packed, target, progress=progress)
+        return method.plan(dense, packed, target, progress=progress, say=say)
     output = Path(output)
     with output_file(output):
         work = Work(output.with_name(f"{output.stem}.search"), resume=resume, say=say)
@@ -163,7 +171,9 @@ def make_plan(
         target = _target(dense, config, progress)
         with work:
             packed = work.text(dense, text, progress)
-            made = method.plan(dense, packed, target, progress=progress, journal=work.journal)
+            made = method.plan(
+                dense, packed, target, progress=progress, journal=work.journal, say=say
+            )
             return made.save(output)
 
 
@@ -195,6 +205,8 @@ def _target(model: Model, config: PlanConfig, progress: Progress) -> Target:
         seed=config.seed,
         block_size=config.block_size,
         budget=config.budget,
+        recall=config.recall,
+        minutes=config.minutes,
     )
     target.check(model)
     return target
