@@ -1,6 +1,7 @@
 """A search is held to its minutes, says how long it takes, and drops early what cannot win."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -8,7 +9,7 @@ from helpers import random_batch, tiny_model, trimmed
 from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
 from pdtrim.keep.journal import Journal
-from pdtrim.methods import PDTrim, Target
+from pdtrim.methods import Paper, PDTrim, Target
 from pdtrim.plan import Gates
 from pdtrim.repair.apply import best_repair
 from pdtrim.search.goal import Goal
@@ -61,6 +62,8 @@ def test_a_plan_says_how_long_and_keeps_to_its_minutes(model):
     with pytest.raises(PlanError, match="minutes"):
         tiny = Target(prefill_remove=2, minutes=1e-6)
         PDTrim().plan(model, text_of(model), tiny)
+    with pytest.raises(PlanError, match="'paper' cannot be held to minutes"):
+        Paper().plan(model, text_of(model), replace(target, mode="subset", decode_remove=2))
 
 
 def test_repairs_stop_when_there_is_no_time(model):

@@ -65,6 +65,8 @@ class Method(ABC):
     name: ClassVar[str]
     default_mode: ClassVar[Mode] = "projected"
     default_repair: ClassVar[Repair] = "none"
+    paced: ClassVar[bool] = False
+    """Whether it can be held to minutes."""
     modes: ClassVar[tuple[Mode, ...]] = ("projected", "subset", "unified")
     grains: ClassVar[tuple[Grain, ...]] = ("block", "part")
     metrics: ClassVar[tuple[Metric, ...]] = get_args(Metric)
@@ -146,6 +148,10 @@ class Method(ABC):
             target = replace(target, repair=self.default_repair)
         if target.grain == "block" and "block" not in self.grains:
             target = replace(target, grain=self.grains[0])
+        if target.minutes is not None and not self.paced:
+            raise PlanError(
+                f"method '{self.name}' cannot be held to minutes: leave them out, or give a budget"
+            )
         known: dict[str, tuple[str, ...]] = {
             "mode": self.modes,
             "grain": self.grains,
@@ -166,9 +172,13 @@ class Method(ABC):
         try:
             return self.solve(problem)
         except BudgetSpent as error:
+            asked = problem.target
+            limit = f"a budget of {asked.budget} block-tokens does"
+            if asked.minutes is not None:
+                limit = f"{asked.minutes:g} minutes do"
             raise PlanError(
-                f"a budget of {problem.target.budget} block-tokens does not reach the end of method"
-                f" '{self.name}': give more, fewer blocks to remove, or less calibration text"
+                f"{limit} not reach the end of method '{self.name}': give more, fewer blocks to"
+                " remove, or less calibration text"
             ) from error
 
     def _settings(self, model: Model, calibration: Calibration, target: Target) -> Settings:

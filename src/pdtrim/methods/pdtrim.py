@@ -90,6 +90,7 @@ class PDTrim(Method):
 
     name = "pdtrim"
     default_repair = "best"
+    paced = True
     repairs = ("none", "best")
     shortlist: int | None = 10
     annealing: Annealing = field(default_factory=Annealing)
