@@ -116,6 +116,13 @@ def test_help_has_an_example(verb):
     assert f"Example: pdtrim {verb}" in " ".join(shown.output.split())
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_says_what_every_option_is(verb):
+    command = typer.main.get_command(app).commands[verb]
+    bare = [p.name for p in command.params if len((getattr(p, "help", "") or "").split()) < 2]
+    assert not bare
+
+
 MISTAKES = {
     "no such plan": (("inspect", "nothing.json"), "no plan file at nothing.json"),
     "no such model": (("plan", "./nothing", "-o", "p.json"), "no model folder"),

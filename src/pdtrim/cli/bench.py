@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from pdtrim.cli.common import Dtype, Json, ModelName, err, out, print_json, progress_of
+from pdtrim.cli.common import (
+    ContinuationTokens,
+    Dtype,
+    Json,
+    ModelName,
+    PromptTokens,
+    err,
+    out,
+    print_json,
+    progress_of,
+)
 from pdtrim.keep.files import write_json, write_text
 from pdtrim.keep.folder import output_folder
 
@@ -27,7 +37,7 @@ TRANSFER, STAGES = "handovers of a shape, timed", "stages of a shape, timed"
 
 @app.command(epilog="Example: pdtrim bench-codec --codec int4 --codec k3v2:rotate=true")
 def bench_codec(
-    codec: Annotated[list[str], typer.Option(help="Give it again for more.")] = [  # noqa: B006
+    codec: Annotated[list[str], typer.Option(help="A codec to time; give it again for more.")] = [  # noqa: B006
         "int8",
         "int4",
         "k3v2:rotate=true",
@@ -37,8 +47,8 @@ def bench_codec(
         "lossless",
     ],
     heads: Annotated[int, typer.Option(help="KV heads, over all layers.")] = 90,
-    tokens: Annotated[int, typer.Option()] = 2048,
-    width: Annotated[int, typer.Option(help="Of a head.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Tokens of each head.")] = 2048,
+    width: Annotated[int, typer.Option(help="Channels of each head.")] = 64,
     device: Place = "cpu",
     dtype: Dtype = "bfloat16",
     repeats: Annotated[int, typer.Option(help="Runs of each; the median counts.")] = 5,
@@ -67,8 +77,8 @@ def bench_codec(
 @app.command(epilog="Example: pdtrim bench-forward smollm2 --prompt-tokens 512")
 def bench_forward(
     model: ModelName,
-    prompt_tokens: Annotated[int, typer.Option()] = 512,
-    continuation_tokens: Annotated[int, typer.Option()] = 256,
+    prompt_tokens: PromptTokens = 512,
+    continuation_tokens: ContinuationTokens = 256,
     rows: Annotated[int, typer.Option(help="Sequences a batch.")] = 4,
     repeats: Annotated[int, typer.Option(help="Runs of each; the median counts.")] = 5,
     dtype: Dtype = "bfloat16",
@@ -107,7 +117,7 @@ def bench_forward(
 def bench_transfer(
     context: typer.Context,
     shape: Shape,
-    tokens: Annotated[int, typer.Option(help="Of the prompt that prefill runs.")] = 3824,
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt that prefill runs.")] = 3824,
     link: Annotated[
         list[str],
         typer.Option(help="measured, or Gbit/s to pace moves by bytes; give it again for more."),
@@ -158,7 +168,7 @@ def bench_transfer(
 def bench_stages(
     context: typer.Context,
     shape: Shape,
-    tokens: Annotated[int, typer.Option(help="Of the prompt.")] = 3824,
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 3824,
     share: Annotated[
         list[float] | None,
         typer.Option(help="Of a stage's blocks to remove, instead of 1/4, 1/3, 1/2; again."),

@@ -68,7 +68,7 @@ def plan(
 )
 @from_record(TrainConfig, leave_out=("text",))
 def distill(
-    plan_file: Annotated[Path, typer.Argument(help="A plan.")],
+    plan_file: Annotated[Path, typer.Argument(help="The plan's file.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the new plan.")],
     config: TrainConfig,
     text: Annotated[
@@ -127,7 +127,7 @@ def inspect(
 
 @app.command(epilog="Example: pdtrim export plan.json -o pair")
 def export(
-    plan_file: Annotated[Path, typer.Argument(help="A plan.")],
+    plan_file: Annotated[Path, typer.Argument(help="The plan's file.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the two stages.")],
     model: Annotated[
         str | None,

@@ -8,10 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from pdtrim.cli.common import (
+    ContinuationTokens,
     Device,
     Dtype,
     Json,
     ModelName,
+    PromptTokens,
+    Seed,
     out,
     print_json,
     progress_of,
@@ -44,8 +47,8 @@ def evaluate(
     shots: Annotated[
         int | None, typer.Option(help="Solved examples in each prompt of a task.")
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option()] = 512,
-    continuation_tokens: Annotated[int, typer.Option()] = 256,
+    prompt_tokens: PromptTokens = 512,
+    continuation_tokens: ContinuationTokens = 256,
     limit: Annotated[
         int | None, typer.Option(help="Sequences (16 if not given), or items of a task (all).")
     ] = None,
@@ -133,7 +136,7 @@ def _evaluate_tasks(
 def demo(
     context: typer.Context,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all it makes.")],
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Run the whole job on SmolLM2-135M-Instruct: plan, export, run, measure."""
@@ -160,11 +163,11 @@ def kv_sweep(
     calibration: Annotated[
         str, typer.Option(help="Text of another source; self: the model writes it.")
     ] = "self",
-    prompt_tokens: Annotated[int, typer.Option()] = 512,
-    continuation_tokens: Annotated[int, typer.Option()] = 256,
-    limit: Annotated[int, typer.Option(help="Sequences at most.")] = 8,
+    prompt_tokens: PromptTokens = 512,
+    continuation_tokens: ContinuationTokens = 256,
+    limit: Annotated[int, typer.Option(help="Held-out sequences, at most.")] = 8,
     probes: Annotated[int, typer.Option(help="Retrieval probes a task; 0 for none.")] = 10,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "bfloat16",
     as_json: Json = False,
@@ -200,20 +203,22 @@ def ablate(
     text: Annotated[list[str], typer.Option(help="Held-out text; give it again for more.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder; what is there is kept.")],
     calibration: Annotated[str, typer.Option(help="Text of another source, or self.")] = "self",
-    prompt_tokens: Annotated[int, typer.Option()] = 256,
-    continuation_tokens: Annotated[int, typer.Option()] = 256,
-    sequences: Annotated[int, typer.Option(help="Of calibration text.")] = 12,
+    prompt_tokens: PromptTokens = 256,
+    continuation_tokens: ContinuationTokens = 256,
+    sequences: Annotated[int, typer.Option(help="Sequences of calibration text.")] = 12,
     limit: Annotated[int, typer.Option(help="Sequences of each held-out text.")] = 16,
-    budget: Annotated[float, typer.Option(help="Of each search, in dense passes.")] = 90,
-    prefill_remove: Annotated[list[int], typer.Option(help="Again for more.")] = [10, 12],  # noqa: B006
-    unified_remove: Annotated[int, typer.Option()] = 6,
-    decode_remove: Annotated[int, typer.Option()] = 6,
+    budget: Annotated[float, typer.Option(help="What each search may cost, in dense passes.")] = 90,
+    prefill_remove: Annotated[
+        list[int], typer.Option(help="Blocks that prefill alone loses; give it again for more.")
+    ] = [10, 12],  # noqa: B006
+    unified_remove: Annotated[int, typer.Option(help="Blocks that both stages lose.")] = 6,
+    decode_remove: Annotated[int, typer.Option(help="Blocks that decode alone loses.")] = 6,
     only: Annotated[
         list[str], typer.Option(help="Rows with these words, such as 'search, prefill'.")
     ] = [""],  # noqa: B006
-    train_steps: Annotated[int, typer.Option(help="Of the paper's light distillation.")] = 100,
-    fit_sequences: Annotated[int, typer.Option(help="More, for repairs and training.")] = 64,
-    seeds: Annotated[str, typer.Option(help="Of calibration text and search.")] = "0,1,2",
+    train_steps: Annotated[int, typer.Option(help="Steps of the paper's distillation.")] = 100,
+    fit_sequences: Annotated[int, typer.Option(help="More sequences, to repair and train.")] = 64,
+    seeds: Annotated[str, typer.Option(help="Seeds of text and search, with commas.")] = "0,1,2",
     device: Device = "cpu",
     dtype: Dtype = "bfloat16",
     as_json: Json = False,
@@ -270,10 +275,10 @@ def sensitivity(
     model: ModelName,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all it makes.")],
     text: Annotated[str, typer.Option(help="FILE.txt, FILE.jsonl, hub:NAME, or self.")] = "self",
-    prompt_tokens: Annotated[int, typer.Option()] = 256,
-    continuation_tokens: Annotated[int, typer.Option()] = 256,
-    sequences: Annotated[int, typer.Option()] = 8,
-    seed: Annotated[int, typer.Option()] = 0,
+    prompt_tokens: PromptTokens = 256,
+    continuation_tokens: ContinuationTokens = 256,
+    sequences: Annotated[int, typer.Option(help="Sequences that are measured.")] = 8,
+    seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "bfloat16",
     as_json: Json = False,

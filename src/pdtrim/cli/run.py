@@ -8,7 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from pdtrim.cli.common import Json, err, out, print_json, visible
+from pdtrim.cli.common import (
+    Json,
+    Seed,
+    err,
+    out,
+    print_json,
+    visible,
+)
 
 app = typer.Typer()
 
@@ -16,11 +23,13 @@ app = typer.Typer()
 @app.command(epilog='Example: pdtrim generate pair --prompt "Explain what AI is." ')
 def generate(
     folder: Annotated[Path, typer.Argument(help="An exported pair.")],
-    prompt: Annotated[list[str], typer.Option(help="Give it again for a batch.")],
-    max_new_tokens: Annotated[int, typer.Option()] = 128,
+    prompt: Annotated[list[str], typer.Option(help="A prompt; give it again for a batch.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
-    seed: Annotated[int, typer.Option()] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Nucleus: the share of probability that is drawn from.")
+    ] = 1.0,
+    seed: Seed = 0,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--raw", help="Use the chat template; by default if there is one."),

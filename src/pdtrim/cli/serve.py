@@ -44,7 +44,9 @@ def serve(
         list[str],
         typer.Option(help="One more for decode, as --decode-arg=--gpu-memory-utilization=0.8."),
     ] = [],  # noqa: B006
-    start_seconds: Annotated[float, typer.Option(help="That the servers may take to start.")] = 900,
+    start_seconds: Annotated[
+        float, typer.Option(help="Seconds that the servers may take to start.")
+    ] = 900,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands only.")] = False,
 ) -> None:
     """Serve a pair with vLLM behind a router, a GPU each server, until Ctrl-C."""
