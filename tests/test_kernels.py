@@ -225,6 +225,23 @@ def test_lanes_that_no_encoder_made_are_refused(name):
                 codec.decode(cut, L, M, D, BF16)
 
 
+def test_what_is_decoded_together_is_refused_at_the_end():
+    codec = parse_codec("fp8")
+    data = codec.encode(*on_device(*pairs(1, 40, 8, BF16)))
+    bad = data.clone()
+    bad[-1] = 0xFF
+    decoded = []
+    with kernels.use("triton"):
+        with pytest.raises(WireError, match="fp8 KV holds"), kernels.together():
+            for some in (data, bad, data):
+                decoded.append(codec.decode(some, 1, 40, 8, BF16))
+        assert len(decoded) == 3
+        with kernels.together():
+            codec.decode(data, 1, 40, 8, BF16)
+        with pytest.raises(WireError, match="fp8 KV holds"):
+            codec.decode(bad, 1, 40, 8, BF16)
+
+
 def test_a_least_of_minus_zero_travels_as_zero():
     k, v = on_device(torch.zeros(1, 64, 64), torch.zeros(1, 64, 64))
     k[:, ::2], v[..., ::2] = -0.0, -0.0

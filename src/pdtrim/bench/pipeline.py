@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pdtrim.bench.lanes import Lane, Mark, finish, seconds
 from pdtrim.bench.traffic import LayerSent, Sizes
+from pdtrim.kv.kernels import together
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
 from pdtrim.stage.step import prefill_block
@@ -103,7 +104,8 @@ class Pipeline:
         datas, encode_L = self._each(self.encoding, self._encode, list(enumerate(layers)))
         theres, move_L = self._each(self.link, self._move, [(data,) for data in datas])
         pairs = list(zip(layers, theres, strict=True))
-        _, decode_L = self._each(self.decoding, self._decode, pairs)
+        with together():
+            _, decode_L = self._each(self.decoding, self._decode, pairs)
         sizes = [data.numel() for data in datas]
         times = Alone(encode_L=encode_L, move_L=move_L, decode_L=decode_L, bytes_L=sizes)
         return times, datas
@@ -178,13 +180,15 @@ class Pipeline:
     ) -> tuple[Mark | None, list[tuple[Tensor, Tensor]]]:
         """Decode layers as they arrive; the mark behind the last one."""
         last, held = None, list[tuple[Tensor, Tensor]]()
-        while (came := moved.get()) is not None:
-            sent, there, last = came
-            if decode:
-                with self.decoding.work():
-                    self.decoding.wait(last)
-                    held.append(self._decode(sent, there))
-                    last = self.decoding.mark()
+        with self.decoding.work():
+            with together():
+                while (came := moved.get()) is not None:
+                    sent, there, last = came
+                    if decode:
+                        self.decoding.wait(last)
+                        held.append(self._decode(sent, there))
+            if held:
+                last = self.decoding.mark()
         return last, held
 
     def _each(

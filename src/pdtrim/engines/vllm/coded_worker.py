@@ -23,6 +23,7 @@ from pdtrim.engines.vllm.pages_io import check_readable, gather, scatter
 from pdtrim.engines.vllm.stage import Served, slot_of
 from pdtrim.engines.vllm.worker import Worker
 from pdtrim.errors import WireError
+from pdtrim.kv.kernels import together
 
 logger = logging.getLogger("vllm.pdtrim")
 
@@ -199,10 +200,11 @@ class CodedWorker(Worker):
     def _decode(self, staged: torch.Tensor, ticket: Ticket, meta: Any) -> None:
         groups = self.kv_cache_config.transfer_group_index_by_layer
         tokens = meta.remote.num_tokens
-        for part, *coded in self._form(tokens).read(staged, ticket.nonce):
-            k_GMD, v_GMD = self._bias.added_to(part, tokens - 1, (coded[0], coded[1]))
-            pages = list(meta.local_physical_block_ids[groups[self._caches[part.layer]]])
-            scatter(*self._pages_of(part.layer), pages, k_GMD, v_GMD)
+        with together():  # pages of a request that is refused are never read
+            for part, *coded in self._form(tokens).read(staged, ticket.nonce):
+                k_GMD, v_GMD = self._bias.added_to(part, tokens - 1, (coded[0], coded[1]))
+                pages = list(meta.local_physical_block_ids[groups[self._caches[part.layer]]])
+                scatter(*self._pages_of(part.layer), pages, k_GMD, v_GMD)
         if staged.is_cuda:  # no stream orders the next READ into this range
             torch.cuda.current_stream(staged.device).synchronize()
 

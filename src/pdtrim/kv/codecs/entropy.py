@@ -34,7 +34,7 @@ from pdtrim.errors import WireError
 from pdtrim.kv.codecs import rans
 from pdtrim.kv.codecs.base import CodecBase
 from pdtrim.kv.codecs.integer import fp16_below, head_runs
-from pdtrim.kv.kernels import kernels_of
+from pdtrim.kv.kernels import kernels_of, refuse
 from pdtrim.records import MOST_TOKENS
 
 LARGEST = 127  # code
@@ -93,8 +93,7 @@ class Entropy(CodecBase):
         N = tokens - start
         if kernels := kernels_of(self, data.device, tokens, D):
             k_LMD, v_LMD, broken = kernels.decode(self, data, L, tokens, D, dtype)
-            if broken:
-                raise WireError(NO_CODES)
+            refuse(broken, NO_CODES)
             return k_LMD, v_LMD
         ends, mean, k_step, v_step, lanes, words = self.parts(data.cpu(), L, tokens, D, dtype)
         codes_PND = rans.decode(lanes, words, (2 * L, N, D))

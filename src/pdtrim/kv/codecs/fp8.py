@@ -22,7 +22,7 @@ from torch import Tensor
 from pdtrim.errors import WireError
 from pdtrim.kv.codecs.base import CodecBase
 from pdtrim.kv.codecs.integer import fp16_below, head_runs
-from pdtrim.kv.kernels import kernels_of
+from pdtrim.kv.kernels import kernels_of, refuse
 
 LARGEST = 448.0
 NO_NUMBER = 0x7F  # the code, but for its sign
@@ -69,8 +69,7 @@ class Fp8(CodecBase):
             raise WireError(f"fp8 KV of {data.numel()} bytes does not fit its shape")
         if kernels := kernels_of(self, data.device, M, D):
             k_LMD, v_LMD, broken = kernels.decode(self, data, L, M, D, dtype)
-            if broken:
-                raise WireError("fp8 KV holds a scale or a value that is no number, or no scale")
+            refuse(broken, "fp8 KV holds a scale or a value that is no number, or no scale")
             return k_LMD, v_LMD
         k_LMD, v_LMD = kv_2LMD = data.new_empty(2, L, M, D, dtype=dtype)
         if M == 0:

@@ -37,7 +37,7 @@ from torch import Tensor
 from pdtrim.errors import WireError
 from pdtrim.kv.codecs.base import CodecBase
 from pdtrim.kv.codecs.hadamard import hadamard
-from pdtrim.kv.kernels import kernels_of
+from pdtrim.kv.kernels import kernels_of, refuse
 from pdtrim.records import MOST_TOKENS
 
 Bits = Literal[2, 3, 4, 8]
@@ -125,8 +125,7 @@ class Integer(CodecBase):
             raise WireError(f"int KV of {data.numel()} bytes does not fit its shape")
         if kernels := kernels_of(self, data.device, M, D):
             k_LMD, v_LMD, broken = kernels.decode(self, data, L, M, D, dtype)
-            if broken:
-                raise WireError(NO_GRID)
+            refuse(broken, NO_GRID)
             return k_LMD, v_LMD
         start, stop = self.coded(M)
         N = stop - start

@@ -27,7 +27,7 @@ from pdtrim.errors import WireError
 from pdtrim.kv.codecs import rans
 from pdtrim.kv.codecs.base import CodecBase
 from pdtrim.kv.codecs.integer import pack, unpack
-from pdtrim.kv.kernels import kernels_of
+from pdtrim.kv.kernels import kernels_of, refuse
 
 
 class Layout(NamedTuple):
@@ -79,8 +79,7 @@ class Lossless(CodecBase):
         L, M, D = heads, tokens, width
         if kernels := kernels_of(self, data.device, M, D):
             k_LMD, v_LMD, broken = kernels.decode(self, data, L, M, D, dtype)
-            if broken:
-                raise WireError("lossless KV holds codes that no encoder makes")
+            refuse(broken, "lossless KV holds codes that no encoder makes")
             return k_LMD, v_LMD
         plain, lanes, words = self.parts(data.cpu(), L, M, D, dtype)
         codes_PND = rans.decode(lanes, words, (2 * L, M, D))

@@ -7,8 +7,8 @@ bit. A codec's kernels are the module here of its name. A module has
 - ``takes(codec, tokens, width)``: whether it codes heads of a shape; the torch path codes others;
 - ``encode(codec, k_LTD, v_LTD, kept_LM)``: the wire bytes of all pairs, or of those at ``kept_LM``
   of each head (int32 or int64, any strides), which are never copied in between;
-- ``decode(codec, data, heads, tokens, width, dtype)``: keys and values, and whether the bytes
-  hold what ``encode`` cannot have made. The raw code needs none.
+- ``decode(codec, data, heads, tokens, width, dtype)``: keys and values, and int32 ``[1]`` on the
+  GPU that is not 0 where the bytes hold what ``encode`` cannot have made. The raw code needs none.
 
 Which path codes a tensor is decided here and nowhere else. Triton is imported when first used.
 
@@ -26,6 +26,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
+
+from pdtrim.errors import WireError
 
 if TYPE_CHECKING:
     from pdtrim.kv.codecs.base import CodecBase
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 Way = Literal["triton", "torch"]
 
 _forced: ContextVar[Way | None] = ContextVar("forced", default=None)
+_unchecked: ContextVar[list[tuple[Tensor, str]] | None] = ContextVar("unchecked", default=None)
 
 
 def kernels_of(codec: CodecBase, device: torch.device, tokens: int, width: int) -> Any:
@@ -52,6 +56,37 @@ def use(way: Way) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def refuse(broken: Tensor, message: str) -> None:
+    """Raise WireError if a GPU found bytes that no encoder made; within :func:`together`, later."""
+    unchecked = _unchecked.get()
+    if unchecked is not None:
+        unchecked.append((broken, message))
+    elif broken.item():
+        raise WireError(message)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Wait once, at the end, for what a GPU finds in all bytes that are decoded here.
+
+    Nothing of it may be used before. The current stream must be the one that decodes.
+
+    Raises:
+        WireError: as soon as the torch path sees it, or at the end.
+    """
+    unchecked: list[tuple[Tensor, str]] = []
+    token = _unchecked.set(unchecked)
+    try:
+        yield
+    finally:
+        _unchecked.reset(token)
+    if unchecked:
+        flags = torch.cat([broken for broken, _ in unchecked]).tolist()
+        for flag, (_, message) in zip(flags, unchecked, strict=True):
+            if flag:
+                raise WireError(message)
 
 
 @cache

@@ -92,8 +92,8 @@ def encode(codec: Entropy, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None 
 
 def decode(
     codec: Entropy, data: Tensor, heads: int, tokens: int, width: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, bool]:
-    """Keys and values ``[L, M, D]``, and whether no encoder made the bytes."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values ``[L, M, D]``, and int32 ``[1]``, not 0 where no encoder made the bytes."""
     L, M, D = heads, tokens, width
     start = min(codec.first, M)
     N = M - start
@@ -109,7 +109,7 @@ def decode(
                 *(x.view(torch.float16) for x in (mean, k_step, v_step)), codes_PND, kv_2LMD,
                 broken, N, L, tiles, start, D=D, ROWS=tile, **EXACT,
             )  # fmt: skip
-    return kv_2LMD[0], kv_2LMD[1], bool(broken.item())
+    return kv_2LMD[0], kv_2LMD[1], broken
 
 
 def _halves(step: float) -> tuple[float, float]:

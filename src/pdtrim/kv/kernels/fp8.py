@@ -73,12 +73,12 @@ def encode(codec: Fp8, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None = No
 
 def decode(
     codec: Fp8, data: Tensor, heads: int, tokens: int, width: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, bool]:
-    """Keys and values ``[L, M, D]``, and whether a scale or code is broken."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values ``[L, M, D]``, and int32 ``[1]``, not 0 where one is broken."""
     L, M, D = heads, tokens, width
     k_LMD, v_LMD = kv_2LMD = torch.empty(2, L, M, D, dtype=dtype, device=data.device)
     if kv_2LMD.numel() == 0:
-        return k_LMD, v_LMD, False
+        return k_LMD, v_LMD, torch.zeros(1, dtype=torch.int32, device=data.device)
     data = aligned(data)
     tiles = triton.cdiv(M * D, TILE)
     broken = torch.zeros(1, dtype=torch.int32, device=data.device)
@@ -89,7 +89,7 @@ def decode(
             **threads(TILE),
             **EXACT,
         )
-    return k_LMD, v_LMD, bool(broken.item())
+    return k_LMD, v_LMD, broken
 
 
 @triton.jit(do_not_specialize=["M", "runs"], do_not_specialize_on_alignment=["kept_ptr"])

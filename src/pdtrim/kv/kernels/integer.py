@@ -55,15 +55,15 @@ def encode(codec: Integer, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None 
 
 def decode(
     codec: Integer, data: Tensor, heads: int, tokens: int, width: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, bool]:
-    """Keys and values ``[L, M, D]``, and whether a grid is broken; of bytes of the right length."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values ``[L, M, D]``, and int32 ``[1]``, not 0 where a grid is broken."""
     L, M, D = heads, tokens, width
     plan = _Tiles(codec, M, D)
     k_LMD, v_LMD = torch.empty(2, L, M, D, dtype=dtype, device=data.device)
     k_tiles = plan.groups * plan.chunks
     tiles = k_tiles + plan.v_tiles + plan.end_tiles
     if L * tiles == 0:
-        return k_LMD, v_LMD, False
+        return k_LMD, v_LMD, torch.zeros(1, dtype=torch.int32, device=data.device)
     ends, k_grid, v_grid, k_codes, v_codes = aligned(data).split(codec.sizes(L, M, D, dtype))
     broken = torch.zeros(1, dtype=torch.int32, device=data.device)
     with on(data.device):
@@ -76,7 +76,7 @@ def decode(
             **threads(plan.elements),
             **EXACT,
         )
-    return k_LMD, v_LMD, bool(broken.item())
+    return k_LMD, v_LMD, broken
 
 
 class _Tiles:

@@ -59,8 +59,8 @@ def encode(codec: Lossless, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None
 
 def decode(
     codec: Lossless, data: Tensor, heads: int, tokens: int, width: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, bool]:
-    """Keys and values ``[L, M, D]``, and whether no encoder made the bytes."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values ``[L, M, D]``, and int32 ``[1]``, not 0 where no encoder made the bytes."""
     L, M, D = heads, tokens, width
     plain, lanes, words = codec.parts(data, L, M, D, dtype)
     codes_PND, broken = rans.decode(lanes, words, (2 * L, M, D))
@@ -74,7 +74,7 @@ def decode(
     else:
         kv_n = joined(codes_PND.view(-1), rest_of(plain, codes_PND.numel(), dtype), dtype)
     k_LMD, v_LMD = kv_n.view(dtype).view(2, L, M, D)
-    return k_LMD, v_LMD, bool(broken.item())
+    return k_LMD, v_LMD, broken
 
 
 @triton.jit(do_not_specialize=["M", "tiles"], do_not_specialize_on_alignment=["kept_ptr"])
