@@ -13,7 +13,7 @@ the text itself, without a data set:
 * ``questions``: what stood behind some words. Where there is no tokenizer, a copy.
 
 The search of blocks, the choice of repairs and ``sensitivity`` read :func:`recall_text` and
-:func:`answer_loss`. A KV budget has ``copies`` at the text's own length, in which every token is an
+:func:`lost`. A KV budget has ``copies`` at the text's own length, in which every token is an
 an answer (:func:`with_recall`).
 
 Shapes: n sequences of text, B rows of recall, P prompt tokens, C continuation tokens.
@@ -101,15 +101,21 @@ def sequence_tokens(text: Batch) -> int:
 
 @torch.inference_mode()
 def answer_loss(model: Model, recall: Recall, y_BCE: Tensor) -> Tensor:
-    """Mean NLL of each sequence's answers ``[n]``, nats a token, from decode's last stream.
-
-    Each row counts alike, however many answers it has.
-    """
+    """Mean NLL of each row's answers ``[B]``, nats a token, from decode's last stream."""
     at_BC = recall.answer_BC
     logp_RV = F.log_softmax(model.head(y_BCE[at_BC]), -1, dtype=torch.float32)
     nll_R = -logp_RV.gather(-1, recall.batch.continuation_BC[at_BC][:, None])[:, 0]
     nll_BC = torch.zeros(at_BC.shape, device=at_BC.device).masked_scatter(at_BC, nll_R)
-    return (nll_BC.sum(1) / at_BC.sum(1)).view(-1, ROWS).mean(1)
+    return nll_BC.sum(1) / at_BC.sum(1)
+
+
+def lost(nll_B: Tensor, dense_B: Tensor) -> Tensor:
+    """What each sequence's answers lost ``[n]``, nats a token; each row counts alike.
+
+    A row whose answers are likelier than in the dense model lost nothing: it does not make up for
+    one that forgot, as a search that may trade one for the other finds out.
+    """
+    return (nll_B - dense_B).clamp_min(0).view(-1, ROWS).mean(1)
 
 
 def with_recall(batch: Batch, *, seed: int = 0) -> Batch:

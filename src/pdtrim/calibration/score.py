@@ -11,8 +11,8 @@ class Score:
 
     Attributes:
         kl: KL to the dense model, nats a continuation token.
-        recall: NLL of answers (``calibration/recall.py``) above the dense model's, nats a token;
-            None where it is not measured.
+        recall: what answers lost (``calibration/recall.py``), nats a token; None where it is not
+            measured.
         weight: of recall in the loss.
     """
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from pdtrim.calibration.recall import Recall, answer_loss, recall_text
+from pdtrim.calibration.recall import Recall, answer_loss, lost, recall_text
 from pdtrim.calibration.score import Score
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.finite import finite
@@ -41,7 +41,7 @@ class HeldOut:
             whole = recall_text(model, text, seed=seed)
             pieces = [whole[i : i + ROWS] for i in range(0, len(text), ROWS)]
             self.recalls = [(piece, dense.streams(piece.batch)) for piece in pieces]
-        self.dense_recall = self._recall(dense)
+        self.dense_B = self._answers(dense)
 
     @torch.inference_mode()
     def score(self, trimmed: Trimmed) -> Score:
@@ -58,16 +58,17 @@ class HeldOut:
         kl = float(finite(torch.cat(kl_B), "the KL of a repair").mean())
         if self.weight is None:
             return Score(kl=kl)
-        return Score(kl=kl, recall=self._recall(trimmed) - self.dense_recall, weight=self.weight)
+        recall_n = lost(self._answers(trimmed), self.dense_B)
+        recall = float(finite(recall_n, "the recall of a repair").mean())
+        return Score(kl=kl, recall=recall, weight=self.weight)
 
-    def _recall(self, trimmed: Trimmed) -> float:
-        if not self.recalls:
-            return 0.0
-        loss_B = [
+    def _answers(self, trimmed: Trimmed) -> torch.Tensor:
+        """NLL of all rows' answers."""
+        nll = [
             answer_loss(trimmed.pair.decode, piece, self._stream(trimmed, piece.batch, trace))
             for piece, trace in self.recalls
         ]
-        return float(finite(torch.cat(loss_B), "the recall of a repair").mean())
+        return torch.cat(nll) if nll else torch.zeros(0)
 
     def _stream(self, trimmed: Trimmed, batch: Batch, trace: Trace) -> torch.Tensor:
         """What decode's head reads, run from the first layer that is not the dense model's."""

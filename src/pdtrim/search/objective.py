@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pdtrim.calibration.recall import answer_loss, recall_text
+from pdtrim.calibration.recall import answer_loss, lost, recall_text
 from pdtrim.calibration.score import Score
 from pdtrim.calibration.teacher import HEAD_ROWS, Teacher
 from pdtrim.finite import finite
@@ -245,11 +245,11 @@ class Objective:
             made.append(self._run(gates, parts, resume, start))
             text, recall = made[0]
             kl = [self.losses[i](t[-1][1]) for i, t in zip(parts, text, strict=True)]
-            lost = [
-                self._answers(i, t[-1][1]) - self.dense_recall[i]
+            gone = [
+                lost(self._answers(i, t[-1][1]), self.dense_recall[i])
                 for i, t in zip(self._recalled(parts), recall, strict=True)
             ]
-            return torch.cat([*kl, *lost]).tolist()
+            return torch.cat([*kl, *gone]).tolist()
 
         if self.journal is None:
             values = forwards()
@@ -312,9 +312,9 @@ class Objective:
 
     def score_of(self, state: Removal) -> Score:
         """KL and recall of a state that was measured on the whole text."""
-        lost = float(self.known_recall[state].mean()) if self.recalls else None
-        kl = self.memo[state] - self.weight * (lost or 0.0)
-        return Score(kl=kl, recall=lost, weight=self.weight)
+        recall = float(self.known_recall[state].mean()) if self.recalls else None
+        kl = self.memo[state] - self.weight * (recall or 0.0)
+        return Score(kl=kl, recall=recall, weight=self.weight)
 
     def _remember_recall(self, state: Removal, parts: range, recall_n: Tensor) -> None:
         if parts.start:
