@@ -92,6 +92,9 @@ def test_a_hostile_path_is_one_line_with_what_was_asked(verb, tmp_path, monkeypa
         "compare": ["-o", tmp_path / "o", "--methods", "none"],
         "sensitivity": ["-o", tmp_path / "o"],
         "roi": [
+            *("--isl", "80", "--osl", "20", "--rate", "5", "--ttft", "1", "--tpot", "1"),
+            *("--link-gbit-s", "9", "--gpu-hour", "2"),
+        ],
             "--isl",
             "80",
             "--osl",

@@ -14,7 +14,7 @@ the text itself, without a data set:
 
 The search of blocks, the choice of repairs and ``sensitivity`` read :func:`recall_text` and
 :func:`lost`. A KV budget has ``copies`` at the text's own length, in which every token is an
-an answer (:func:`with_recall`).
+answer (:func:`with_recall`).
 
 Shapes: n sequences of text, B rows of recall, P prompt tokens, C continuation tokens.
 """
