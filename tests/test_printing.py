@@ -95,21 +95,6 @@ def test_a_hostile_path_is_one_line_with_what_was_asked(verb, tmp_path, monkeypa
             *("--isl", "80", "--osl", "20", "--rate", "5", "--ttft", "1", "--tpot", "1"),
             *("--link-gbit-s", "9", "--gpu-hour", "2"),
         ],
-            "--isl",
-            "80",
-            "--osl",
-            "20",
-            "--rate",
-            "5",
-            "--ttft",
-            "1",
-            "--tpot",
-            "1",
-            "--link-gbit-s",
-            "9",
-            "--gpu-hour",
-            "2",
-        ],
     }
     code, out, err = run(monkeypatch, capsys, verb, path, *more.get(verb, []))
     assert code == 2 and out == "" and len(err.splitlines()) == 1
