@@ -225,6 +225,16 @@ def test_lanes_that_no_encoder_made_are_refused(name):
                 codec.decode(cut, L, M, D, BF16)
 
 
+def test_lanes_have_a_power_of_two_of_warps_at_every_width_that_kernels_take():
+    """The interpreter launches with any number, a GPU with none but those."""
+    codec, device = parse_codec("entropy"), torch.device(DEVICE)
+    with kernels.use("triton"):
+        module = kernels.kernels_of(codec, device, 100, 96)
+        widths = [w for w in range(1, 300) if kernels.kernels_of(codec, device, 100, w)]
+    assert 96 in widths
+    assert {module.rans.warps_of(width) for width in widths} == {1, 2, 4, 8}
+
+
 def test_what_is_decoded_together_is_refused_at_the_end():
     codec = parse_codec("fp8")
     data = codec.encode(*on_device(*pairs(1, 40, 8, BF16)))

@@ -46,6 +46,11 @@ def tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return (inverse << 32 | wide).to(device), decode.to(device), limits.to(device)
 
 
+def warps_of(width: int) -> int:
+    """A thread a lane; a launch takes powers of two only, and so do tiles."""
+    return max(1, triton.next_power_of_2(width) // 32)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Coded:
     """What the first launch makes.
@@ -98,7 +103,7 @@ def encode(codes_PND: Tensor, family: rans.Family) -> Coded:
                 D=D, ROWS=tokens_of(D) // 2, EXPONENT=family == "exponent",
             )  # fmt: skip
             encode_kernel[(P * C,)](
-                codes_PND, table, loose, heads, N, C, lanes, D=D, num_warps=max(1, D // 32)
+                codes_PND, table, loose, heads, N, C, lanes, D=D, num_warps=warps_of(D)
             )
     return Coded(heads=heads, loose=loose, ends=heads[:lanes].to(torch.int64).cumsum(0))
 
@@ -118,7 +123,7 @@ def decode(heads: Tensor, body: Tensor, shape: tuple[int, int, int]) -> tuple[Te
     with on(device):
         decode_kernel[(P * C,)](
             heads, ends, body[: 2 * words].view(torch.uint16), table, codes, broken,
-            N, C, lanes, words, D=D, num_warps=max(1, D // 32),
+            N, C, lanes, words, D=D, num_warps=warps_of(D),
         )  # fmt: skip
     return codes, broken + odd + (ends[-1:] != words)
 
