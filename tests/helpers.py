@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, E hidden width, H query heads, G KV heads, D head wid
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
@@ -223,3 +224,25 @@ def perturbed(model, layer, seed=0):
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     """Numbers of a normal distribution."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Killed(Exception):
+    """A training that died."""
+
+
+def killed_at(step):
+    """A progress that dies when ``step`` steps are done."""
+
+    @contextlib.contextmanager
+    def progress(what, total):
+        done = 0
+
+        def advance(amount):
+            nonlocal done
+            done += amount
+            if done == step:
+                raise Killed
+
+        yield advance
+
+    return progress

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import closing
 
 import pytest
 import torch
@@ -185,7 +186,7 @@ def test_nixl_moves_the_bytes_into_another_process_and_the_rows_take_its_times(s
     for name, row in paced.items():
         assert row["move_s"]["median"] == pytest.approx(row["bytes"] * 8 / 1e6)
         assert measured[name]["link"] == "measured, by NIXL" and measured[name]["gb_s"] > 0
-    with NixlLink(CPU, CPU, 9000) as link:
+    with closing(NixlLink(CPU, CPU, 9000)) as link:
         data = torch.arange(4000, dtype=torch.int16)
         for pieces in (1, 16):
             data += 1

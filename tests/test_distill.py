@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from helpers import first_last, perturbed, random_batch, tiny_model, trimmed
+from helpers import (
+    Killed,
+    first_last,
+    killed_at,
+    perturbed,
+    random_batch,
+    tiny_model,
+    trimmed,
+)
 from pdtrim.distill import train
 from pdtrim.distill.loss import kl_of
 from pdtrim.distill.schedule import rate_share, rows_of
@@ -42,28 +50,6 @@ def model():
 @pytest.fixture(scope="module")
 def text(model):
     return random_batch(model, rows=24, seed=1), random_batch(model, rows=6, seed=2)
-
-
-class Killed(Exception):
-    pass
-
-
-def killed_at(step):
-    """A progress that dies when ``step`` steps are done."""
-
-    @contextlib.contextmanager
-    def progress(what, total):
-        done = 0
-
-        def advance(amount):
-            nonlocal done
-            done += amount
-            if done == step:
-                raise Killed
-
-        yield advance
-
-    return progress
 
 
 def whole_kl(pair, batch, gates, policy=None):

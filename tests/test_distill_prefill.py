@@ -1,6 +1,5 @@
 """Training prefill's projections, held against differences of the simulator's own KL."""
 
-import contextlib
 import dataclasses
 import json
 
@@ -9,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from typer.testing import CliRunner
 
-from helpers import first_last, make_plan, random_batch, tiny_model, trim_of, trimmed, with_files
+from helpers import (
+    Killed,
+    first_last,
+    killed_at,
+    make_plan,
+    random_batch,
+    tiny_model,
+    trim_of,
+    trimmed,
+    with_files,
+)
 from pdtrim.cli import app
 from pdtrim.distill.job import DistillConfig
 from pdtrim.distill.loss import backward_kl, dense_stream
@@ -65,26 +74,6 @@ def same(a, b):
         and all(torch.equal(tensor, b[layer][name]) for name, tensor in a[layer].items())
         for layer in a
     )
-
-
-class Killed(Exception):
-    pass
-
-
-def killed_at(step):
-    @contextlib.contextmanager
-    def progress(what, total):
-        done = 0
-
-        def advance(amount):
-            nonlocal done
-            done += amount
-            if done == step:
-                raise Killed
-
-        yield advance
-
-    return progress
 
 
 KV = ("self_attn.k_proj.weight", "self_attn.v_proj.weight")

@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import time
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -57,17 +56,6 @@ class NixlLink:
         there = json.loads(said.removeprefix(SAYS))
         self._address, self._target = there["address"], target
         self._name = self._agent.add_remote_agent(base64.b64decode(there["metadata"]))
-
-    def __enter__(self) -> NixlLink:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def move(self, data: Tensor, pieces: int = 1) -> float:
         """Seconds from building descriptors until NIXL says that all bytes are there.

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any, Literal, get_args
 
 import torch
@@ -106,7 +106,7 @@ def bench_transfer(
 
             # twice the cache holds its pages, and a code that makes a layer little larger
             size = 2 * sizes.raw_bytes(DTYPES[dtype])
-            nixl = stack.enter_context(NixlLink(source, target, size))
+            nixl = stack.enter_context(closing(NixlLink(source, target, size)))
         rounds = Rounds(machines, sent, nixl)
         slow = rounds.slow_link()
         if slow:

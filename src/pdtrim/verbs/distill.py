@@ -152,7 +152,7 @@ def train(
 
 def with_recall_rows(model: Model, text: Batch, config: TrainConfig) -> Batch:
     """Text, and below it rows that need recall, which are made of it."""
-    from pdtrim.calibration.recall_text import recall_rows
+    from pdtrim.calibration.recall_training import recall_rows
     from pdtrim.calibration.tokens import begin_ids
     from pdtrim.stage.forward import Batch
 

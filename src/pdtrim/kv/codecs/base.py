@@ -75,8 +75,7 @@ class CodecBase(Frozen):
         M, D = kept_LM.shape[1], k_LTD.shape[2]
         if kernels := kernels_of(self, k_LTD.device, M, D):
             return kernels.encode(self, k_LTD, v_LTD, kept_LM)
-        at = kept_LM.to(torch.int64)[..., None].expand(-1, -1, D)
-        return self.encode(k_LTD.gather(1, at), v_LTD.gather(1, at))
+        return self.encode(*(kept_of(x_LTD, kept_LM) for x_LTD in (k_LTD, v_LTD)))
 
     @abstractmethod
     def decode(
@@ -96,3 +95,9 @@ class CodecBase(Frozen):
         """What decode will see; the simulator's whole view of a codec."""
         L, M, D = k_LMD.shape
         return self.decode(self.encode(k_LMD, v_LMD), L, M, D, k_LMD.dtype)
+
+
+def kept_of(x_LTD: Tensor, kept_LM: Tensor) -> Tensor:
+    """The tokens ``kept_LM`` of each head, ``[L, M, D]``."""
+    at_LM1 = kept_LM.to(torch.int64)[..., None]
+    return x_LTD.gather(1, at_LM1.expand(-1, -1, x_LTD.shape[2]))

@@ -115,11 +115,7 @@ class Entropy(CodecBase):
         Raises:
             WireError: too few bytes for the parts before the words.
         """
-        sizes = self._plain_sizes(heads, tokens, width, dtype)
-        words = data.numel() - sum(sizes)
-        if words < 0:
-            raise WireError(f"entropy KV of {data.numel()} bytes is cut short")
-        return tuple(part.clone() for part in data.split([*sizes, words]))
+        return rans.cut(data, self._plain_sizes(heads, tokens, width, dtype), self.name)
 
     def round_trip(self, k_LMD: Tensor, v_LMD: Tensor) -> tuple[Tensor, Tensor]:
         """What decode will see; the entropy coder itself changes nothing, so it is left out."""

@@ -95,11 +95,7 @@ class Lossless(CodecBase):
         Raises:
             WireError: too few bytes for the parts before the words.
         """
-        sizes = self._plain_sizes(heads, tokens, width, dtype)
-        words = data.numel() - sum(sizes)
-        if words < 0:
-            raise WireError(f"lossless KV of {data.numel()} bytes is cut short")
-        return tuple(part.clone() for part in data.split([*sizes, words]))
+        return rans.cut(data, self._plain_sizes(heads, tokens, width, dtype), self.name)
 
     def nbytes(self, heads: int, tokens: int, width: int, dtype: torch.dtype) -> int:
         """See the base class."""

@@ -23,6 +23,7 @@ P C D lanes, S = LANE.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -131,6 +132,21 @@ def most_bytes(heads: int, tokens: int, width: int) -> int:
     """The most bytes that all words can be."""
     whole, rest = divmod(tokens, LANE)
     return 2 * heads * width * (whole * (LANE // 2) + -(-rest // 2))
+
+
+def cut(data: Tensor, before: Sequence[int], codec: str) -> tuple[Tensor, ...]:
+    """A codec's bytes in wire order, the words last, each part from an aligned address.
+
+    Args:
+        before: bytes of the parts before the words.
+
+    Raises:
+        WireError: too few bytes for those.
+    """
+    words = data.numel() - sum(before)
+    if words < 0:
+        raise WireError(f"{codec} KV of {data.numel()} bytes is cut short")
+    return tuple(part.clone() for part in data.split([*before, words]))
 
 
 def encode(codes_PND: Tensor, family: Family) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pdtrim.kv.codecs.base import kept_of
 from pdtrim.kv.codecs.entropy import LARGEST
 from pdtrim.kv.kernels import rans
 from pdtrim.kv.kernels.launch import on, rows, tokens_of
@@ -47,16 +48,13 @@ def tile_of(width: int) -> int:
     return max(1, FP64_TILE // triton.next_power_of_2(width))
 
 
-def takes(codec: Entropy, tokens: int, width: int) -> bool:
-    """Whether a head's tokens are whole rows of threads, and 32 bits count its elements."""
-    return width % 8 == 0 and 8 <= width <= 256 and tokens * width < 2**28
+takes = rans.takes
 
 
 def encode(codec: Entropy, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None = None) -> Tensor:
     """The wire bytes, as :meth:`Entropy.encode` makes them of the kept pairs."""
     if kept_LM is not None:
-        at = kept_LM.to(torch.int64)[..., None].expand(-1, -1, k_LTD.shape[2])
-        k_LTD, v_LTD = k_LTD.gather(1, at), v_LTD.gather(1, at)
+        k_LTD, v_LTD = kept_of(k_LTD, kept_LM), kept_of(v_LTD, kept_LM)
     k_LMD, v_LMD = rows(k_LTD), rows(v_LTD)
     L, M, D = k_LMD.shape
     start = min(codec.first, M)

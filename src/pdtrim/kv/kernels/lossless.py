@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pdtrim.kv.codecs.base import kept_of
 from pdtrim.kv.codecs.lossless import joined, plain_bytes, rest_bytes, rest_of, split
 from pdtrim.kv.kernels import rans
 from pdtrim.kv.kernels.launch import on, rows, source, tokens_of
@@ -26,9 +27,7 @@ ROWS = 512
 """Of eight elements, a program."""
 
 
-def takes(codec: Lossless, tokens: int, width: int) -> bool:
-    """Whether a head's tokens are whole rows of threads, and 32 bits count its elements."""
-    return width % 8 == 0 and 8 <= width <= 256 and tokens * width < 2**28
+takes = rans.takes
 
 
 def encode(codec: Lossless, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None = None) -> Tensor:
@@ -49,8 +48,7 @@ def encode(codec: Lossless, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None
                 )  # fmt: skip
     else:
         if kept_LM is not None:
-            at = kept_LM.to(torch.int64)[..., None].expand(-1, -1, D)
-            k_LTD, v_LTD = k_LTD.gather(1, at), v_LTD.gather(1, at)
+            k_LTD, v_LTD = kept_of(k_LTD, kept_LM), kept_of(v_LTD, kept_LM)
         exponents, rest_n = split(torch.stack((k_LTD, v_LTD)))
         plain = rest_bytes(rest_n, k_LTD.dtype)
     coded = rans.encode(exponents.view(2 * L, M, D), "exponent")

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -21,6 +22,9 @@ from torch import Tensor
 
 from pdtrim.kv.codecs import rans
 from pdtrim.kv.kernels.launch import on, tokens_of
+
+if TYPE_CHECKING:
+    from pdtrim.kv.codecs.base import CodecBase
 
 MOST: int = rans.LANE // 2
 """Words of a lane, at most."""
@@ -44,6 +48,11 @@ def tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     wide = encode.to(torch.int64)
     inverse = (2**32 // (wide >> 10 & 2047) + 1).clamp(max=2**32 - 1)
     return (inverse << 32 | wide).to(device), decode.to(device), limits.to(device)
+
+
+def takes(codec: CodecBase, tokens: int, width: int) -> bool:
+    """Whether a head's tokens are whole rows of threads, and 32 bits count its elements."""
+    return width % 8 == 0 and 8 <= width <= 256 and tokens * width < 2**28
 
 
 def warps_of(width: int) -> int:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pdtrim.calibration.recall_text import NEAR, PAIR, pairs, recall_rows, returns
+from pdtrim.calibration.recall_training import NEAR, PAIR, pairs, recall_rows, returns
 from pdtrim.errors import CalibrationError
 from pdtrim.stage.forward import Batch
 
