@@ -21,6 +21,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -78,6 +79,7 @@ def repair(
     ridge: float = RIDGE,
     outputs_ridge: float = OUTPUTS_RIDGE,
     kv_ridge: float = KV_RIDGE,
+    begun: Blocks | None = None,
 ) -> Blocks:
     """Weights that repair a pruned pair, by stage and dense layer index; what is not there stays.
 
@@ -89,6 +91,7 @@ def repair(
         ridge: of ``diagonal`` and ``linear``, relative to the data; infinite repairs nothing.
         outputs_ridge: of ``outputs`` and ``shared``, likewise, but biases are fitted without.
         kv_ridge: of ``kv``, likewise.
+        begun: what the first part of a kind such as ``linear+kv`` made, if it is known.
 
     Raises:
         PdtrimError: an unknown kind, or a ridge that is not above 0.
@@ -100,24 +103,32 @@ def repair(
         raise PdtrimError(f"ridges {ridge}, {outputs_ridge} and {kv_ridge} must be above 0")
     if kind == "none":
         return {"prefill": {}, "decode": {}}
-    cuts = [cut for stage in stages for cut in find_cuts(trimmed.gates, stage)]
     text = batch if isinstance(batch, DenseText) else DenseText(model, batch, stages=stages)
-    walk = Walk(trimmed, text, stages)
     what, _, then = kind.partition("+")
-    if what == "scalar":
+    if then:
+        part = partial(
+            repair,
+            model,
+            batch=text,
+            stages=stages,
+            ridge=ridge,
+            outputs_ridge=outputs_ridge,
+            kv_ridge=kv_ridge,
+        )
+        first = part(trimmed=trimmed, kind=_KIND[what]) if begun is None else begun
+        return joined(first, part(trimmed=_with(trimmed, first), kind=_KIND[then]))
+    walk = Walk(trimmed, text, stages)
+    cuts = [cut for stage in stages for cut in find_cuts(trimmed.gates, stage)]
+    if kind == "scalar":
         _repair_scalar(walk, cuts)
-    elif what in ("diagonal", "linear"):
-        _repair_mlp(walk, cuts, diagonal.fit if what == "diagonal" else linear.fit, ridge)
-    elif what in ("outputs", "shared"):
+    elif kind in ("diagonal", "linear"):
+        _repair_mlp(walk, cuts, diagonal.fit if kind == "diagonal" else linear.fit, ridge)
+    elif kind in ("outputs", "shared"):
         changed = {stage: first_change(model, trimmed, stage) for stage in stages}
-        first = {stage: i for stage, i in changed.items() if i is not None}
-        _repair_outputs(walk, first, outputs_ridge, shared=what == "shared")
-    if what == "kv" and "prefill" in stages:
+        begin = {stage: i for stage, i in changed.items() if i is not None}
+        _repair_outputs(walk, begin, outputs_ridge, shared=kind == "shared")
+    elif "prefill" in stages:
         _repair_kv(walk, kv_ridge)
-    elif then == "kv" and "prefill" in stages:  # with what was just made in place
-        behind = Walk(walk.trimmed, text, stages)
-        _repair_kv(behind, kv_ridge)
-        return joined(walk.made, behind.made)
     return walk.made
 
 
@@ -242,13 +253,10 @@ def _made(
 ) -> Blocks:
     """One kind's weights; those of a kind that it goes on from are made once, for ``done``."""
     what, _, then = kind.partition("+")
-    if not then:
-        return repair(model, before, text, kind, stages=stages, ridge=ridge)
-    first = done.get(what)
-    if first is None:
-        first = done[what] = repair(model, before, text, _KIND[what], stages=stages, ridge=ridge)
-    behind = repair(model, _with(before, first), text, _KIND[then], stages=stages)
-    return joined(first, behind)
+    if then and what not in done:
+        done[what] = repair(model, before, text, _KIND[what], stages=stages, ridge=ridge)
+    begun = done[what] if then else None
+    return repair(model, before, text, kind, stages=stages, ridge=ridge, begun=begun)
 
 
 def _with(start: Trimmed, made: Blocks) -> Trimmed:
