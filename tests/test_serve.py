@@ -75,7 +75,7 @@ def test_servers_come_first_and_each_stage_gets_its_own_settings(pair):
         # the decode checkpoint is of whole blocks and names the plain class
         assert one["--hf-overrides"] == [{"architectures": ["PDTrimLlamaForCausalLM"]}]
         assert "--max-model-len" not in one
-    assert "--enforce-eager" in prefill and "--enforce-eager" not in decode
+    assert not {"--enforce-eager"} & {*prefill, *decode}
     assert "--no-enable-prefix-caching" in decode and "--no-enable-prefix-caching" not in prefill
     assert prefill["--kv-transfer-config"] == [
         {

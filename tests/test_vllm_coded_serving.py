@@ -3,10 +3,10 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 
 pytest.importorskip("vllm")
 
+import vllm_servers
 from pdtrim.engines.pages import page_bytes, pages_sent
 from pdtrim.engines.ranges import Form
 from pdtrim.engines.vllm.coded import TICKET
@@ -14,11 +14,12 @@ from pdtrim.exported import load_pair
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.plan import LayerKV
-from pdtrim.stage.forward import Batch, forward
 from vllm_servers import (
     BLOCK,
+    DTYPE,
     LENGTHS,
     RULE,
+    agree,
     commands,
     completion,
     idle,
@@ -33,7 +34,7 @@ from vllm_servers import (
 
 pytestmark = pytest.mark.slow
 
-TIE = 0.05
+TIE = max(0.05, vllm_servers.TIE)
 """Nats between the simulator's first two: rounding that flips a code may swap what is nearer."""
 
 
@@ -55,17 +56,6 @@ def servers(pair, tmp_path_factory):
         yield answering
 
 
-def agrees(simulated, prompt, tokens, policy=None):
-    """Each token is the simulator's behind those before it, or all but ties with it."""
-    pair, plan = simulated
-    batch = Batch(prompt_BP=torch.tensor([prompt]), continuation_BC=torch.tensor([tokens]))
-    with torch.no_grad():
-        made = forward(pair, batch, plan.gates, policy or HandoverPolicy.of(plan))[0]
-    logits_CV = made.log_softmax(-1)
-    behind = logits_CV.amax(-1) - logits_CV.gather(-1, batch.continuation_BC[0][:, None])[:, 0]
-    return bool((behind < TIE).all())
-
-
 def test_tokens_are_the_simulators_and_bytes_one_range_a_prompt(pair, servers):
     """Eight at once."""
     source, decode, router = servers
@@ -74,16 +64,16 @@ def test_tokens_are_the_simulators_and_bytes_one_range_a_prompt(pair, servers):
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda n: post(router.url, completion(prompt_of(n))), LENGTHS))
     tokens = {n: tokens_of(answer) for n, answer in zip(LENGTHS, made, strict=True)}
-    assert all(agrees(simulated, prompt_of(n), tokens[n]) for n in LENGTHS)
+    assert all(agree(simulated, prompt_of(n), tokens[n], tie=TIE) for n in LENGTHS)
     whole = HandoverPolicy.full(8)
-    assert not all(agrees(simulated, prompt_of(n), tokens[n], whole) for n in LENGTHS)
+    assert not all(agree(simulated, prompt_of(n), tokens[n], whole, TIE) for n in LENGTHS)
     until(lambda: decode.metric("pdtrim:handover_seconds_count") == len(LENGTHS))
-    forms = [Form.of(plan, torch.float32, n, BLOCK) for n in LENGTHS]
+    forms = [Form.of(plan, DTYPE, n, BLOCK) for n in LENGTHS]
     sent = decode.metric("vllm:nixl_bytes_transferred_sum")
     assert sent < sum(form.most for form in forms)  # a bound: lengths of entropy's vary
     assert sent == decode.metric("pdtrim:kv_bytes_sent_total")
     assert decode.metric("vllm:nixl_num_descriptors_sum") == len(LENGTHS)
-    raw = sum(pages_sent(plan, n, BLOCK) for n in LENGTHS) * page_bytes(plan, BLOCK, 4)
+    raw = sum(pages_sent(plan, n, BLOCK) for n in LENGTHS) * page_bytes(plan, BLOCK, DTYPE.itemsize)
     assert decode.metric("pdtrim:kv_bytes_skipped_total", reason="codec") == raw - sent > 0
     until(lambda: idle(source, decode))
 

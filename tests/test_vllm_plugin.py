@@ -1,6 +1,7 @@
 """The plugin's parts inside vLLM's own classes, without a server."""
 
 import contextlib
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ pytest.importorskip("vllm")
 from helpers import first_last, make_plan, tiny_model
 from pdtrim.bundle import export
 from pdtrim.engines.vllm import blocks, compat
-from pdtrim.engines.vllm.attention import compact
+from pdtrim.engines.vllm.attention import compact, trimmed_backend
 from pdtrim.engines.vllm.cache import TrimmedManager, TrimmedSpec, register
 from pdtrim.engines.vllm.metrics import HANDOVER, Stats
 from pdtrim.engines.vllm.scheduler import handover_problem
@@ -85,6 +86,52 @@ def test_tables_are_compacted_and_other_rows_left():
     assert made[2, :2].tolist() == [0, 0] and kept[2] == 8, "a row of padding stays"
     assert made[3, :2].tolist() == [5, 6] and kept[3] == 8
     assert kept.dtype == torch.int32
+
+
+def test_a_null_block_may_be_several_pages_of_a_kernel():
+    """Pages of 8 tokens for a kernel that takes 4: block 0 is pages 0 and 1."""
+    made, kept = compact(torch.tensor([[6, 7, 0, 1, 4, 5, 9]]), torch.tensor([22]), 4, nulls=2)
+    assert made[0, :4].tolist() == [6, 7, 4, 5] and kept.tolist() == [14]
+
+
+def test_a_graph_finds_each_steps_table_where_it_was():
+    """And no other group is lent metadata over a whole table."""
+
+    class Builder:
+        supports_update_block_table = True
+
+        def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+            self.kv_cache_spec = kv_cache_spec
+
+        def build(self, common_prefix_len, common, fast_build):
+            return common
+
+    backend = trimmed_backend(type("Backend", (), {"get_builder_cls": lambda: Builder}))
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(block_size=BLOCK),
+        scheduler_config=SimpleNamespace(max_num_seqs=3),
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=None),
+    )
+    made = backend.get_builder_cls()(SimpleNamespace(block_size=BLOCK), [], config, "cpu")
+    assert not made.supports_update_block_table
+    steps = [
+        made.build(0, Common(torch.tensor(table), torch.tensor(lengths)))
+        for table, lengths in (([[3, 0, 7], [0, 0, 0]], [12, 0]), ([[5, 6, 8], [4, 0, 9]], [9, 12]))
+    ]
+    assert steps[-1].block_table_tensor[:, :2].tolist() == [[5, 6], [4, 9]]
+    assert steps[-1].seq_lens.tolist() == [9, 8]
+    for name in ("block_table_tensor", "seq_lens"):
+        first, second = (getattr(step, name) for step in steps)
+        assert first.data_ptr() == second.data_ptr()
+
+
+@dataclass
+class Common:
+    block_table_tensor: torch.Tensor
+    seq_lens: torch.Tensor
+
+    def replace(self, **changes):
+        return replace(self, **changes)
 
 
 def test_specs_of_one_rule_share_a_table():

@@ -30,9 +30,11 @@ from pdtrim.stage.forward import Batch, forward
 from vllm_servers import (
     ARGS,
     BLOCK,
+    DTYPE,
     ENV,
     LENGTHS,
     RULE,
+    agree,
     commands,
     completion,
     idle,
@@ -67,15 +69,6 @@ def servers(pair, tmp_path_factory):
         yield started
 
 
-def agree(simulated, prompt, tokens):
-    """Each token is the simulator's greedy one behind those before it."""
-    pair, plan = simulated
-    batch = Batch(prompt_BP=torch.tensor([prompt]), continuation_BC=torch.tensor([tokens]))
-    with torch.no_grad():
-        logits_CV = forward(pair, batch, plan.gates, HandoverPolicy.of(plan))[0]
-    return logits_CV.argmax(-1).tolist() == tokens
-
-
 def test_tokens_are_the_simulators_and_bytes_the_plans(servers, simulated):
     """Through the router, eight at once."""
     _, *decodes, router = servers
@@ -89,13 +82,14 @@ def test_tokens_are_the_simulators_and_bytes_the_plans(servers, simulated):
         if not agree(simulated, prompt_of(n), tokens_of(answer))
     ]
     assert not wrong
-    planned = sum(pages_sent(plan, n, BLOCK) for n in LENGTHS) * page_bytes(plan, BLOCK, 4)
+    page = page_bytes(plan, BLOCK, DTYPE.itemsize)
+    planned = sum(pages_sent(plan, n, BLOCK) for n in LENGTHS) * page
     until(lambda: sum(d.metric("pdtrim:handover_seconds_count") for d in decodes) >= len(LENGTHS))
     sent = sum(d.metric("vllm:nixl_bytes_transferred_sum") for d in decodes) - sum(before)
     assert sent == planned == sum(d.metric("pdtrim:kv_bytes_sent_total") for d in decodes)
     whole = sum(-(-n // BLOCK) for n in LENGTHS) * len(plan.sent_layers)
     skipped = sum(d.metric("pdtrim:kv_bytes_skipped_total", reason="token") for d in decodes)
-    assert skipped == whole * page_bytes(plan, BLOCK, 4) - planned > 0
+    assert skipped == whole * page - planned > 0
     until(lambda: idle(*servers[:-1]))
 
 

@@ -1,4 +1,8 @@
-"""Real vLLM servers for the tests: started from pdtrim's own commands, ended with their groups."""
+"""Real vLLM servers for the tests: started from pdtrim's own commands, ended with their groups.
+
+On a CPU they run eagerly in fp32. On a GPU they share it and run as they would for a user: bf16,
+compiled, in CUDA graphs.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +26,34 @@ from helpers import first_last, make_plan, tiny_model
 from pdtrim.bundle import export
 from pdtrim.engines.base import Process
 from pdtrim.engines.vllm.launch import ServeConfig, free_port, processes
+from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates
+from pdtrim.stage.forward import Batch, forward
+
+GPU = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if GPU else torch.float32
+TIE = 0.25 if GPU else 1e-3
+"""Nats by which a server's token may be behind the simulator's best: what its type may swap."""
 
 HOST = Path(__file__).parent / "vllm_host"
-ENV = {
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or all servers share one core
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    # servers run the code that the tests import
-    "PYTHONPATH": os.pathsep.join((str(HOST), str(Path(pdtrim.__file__).parents[1]))),
-}
-ARGS = ("--dtype", "float32", "--enforce-eager")
+SOURCE = str(Path(pdtrim.__file__).parents[1])  # servers run the code that the tests import
+ENV = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+if GPU:
+    ENV |= {
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
+        "PYTHONPATH": os.pathsep.join((SOURCE, os.environ.get("PYTHONPATH", ""))),
+    }
+    ARGS: tuple[str, ...] = ("--dtype", "bfloat16", "--gpu-memory-utilization", "0.05")
+    ARGS += ("--kv-cache-memory-bytes", "256M", "--max-num-seqs", "16")
+else:
+    ENV |= {
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or all servers share one core
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "PYTHONPATH": os.pathsep.join((str(HOST), SOURCE)),
+    }
+    ARGS = ("--dtype", "float32", "--enforce-eager")
 LEASE = 6  # seconds; vLLM's own default is 30
 
 BLOCK = 32
@@ -66,13 +84,24 @@ def tiny_pair(folder, tokenizer, kv, family="qwen3", **changes):
     made.network.save_pretrained(folder / "m")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer / name, folder / "m")
-    model = load_model(str(folder / "m"), dtype="float32")
+    model = load_model(str(folder / "m"), dtype=str(DTYPE).removeprefix("torch."))
     return export(make_plan(model, GATES, tuple(kv), block_size=BLOCK), model, folder / "pair")
 
 
 def prompt_of(length, seed=0):
     generator = torch.Generator().manual_seed(seed * 1000 + length)
     return torch.randint(3, 64, (length,), generator=generator).tolist()
+
+
+def agree(simulated, prompt, tokens, policy=None, tie=TIE):
+    """Each token is the simulator's greedy one behind those before it, or all but ties with it."""
+    pair, plan = simulated
+    batch = Batch(prompt_BP=torch.tensor([prompt]), continuation_BC=torch.tensor([tokens]))
+    with torch.no_grad():
+        made = forward(pair, batch, plan.gates, policy or HandoverPolicy.of(plan))[0]
+    logits_CV = made.log_softmax(-1)
+    behind = logits_CV.amax(-1) - logits_CV.gather(-1, batch.continuation_BC[0][:, None])[:, 0]
+    return bool((behind < tie).all())
 
 
 def tokens_of(answer):

@@ -97,6 +97,12 @@ def save_stage(model: Model, plan: PrunePlan, stage: Stage, folder: Path) -> Non
     generation_ids(special, f"'{model.name}'").save_pretrained(folder)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
+    write_stage_config(model, plan, stage, folder)
+
+
+def write_stage_config(model: Model, plan: PrunePlan, stage: Stage, folder: Path) -> None:
+    """Write a stage's config, with the digests of the files that its folder holds by now."""
+    layers = plan.gates.layers(stage)
     config = json.loads(json.dumps(_stage_config(model, plan, stage)))
     config["pdtrim"] = {
         "stage": stage,

@@ -16,24 +16,30 @@ import torch
 from torch import Tensor
 
 from pdtrim.engines.vllm.cache import TrimmedSpec
-from pdtrim.engines.vllm.compat import Attention, AttentionCGSupport, subclass_attention_backend
-
-NULL = 0  # vLLM's null block
+from pdtrim.engines.vllm.compat import Attention, subclass_attention_backend
 
 
-def compact(table_RP: Tensor, lengths_R: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """The table with null blocks moved behind the others, and lengths without their tokens.
+def compact(
+    table_RP: Tensor, lengths_R: Tensor, block_size: int, *, nulls: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The table without each row's hole, and lengths without the hole's tokens.
 
-    A row whose last page is null is not a request but padding, and stays as it is.
+    A hole is one run of null blocks. What stands behind a row's new last page means nothing. A row
+    whose last page is null is not a request but padding, and stays as it is.
+
+    Args:
+        block_size: tokens of a page of this table.
+        nulls: page numbers below it are vLLM's null block, which a kernel of smaller pages splits.
     """
+    pages = table_RP.shape[1]
     pages_R = (lengths_R + block_size - 1) // block_size
-    at_P = torch.arange(table_RP.shape[1], device=table_RP.device)
-    valid_RP = at_P[None] < pages_R[:, None]
+    at_P = torch.arange(pages, device=table_RP.device)
     last_R = table_RP.gather(1, (pages_R - 1).clamp(min=0)[:, None].long())[:, 0]
-    hole_RP = valid_RP & (table_RP == NULL) & (last_R != NULL)[:, None]
-    order_RP = (hole_RP | ~valid_RP).byte().argsort(dim=1, stable=True)
-    lengths = lengths_R - hole_RP.sum(1) * block_size
-    return table_RP.gather(1, order_RP), lengths.to(lengths_R.dtype)
+    hole_RP = (table_RP < nulls) & (at_P[None] < pages_R[:, None]) & (last_R >= nulls)[:, None]
+    dropped_R, start_R = hole_RP.sum(1), hole_RP.byte().argmax(1)
+    from_RP = at_P[None] + (at_P[None] >= start_R[:, None]) * dropped_R[:, None]
+    lengths = lengths_R - dropped_R * block_size
+    return table_RP.gather(1, from_RP.clamp_(max=pages - 1)), lengths.to(lengths_R.dtype)
 
 
 @functools.lru_cache
@@ -42,21 +48,50 @@ def trimmed_backend(backend: type) -> type:
     base: Any = backend.get_builder_cls()  # type: ignore[attr-defined]
 
     class TrimmedBuilder(base):
-        """Metadata over the compacted table."""
+        """Metadata over the compacted table.
 
-        # the compacted table is a new tensor each step, which a CUDA graph would not see
-        _cudagraph_support = AttentionCGSupport.NEVER
+        The table and the lengths of every step lie where those of the first step lay: a CUDA graph
+        reads the addresses that it was captured with.
+        """
+
+        # metadata that are made for one group must not be lent to another, whose table is whole
+        supports_update_block_table = False
+
+        def __init__(
+            self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any
+        ) -> None:
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+            self._nulls = vllm_config.cache_config.block_size // kv_cache_spec.block_size
+            self._rows = max(
+                vllm_config.scheduler_config.max_num_seqs,
+                vllm_config.compilation_config.max_cudagraph_capture_size or 0,
+            )
+            self._table_RP: Tensor | None = None
+            self._lengths_R: Tensor | None = None
 
         def build(
             self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
         ) -> Any:
             common = common_attn_metadata
-            table, lengths = compact(
-                common.block_table_tensor, common.seq_lens, self.kv_cache_spec.block_size
+            table_RP, lengths_R = compact(
+                common.block_table_tensor,
+                common.seq_lens,
+                self.kv_cache_spec.block_size,
+                nulls=self._nulls,
             )
-            # other groups share the old tensors
-            common = common.replace(block_table_tensor=table, seq_lens=lengths)
+            # other groups share the tensors that came
+            common = common.replace(
+                block_table_tensor=self._kept("_table_RP", table_RP),
+                seq_lens=self._kept("_lengths_R", lengths_R),
+            )
             return super().build(0, common, fast_build)
+
+        def _kept(self, name: str, made: Tensor) -> Tensor:
+            """The same values in the rows of a tensor that stays."""
+            if getattr(self, name) is None:
+                setattr(self, name, made.new_zeros(self._rows, *made.shape[1:]))
+            rows: Tensor = getattr(self, name)[: len(made)]
+            return rows.copy_(made)
 
     return subclass_attention_backend("Trimmed", backend, TrimmedBuilder)
 

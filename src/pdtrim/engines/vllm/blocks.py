@@ -23,6 +23,7 @@ from pdtrim.engines.vllm.compat import (
 from pdtrim.plan import AttentionGate
 
 OP = "pdtrim_write_kv"
+SPLITS = f"vllm::{OP}"
 
 
 class GatedBlock(nn.Module):
@@ -126,7 +127,7 @@ def _write_kv_fake(key: Tensor, value: Tensor, out: Tensor, layer_name: LayerNam
 
 
 def register() -> None:
-    """The op that writes; twice does no harm.
+    """The op that writes, at which vLLM splits its graphs as at its own; twice does no harm.
 
     It claims to change ``out``: vLLM's own op claims nothing, and with no attention behind it
     ``torch.compile`` removes it as dead code.

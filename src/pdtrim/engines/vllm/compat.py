@@ -37,7 +37,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import (
 )
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, direct_register_custom_op
-from vllm.v1.attention.backend import AttentionCGSupport, subclass_attention_backend
+from vllm.v1.attention.backend import subclass_attention_backend
 from vllm.v1.core.sched.output import KVConnectorBlockState
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
@@ -47,7 +47,6 @@ from vllm.v1.metrics.utils import create_metric_per_engine
 __all__ = [
     "NIXL_CONNECTOR_VERSION",
     "Attention",
-    "AttentionCGSupport",
     "AttentionSpec",
     "FullAttentionManager",
     "FullAttentionSpec",

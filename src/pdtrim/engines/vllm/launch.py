@@ -31,11 +31,10 @@ from pdtrim.words import LocalPrefill
 LOOPBACK = "127.0.0.1"
 BLOCK_SIZE = 32  # of a plan that is exact to the token: what vLLM is fast with on CPU and GPU
 PREFIX = "PDTrim"
-STAGE_FLAGS: dict[Stage, str] = {
-    # a CUDA graph would freeze the gate that saves K and V where a block is skipped
-    "prefill": "--enforce-eager",
+STAGE_FLAGS: dict[Stage, tuple[str, ...]] = {
+    "prefill": (),
     # a page that this cache holds says nothing of the tokens that were dropped before it
-    "decode": "--no-enable-prefix-caching",
+    "decode": ("--no-enable-prefix-caching",),
 }
 
 
@@ -216,7 +215,7 @@ def _server(
     command += ["--host", LOOPBACK, "--port", str(port), "--block-size", str(block_size)]
     command += ["--kv-transfer-config", json.dumps(_transfer(config, stage))]
     command += ["--hf-overrides", json.dumps({"architectures": [_architecture(data, folder)]})]
-    command.append(STAGE_FLAGS[stage])
+    command += STAGE_FLAGS[stage]
     if config.max_model_len is not None:
         command += ["--max-model-len", str(config.max_model_len)]
     command += config.prefill_args if stage == "prefill" else config.decode_args

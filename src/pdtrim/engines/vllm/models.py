@@ -40,6 +40,9 @@ class Staged:
 def close_gates(blocks_L: nn.ModuleList, served: Served, vllm_config: Any) -> None:
     """Replace the blocks of which the stage runs a part only."""
     blocks.register()
+    splits = vllm_config.compilation_config.splitting_ops
+    if splits and blocks.SPLITS not in splits:  # none where nothing is compiled in pieces
+        splits.append(blocks.SPLITS)
     attention, mlp = served.plan.gates.of(served.stage)
     fused = "queries" in family_named(served.plan.model.family).making("keys").makes
     for slot, layer in enumerate(served.layers):
