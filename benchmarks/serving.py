@@ -15,9 +15,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -31,6 +31,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from vllm.benchmarks import serve as serve_benchmark
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from pdtrim.bench.removal import removing
 from pdtrim.bench.shapes import shape_config
@@ -46,11 +48,6 @@ from pdtrim.plan import STAGES, Gates, LayerKV
 from pdtrim.versions import host, versions
 
 NAME = "m"
-BENCH = (
-    "import sys; from vllm.benchmarks.serve import add_cli_args, main;"
-    " from vllm.utils.argparse_utils import FlexibleArgumentParser as P;"
-    " p = P(); add_cli_args(p); main(p.parse_args())"
-)
 COUNTERS = {
     "handovers": "vllm:nixl_bytes_transferred_count",
     "bytes": "vllm:nixl_bytes_transferred_sum",
@@ -71,6 +68,7 @@ class System:
         removed: share of prefill's blocks that only make keys and values.
         codec: of every layer.
         trimmed: share of layers under ``first_last`` of 256 and 1,792 tokens.
+        page: tokens of a page; None is the default of pdtrim, or of vLLM.
     """
 
     ours: bool = True
@@ -78,11 +76,13 @@ class System:
     removed: float = 0.0
     codec: str = "raw"
     trimmed: float = 0.0
+    page: int | None = None
 
 
 CODEC = "k3v2:rotate=true"
 SYSTEMS = {
     "stock": System(ours=False),
+    "stock128": System(ours=False, page=128),
     "pruned": System(removed=1 / 3),
     "coded": System(codec=CODEC),
     "both": System(removed=1 / 3, codec=CODEC),
@@ -166,13 +166,13 @@ def started(system: System, folder: Path, options: argparse.Namespace) -> list[P
     made = processes(config, free_port=free_port)
     if system.ours:
         return made
-    servers = [stock(process, folder / "decode", system.pd) for process in made[:2]]
+    servers = [stock(process, folder / "decode", system) for process in made[:2]]
     if system.pd:
         return [*servers, made[2]]
     return servers[1:]  # both stages are whole
 
 
-def stock(process: Process, dense: Path, pd: bool) -> Process:
+def stock(process: Process, dense: Path, system: System) -> Process:
     """The same server as a user of plain vLLM starts it, with one model for both stages."""
     words = list(process.command)
     words[words.index("--model") + 1] = str(dense)
@@ -180,11 +180,13 @@ def stock(process: Process, dense: Path, pd: bool) -> Process:
         at = words.index(flag)
         if flag != "--kv-transfer-config":
             del words[at : at + 2]
-        elif pd:
+        elif system.pd:
             role = json.loads(words[at + 1])["kv_role"]
             words[at + 1] = json.dumps({"kv_connector": "NixlConnector", "kv_role": role})
         else:
             del words[at : at + 2]
+    if system.page:
+        words += ["--block-size", str(system.page)]
     # random prompts share nothing: what a prefix cache would save is not measured
     if "--no-enable-prefix-caching" not in words:
         words.append("--no-enable-prefix-caching")
@@ -256,7 +258,7 @@ class Watch:
 
 def bench(url: str, tokenizer: Path, point: Point, count: int, answer: int, out: Path) -> dict:
     """vLLM's own load generator, and what it saw of each request."""
-    words = [sys.executable, "-c", BENCH, "--backend", "vllm", "--base-url", url]
+    words = ["--backend", "vllm", "--base-url", url]
     words += ["--model", NAME, "--tokenizer", str(tokenizer), "--dataset-name", "random"]
     words += ["--random-input-len", str(point.prompt), "--random-output-len", str(answer)]
     words += ["--num-prompts", str(count), "--ignore-eos", "--seed", str(point.prompt + count)]
@@ -265,9 +267,10 @@ def bench(url: str, tokenizer: Path, point: Point, count: int, answer: int, out:
     words += ["--result-filename", out.name, "--num-warmups", "1"]
     if point.rate is None:
         words += ["--max-concurrency", "1"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=900)
-    if done.returncode or not out.is_file():
-        raise RuntimeError((done.stdout + done.stderr)[-3000:])
+    parser = FlexibleArgumentParser()
+    serve_benchmark.add_cli_args(parser)
+    with contextlib.redirect_stdout(io.StringIO()):
+        serve_benchmark.main(parser.parse_args(words))
     found = json.loads(out.read_text())
     out.unlink()
     return found

@@ -12,6 +12,9 @@ import torch
 if find_spec("triton") and not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        import triton.experimental.gluon  # noqa: F401
+
+        import pdtrim.kv.kernels.checksum
         import pdtrim.kv.kernels.entropy
         import pdtrim.kv.kernels.fp8
         import pdtrim.kv.kernels.integer

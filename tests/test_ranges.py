@@ -20,6 +20,7 @@ from pdtrim.engines.ranges import (
     pool_bytes,
 )
 from pdtrim.errors import WireError
+from pdtrim.kv import kernels
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.policy import HandoverPolicy, hand_over
 from pdtrim.plan import Gates, LayerKV
@@ -149,6 +150,16 @@ def test_the_checksum_is_splitmix64_whatever_the_chunks(monkeypatch):
     for chunk in (1, 7, 100, 4096):
         monkeypatch.setattr(module, "CHUNK_HOST", chunk)
         assert int(checksum(data)) % 2**64 == wanted
+
+
+@pytest.mark.parametrize("words", [0, 1, 4095, 4096, 9000])
+def test_the_kernel_makes_the_same_checksum(words):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = torch.randint(-(2**63), 2**63 - 1, (words,)).view(torch.uint8).to(device)
+    with kernels.use("torch"):
+        wanted = checksum(data)
+    with kernels.use("triton"):
+        assert torch.equal(checksum(data), wanted)
 
 
 def test_no_flipped_bit_of_a_range_is_accepted(monkeypatch):

@@ -52,9 +52,10 @@ def test_what_the_cpu_backend_wrote_is_read(dtype, head_dim):
     pages_io.check_readable(attention, cache)
     assert (cache == 9).all(), "the trial leaves the cache alone"
     written = torch.randn(2, 2, 75, head_dim).to(dtype)
-    pages_io.scatter(attention, cache, [7, 2, 5], *written)
+    pages_B = pages_io.numbers([7, 2, 5], cache.device)
+    pages_io.scatter(attention, cache, pages_io.slots(pages_B, BLOCK, written.shape[2]), *written)
     for tokens in (0, 1, 32, 33, 75):
-        read = pages_io.gather(attention, cache, [7, 2, 5], tokens)
+        read = pages_io.gather(attention, cache, pages_B, tokens)
         assert torch.equal(torch.stack(read), written[:, :, :tokens])
     untouched = [page for page in range(9) if page not in (7, 2, 5)]
     assert (cache[untouched] == 9).all()

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pdtrim.kv.kernels import uses_kernels
+
 GAMMA = 0x9E3779B97F4A7C15
 ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 CHUNK_HOST = 1 << 16  # words whose scratch stays in a core's cache
@@ -21,13 +23,22 @@ CHUNK_DEVICE = 1 << 20  # words that are worth the start of a kernel
 
 
 def checksum(data: Tensor) -> Tensor:
-    """int64 of whole words, given as bytes; scratch is two chunks, whatever their size."""
+    """int64 of whole words, given as bytes: by a kernel on a GPU, else by :func:`in_chunks`."""
     words_W = data.view(torch.int64)
+    if uses_kernels(data.device):
+        from pdtrim.kv.kernels.checksum import checksum as by_kernel
+
+        return by_kernel(words_W, GAMMA, *(factor for _, factor in ROUNDS[:2]))
+    return in_chunks(words_W)
+
+
+def in_chunks(words_W: Tensor) -> Tensor:
+    """The same by torch; scratch is two chunks, whatever the size."""
     count = words_W.numel()
-    chunk = min(count, CHUNK_DEVICE if data.is_cuda else CHUNK_HOST)
-    steps_C = torch.arange(1, chunk + 1, device=data.device).mul_(_signed(GAMMA))
+    chunk = min(count, CHUNK_DEVICE if words_W.is_cuda else CHUNK_HOST)
+    steps_C = torch.arange(1, chunk + 1, device=words_W.device).mul_(_signed(GAMMA))
     mixed_C, shifted_C = torch.empty_like(steps_C), torch.empty_like(steps_C)
-    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    total = torch.zeros((), dtype=torch.int64, device=words_W.device)
     for start in range(0, count, chunk or 1):
         size = min(chunk, count - start)
         mixed, shifted = mixed_C[:size], shifted_C[:size]

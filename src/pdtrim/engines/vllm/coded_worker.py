@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import msgspec
 import torch
 
 from pdtrim.engines.pages import pages_sent
-from pdtrim.engines.ranges import Pool, Ticket
+from pdtrim.engines.ranges import NONCE_BYTES, Form, Pool, Ticket
 from pdtrim.engines.vllm.coded import Encoded, Job, forms, staging_bytes
 from pdtrim.engines.vllm.compat import (
     NixlAgentMetadata,
@@ -19,7 +20,7 @@ from pdtrim.engines.vllm.compat import (
 )
 from pdtrim.engines.vllm.kv_bias import StageBias
 from pdtrim.engines.vllm.metrics import REFUSED, SKIPPED_CODEC
-from pdtrim.engines.vllm.pages_io import check_readable, gather, scatter
+from pdtrim.engines.vllm.pages_io import check_readable, gather, numbers, scatter, slots
 from pdtrim.engines.vllm.stage import Served, slot_of
 from pdtrim.engines.vllm.worker import Worker
 from pdtrim.errors import WireError
@@ -28,6 +29,7 @@ from pdtrim.kv.kernels import together
 logger = logging.getLogger("vllm.pdtrim")
 
 REGION = "pdtrim.staging"
+WARM_TOKENS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,7 @@ class CodedWorker(Worker):
         # first: what follows exports the agent with the memory that it knows
         self.nixl_wrapper.register_memory(descs, backends=self.nixl_backends)
         self._registered_descs.append(descs)
+        self._warm()
         super().register_kv_caches(kv_caches)
         payload = self.xfer_handshake_metadata
         meta = msgspec.msgpack.decode(payload.agent_metadata_bytes, type=NixlAgentMetadata)
@@ -79,6 +82,17 @@ class CodedWorker(Worker):
             compatibility_hash=payload.compatibility_hash,
             agent_metadata_bytes=msgspec.msgpack.encode(meta),
         )
+
+    def _warm(self) -> None:
+        """Compile the codecs' kernels, for which the first prompt would wait."""
+        tokens = min(self.vllm_config.model_config.max_model_len, WARM_TOKENS)
+        form, nonce = self._form(tokens), bytes(NONCE_BYTES)
+        room = self._staging[: form.most]
+        shapes = ((2, form.heads, part.tokens, form.width) for part in form.parts)
+        made = (torch.randn(shape, dtype=form.dtype, device=room.device) for shape in shapes)
+        size = form.write(room, nonce, (tuple(kv) for kv in made))
+        list(form.read(room[:size], nonce))
+        room.zero_()
 
     def _align_remote_regions_by_layer(self, nixl_agent_meta: Any) -> None:
         """Take prefill's pool out of its regions."""
@@ -92,7 +106,7 @@ class CodedWorker(Worker):
         self._remote_pools.pop(engine_id, None)
         super()._cleanup_remote_engine(engine_id, log_eviction=log_eviction)
 
-    def _pages_of(self, layer: int) -> tuple[Any, torch.Tensor]:
+    def _cache_of(self, layer: int) -> tuple[Any, torch.Tensor]:
         name = self._caches[layer]
         return self._context[name], self.device_kv_caches[name]
 
@@ -101,14 +115,18 @@ class CodedWorker(Worker):
         for request, job in metadata.pdtrim_to_encode.items():
             form = self._form(job.tokens)
             room = self._staging[job.ticket.offset :][: form.most]
+            self._encoded[request] = form.write(room, job.ticket.nonce, self._kept(form, job))
 
-            def kept(part: Any, job: Job = job) -> tuple[torch.Tensor, ...]:
-                start, stop = part.hole
-                pages = self._kernel_pages([*job.pages[:start], *job.pages[stop:]])
-                kv = gather(*self._pages_of(part.layer), pages, part.tokens)
-                return self._bias.taken_from(part, job.tokens - 1, kv)
-
-            self._encoded[request] = form.write(room, job.ticket.nonce, map(kept, form.parts))
+    def _kept(self, form: Form, job: Job) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Keys and values ``[G, M, D]`` of each part, without its biases."""
+        pages: dict[tuple[int, int], torch.Tensor] = {}
+        for part in form.parts:
+            start, stop = part.hole
+            if part.hole not in pages:
+                here = self._kernel_pages([*job.pages[:start], *job.pages[stop:]])
+                pages[part.hole] = numbers(here, self._staging.device)
+            kv = gather(*self._cache_of(part.layer), pages[part.hole], part.tokens)
+            yield self._bias.taken_from(part, job.tokens - 1, kv)
 
     def _kernel_pages(self, pages: list[int]) -> list[int]:
         (expanded,) = self._logical_to_kernel_block_ids(
@@ -199,12 +217,16 @@ class CodedWorker(Worker):
 
     def _decode(self, staged: torch.Tensor, ticket: Ticket, meta: Any) -> None:
         groups = self.kv_cache_config.transfer_group_index_by_layer
-        tokens = meta.remote.num_tokens
+        tokens, slots_of = meta.remote.num_tokens, dict[int, torch.Tensor]()
         with together():  # pages of a request that is refused are never read
             for part, *coded in self._form(tokens).read(staged, ticket.nonce):
                 k_GMD, v_GMD = self._bias.added_to(part, tokens - 1, (coded[0], coded[1]))
-                pages = list(meta.local_physical_block_ids[groups[self._caches[part.layer]]])
-                scatter(*self._pages_of(part.layer), pages, k_GMD, v_GMD)
+                attention, cache = self._cache_of(part.layer)
+                group = groups[self._caches[part.layer]]
+                if group not in slots_of:  # layers of one group have one rule, so one hole
+                    pages_B = numbers(list(meta.local_physical_block_ids[group]), cache.device)
+                    slots_of[group] = slots(pages_B, cache.shape[2], part.tokens)
+                scatter(attention, cache, slots_of[group], k_GMD, v_GMD)
         if staged.is_cuda:  # no stream orders the next READ into this range
             torch.cuda.current_stream(staged.device).synchronize()
 

@@ -3,12 +3,12 @@
 Writing is the backend's own function. Reading is not offered by any, so the layouts of two are
 known here, and :func:`check_readable` tries them out before a server starts.
 
-Shapes: B pages of P tokens, G KV heads, M tokens, D head width.
+Shapes: B pages of P tokens, G KV heads, M tokens, D head width, E twice that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,29 +55,38 @@ def layout_of(attention: Any) -> str:
     return f"{name} in tiles of AMX" if getattr(attention, "isa", None) == "amx" else name
 
 
-def gather(attention: Any, cache: Tensor, pages: list[int], tokens: int) -> tuple[Tensor, Tensor]:
+def numbers(pages: Sequence[int], device: torch.device) -> Tensor:
+    """Page numbers ``[B]`` where the cache lies: once for all layers that share them."""
+    made = torch.tensor(pages, dtype=torch.long, pin_memory=device.type == "cuda")
+    return made.to(device, non_blocking=True)
+
+
+def slots(pages_B: Tensor, page: int, tokens: int) -> Tensor:
+    """The first M tokens of these pages, as an engine counts the slots of a cache ``[M]``."""
+    at_P = torch.arange(page, device=pages_B.device)
+    return (pages_B[:, None] * page + at_P).flatten()[:tokens]
+
+
+def gather(attention: Any, cache: Tensor, pages_B: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """Keys and values ``[G, M, D]`` of the first M tokens in these pages of the cache."""
-    at = torch.tensor(pages, dtype=torch.long, device=cache.device)
     read = LAYOUTS[layout_of(attention)]
     k_GMD, v_GMD = (
-        x_BGPD.transpose(0, 1).flatten(1, 2)[:, :tokens].contiguous() for x_BGPD in read(cache[at])
+        x_BGPD.transpose(0, 1).flatten(1, 2)[:, :tokens].contiguous()
+        for x_BGPD in read(cache[pages_B])
     )
     return k_GMD, v_GMD
 
 
-def scatter(attention: Any, cache: Tensor, pages: list[int], k_GMD: Tensor, v_GMD: Tensor) -> None:
-    """Write keys and values ``[G, M, D]`` to the first M tokens of these pages of the cache."""
-    P, M = cache.shape[2], k_GMD.shape[1]
-    if M == 0:
+def scatter(attention: Any, cache: Tensor, slots_M: Tensor, k_GMD: Tensor, v_GMD: Tensor) -> None:
+    """Write keys and values ``[G, M, D]`` to these slots of the cache."""
+    if not len(slots_M):
         return
-    at_M = torch.arange(M, device=cache.device)
-    pages_B = torch.tensor(pages, dtype=torch.long, device=cache.device)
     attention.impl.do_kv_cache_update(
         attention,
         k_GMD.transpose(0, 1).contiguous(),
         v_GMD.transpose(0, 1).contiguous(),
         cache,
-        pages_B[at_M // P] * P + at_M % P,
+        slots_M,
     )
 
 
@@ -89,8 +98,9 @@ def check_readable(attention: Any, cache: Tensor) -> None:
         G, P, E = cache.shape[1:]
         trial = torch.zeros_like(cache[:2])
         written = torch.randn(2, G, P + 1, E // 2).to(cache)  # a page and a part of another
-        scatter(attention, trial, [1, 0], *written)
-        if torch.equal(torch.stack(gather(attention, trial, [1, 0], P + 1)), written):
+        pages_B = numbers([1, 0], cache.device)
+        scatter(attention, trial, slots(pages_B, P, P + 1), *written)
+        if torch.equal(torch.stack(gather(attention, trial, pages_B, P + 1)), written):
             return
     raise PlanError(
         f"{problem}: choose --attention-backend {' or '.join(BACKENDS)}, or plan without a codec"

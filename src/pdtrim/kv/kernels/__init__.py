@@ -41,11 +41,16 @@ _unchecked: ContextVar[list[tuple[Tensor, str]] | None] = ContextVar("unchecked"
 
 def kernels_of(codec: CodecBase, device: torch.device, tokens: int, width: int) -> Any:
     """A codec's kernels for heads of a shape on a device; None where the torch path codes them."""
-    way = _forced.get() or ("triton" if device.type == "cuda" and _installed() else "torch")
-    if way == "torch" or codec.kernels is None:
+    if codec.kernels is None or not uses_kernels(device):
         return None
     module = import_module(f"{__name__}.{codec.kernels}")
     return module if module.takes(codec, tokens, width) else None
+
+
+def uses_kernels(device: torch.device) -> bool:
+    """Whether Triton works on a device's memory: on a GPU, unless :func:`use` says otherwise."""
+    way = _forced.get() or ("triton" if device.type == "cuda" and _installed() else "torch")
+    return way == "triton"
 
 
 @contextmanager
