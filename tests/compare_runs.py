@@ -4,9 +4,8 @@ import hashlib
 
 import numpy as np
 
-from pdtrim.evaluate.compare.measure import CompareConfig
+from pdtrim.evaluate.configs import CompareConfig
 from pdtrim.evaluate.tasks.scores import TaskScores
-from pdtrim.stage.cost import Lengths
 
 ITEMS = 8
 
@@ -50,7 +49,8 @@ def config_of(text, **changes):
         "data": "hub",
         "calibration": str(text),
         "sequences": 2,
-        "lengths": Lengths(prompt=12, continuation=6),
+        "prompt_tokens": 12,
+        "continuation_tokens": 6,
         "latency": False,
     }
     return CompareConfig(**{**values, **changes})

@@ -9,27 +9,28 @@ from typer.testing import CliRunner
 
 from pdtrim.cli import app
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.ablation import AblationConfig, Cell, Made, ablate, markdown
+from pdtrim.evaluate.ablation import Cell, Made, ablate, markdown
+from pdtrim.evaluate.configs import AblationConfig
 from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates
-from pdtrim.stage.cost import Lengths
 
 
 @pytest.fixture(scope="module")
 def config(tiny_text):
     return AblationConfig(
-        texts={"a": str(tiny_text)},
+        text=(str(tiny_text),),
         calibration=str(tiny_text),
         seeds=(0, 1),
-        lengths=Lengths(prompt=24, continuation=8),
+        prompt_tokens=24,
+        continuation_tokens=8,
         sequences=4,
         limit=2,
         budget=12,
-        prefill=(1,),
-        unified=1,
-        decode=1,
+        prefill_remove=(1,),
+        unified_remove=1,
+        decode_remove=1,
         train_steps=2,
-        fit=4,
+        fit_sequences=4,
     )
 
 
@@ -53,7 +54,7 @@ def test_every_question_has_its_rows_with_every_seed(measured):
     assert {n for g, n in names if g == "grain"} == {"block", "part"}
     assert len([n for g, n in names if g == "paper's rule"]) == 3
     assert len(cells) == 2 * len({(c.group, c.name) for c in cells})
-    assert all(cell.kl["a"] >= -1e-4 for cell in cells)
+    assert all(len(cell.kl) == 1 and min(cell.kl.values()) >= -1e-4 for cell in cells)
 
 
 def test_searches_keep_to_the_same_budget(measured, config):
@@ -92,14 +93,10 @@ def test_cells_of_another_model_text_or_number_are_refused(
         ("limit 2, now it is 1", model, {"limit": 1}),
         ("model ", other_model, {}),
         ("dtype ", load_model(str(tiny_folder)), {}),
-        (r"texts\.a ", model, {"texts": {"a": str(other_text)}}),
+        (r"texts\.", model, {"text": (str(other_text),)}),
         ("calibration ", model, {"calibration": "self"}),
         ("budget 12, now it is 13", model, {"budget": 13}),
-        (
-            r"lengths\.prompt 24, now it is 25",
-            model,
-            {"lengths": Lengths(prompt=25, continuation=8)},
-        ),
+        ("prompt_tokens 24, now it is 25", model, {"prompt_tokens": 25}),
     ):
         with pytest.raises(PdtrimError, match=rf"settings\.json was made with {words}") as told:
             ablate(changed, replace(config, **changes), folder)

@@ -7,22 +7,23 @@ import torch
 
 from helpers import tiny_model
 from pdtrim.bench.codec import LOUD_CHANNELS, bench_codecs, sample
+from pdtrim.bench.configs import CodecsConfig
 from pdtrim.bench.machine import measure_machine
 from pdtrim.errors import PdtrimError, PlanError
 from pdtrim.kv.codecs import parse_codec
 
 SHAPE = {"heads": 3, "tokens": 100, "width": 16}
-NAMES = ["raw", "fp8", "int4:group=32", "lossless"]
+NAMES = ("raw", "fp8", "int4:group=32", "lossless")
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [("bfloat16", 2), ("float32", 4)])
 def test_every_codec_is_reported_with_its_compression(dtype, itemsize):
-    report = bench_codecs(NAMES, **SHAPE, dtype=dtype, repeats=2)
+    report = bench_codecs(CodecsConfig(codecs=NAMES, **SHAPE, repeats=2), dtype=dtype)
     raw_bytes = 2 * 3 * 100 * 16 * itemsize
     assert report["raw_bytes"] == raw_bytes
     assert (report["dtype"], report["device"], report["repeats"]) == (dtype, "cpu", 2)
     assert report["copy_gb_s"] > 0
-    assert [entry["codec"] for entry in report["codecs"]] == NAMES
+    assert [entry["codec"] for entry in report["codecs"]] == list(NAMES)
     for entry in report["codecs"]:
         parts = ("encode", "decode", "both")
         assert set(entry) == {"codec", "path", "compression", "break_even_gbit_s"} | {
@@ -61,22 +62,26 @@ def test_progress_counts_every_run():
         seen.append(total)
         yield seen.append
 
-    bench_codecs(["raw", "fp8"], **SHAPE, repeats=3, progress=progress)
+    bench_codecs(CodecsConfig(codecs=("raw", "fp8"), **SHAPE, repeats=3), progress=progress)
     assert seen[0] == sum(seen[1:]) == 12
 
 
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"names": []}, PdtrimError),
-        ({"names": ["int5"]}, PlanError),
+        ({"codecs": ()}, PdtrimError),
+        ({"codecs": ("int5",)}, PlanError),
         ({"repeats": 0}, PdtrimError),
-        ({"dtype": "int8"}, PdtrimError),
     ],
 )
 def test_what_cannot_be_timed_is_refused(change, error):
     with pytest.raises(error):
-        bench_codecs(**{"names": ["raw"], **SHAPE, "repeats": 1, **change})
+        bench_codecs(CodecsConfig(**{"codecs": ("raw",), **SHAPE, "repeats": 1, **change}))
+
+
+def test_a_dtype_that_is_none_is_refused():
+    with pytest.raises(PdtrimError, match="unknown dtype 'int8'"):
+        bench_codecs(CodecsConfig(codecs=("raw",), **SHAPE), dtype="int8")
 
 
 def test_the_machine_has_speeds_of_both_kinds_of_codecs_and_of_prefill():

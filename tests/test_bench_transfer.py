@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from helpers import SIZES, tiny_model
+from pdtrim.bench.configs import StagesConfig, TransferConfig
 from pdtrim.bench.lanes import Lane
 from pdtrim.bench.nixl_link import NixlLink
 from pdtrim.bench.pipeline import Machines, Pipeline
@@ -42,7 +43,8 @@ def shape(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(shape):
     links = ("measured", "0.001", "0.002")
-    return bench_transfer(shape, tokens=TOKENS, links=links, policies=POLICIES, repeats=2)
+    config = TransferConfig(tokens=TOKENS, links=links, policies=POLICIES, repeats=2)
+    return bench_transfer(shape, config)
 
 
 def of_link(report, link):
@@ -176,10 +178,11 @@ def test_a_machines_prefill_is_the_stages_own():
 def test_nixl_moves_the_bytes_into_another_process_and_the_rows_take_its_times(shape):
     pytest.importorskip("nixl")
     said = []
-    report = bench_transfer(
-        shape, tokens=TOKENS, links=("measured", "0.001"), policies=("full+int8",), repeats=1,
-        transport="nixl", say=said.append,
+    config = TransferConfig(
+        tokens=TOKENS, links=("measured", "0.001"), policies=("full+int8",), repeats=1,
+        transport="nixl",
     )  # fmt: skip
+    report = bench_transfer(shape, config, say=said.append)
     assert [report["slow_link"]] == (said or [None]) and report["transport"] == "nixl"
     measured, paced = of_link(report, "measured,"), of_link(report, "0.001")
     assert measured.keys() == paced.keys() and len(paced) == 4
@@ -197,7 +200,7 @@ def test_nixl_moves_the_bytes_into_another_process_and_the_rows_take_its_times(s
 def test_nixl_that_is_not_there_is_named_with_what_installs_it(shape, monkeypatch):
     monkeypatch.setitem(sys.modules, "nixl._api", None)
     with pytest.raises(PdtrimError, match=r"pip install pdtrim\[nixl\]"):
-        bench_transfer(shape, tokens=9, policies=(), transport="nixl")
+        bench_transfer(shape, TransferConfig(tokens=9, policies=(), transport="nixl"))
 
 
 def test_pages_hold_the_tokens_of_a_layer_together():
@@ -272,7 +275,8 @@ def test_one_block_of_a_shape_is_a_block_of_it(shape):
 )
 def test_what_cannot_be_timed_is_refused(shape, change, words):
     with pytest.raises(PdtrimError, match=words):
-        bench_transfer(shape, **{"tokens": 20, "policies": (), **change})
+        place = {name: change.pop(name) for name in ("device", "dtype") if name in change}
+        bench_transfer(shape, TransferConfig(**{"tokens": 20, "policies": (), **change}), **place)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +291,8 @@ def test_what_cannot_be_timed_is_refused(shape, change, words):
 )
 def test_stages_that_cannot_be_timed_are_refused(shape, change, words):
     with pytest.raises(PdtrimError, match=words):
-        bench_stages(shape, **{"tokens": 20, **change})
+        place = {name: change.pop(name) for name in ("device", "dtype") if name in change}
+        bench_stages(shape, StagesConfig(**{"tokens": 20, **change}), **place)
 
 
 def test_a_shape_that_is_none_is_refused(tmp_path):
@@ -308,7 +313,7 @@ def test_stages_lose_as_many_blocks_as_they_are_said_to(layers, count):
 
 
 def test_stages_are_timed_beside_the_operations_they_lose(shape):
-    report = bench_stages(shape, tokens=30, shares=(0.4,), repeats=2)
+    report = bench_stages(shape, StagesConfig(tokens=30, shares=(0.4,), repeats=2))
     rows = {(row["stage"], row["removed"]): row for row in report["rows"]}
     assert list(rows) == [("prefill", 0), ("prefill", 2), ("decode", 0), ("decode", 2)]
     for (_, removed), row in rows.items():

@@ -14,9 +14,10 @@ from pdtrim.bundle import TrimPlan, export
 from pdtrim.calibration.batches import text_batch
 from pdtrim.cli import app
 from pdtrim.errors import PlanError
+from pdtrim.evaluate.configs import EvalConfig
 from pdtrim.evaluate.handover import measured_plan_bytes
 from pdtrim.evaluate.quality import measure_quality
-from pdtrim.evaluate.run import EvalConfig, evaluate_text
+from pdtrim.evaluate.run import evaluate_text
 from pdtrim.exported import load_pair
 from pdtrim.keep.files import CannotWrite
 from pdtrim.models.block_files import FilesInFolder, save_blocks
@@ -248,7 +249,7 @@ def test_eval_finds_the_blocks_beside_the_plan(tmp_path, tiny_folder, tiny_text,
     plan.save(tmp_path / "plan.json")
     lengths = {"prompt_tokens": 16, "continuation_tokens": 8, "limit": 2}
     row = evaluate_text(
-        tmp_path / "plan.json", EvalConfig(text=str(tiny_text), dtype="float32", **lengths)
+        tmp_path / "plan.json", EvalConfig(text=str(tiny_text), **lengths), dtype="float32"
     ).rows[1]
     variants = {
         "replaced": Trimmed.of(plan, pair_of(plan, model, tmp_path)),

@@ -68,11 +68,11 @@ def test_a_system_asks_its_method_for_shares_of_parameters():
 
 
 def test_methods_are_chosen_in_one_order():
-    assert chosen_methods("all") == tuple(METHODS)
-    assert chosen_methods("none") == ()
-    assert chosen_methods("sleb, pdtrim") == ("pdtrim", "sleb")
+    assert chosen_methods(("all",)) == tuple(METHODS)
+    assert chosen_methods(("none",)) == ()
+    assert chosen_methods(("sleb", "pdtrim")) == ("pdtrim", "sleb")
     with pytest.raises(PdtrimError, match="unknown method 'magic'"):
-        chosen_methods("sleb,magic")
+        chosen_methods(("sleb", "magic"))
 
 
 def test_given_plans_tell_their_setting_and_training(model, tmp_path):
@@ -181,7 +181,7 @@ def test_the_verb_compares_on_real_tasks(tiny_folder, tiny_text, data, tmp_path)
         (["--methods", "magic"], "unknown method 'magic'"),
         (["--tasks", "magic"], "unknown task 'magic'"),
         (["--seeds", "x"], "give numbers such as 0,1,2"),
-        (["--row", "plan.json"], "give NAME=PLAN.json"),
+        (["--row", "plan.json"], "give NAME=FILE"),
         (["--row", "x=none.json"], "no plan file at none.json"),
         (["--remove", "2"], "between 0 and 1"),
     ],

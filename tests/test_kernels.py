@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pdtrim.bench.codec import bench_codecs
+from pdtrim.bench.configs import CodecsConfig
 from pdtrim.errors import WireError
 from pdtrim.kv import kernels
 from pdtrim.kv.codecs import Integer, parse_codec
@@ -276,9 +277,10 @@ def test_the_torch_path_codes_what_kernels_do_not_take():
 
 
 def test_the_bench_times_the_path_that_it_names():
-    shape = {"heads": 1, "tokens": 60, "width": 64, "repeats": 1, "device": DEVICE}
+    shape = {"heads": 1, "tokens": 60, "width": 64, "repeats": 1}
     for way in ("triton", "torch"):
-        report = bench_codecs(["raw", "int4", "fp8", "lossless"], **shape, way=way)
+        config = CodecsConfig(codecs=("raw", "int4", "fp8", "lossless"), **shape)
+        report = bench_codecs(config, way=way, device=DEVICE)
         paths = [entry["path"] for entry in report["codecs"]]
         assert paths == [way] * 4
         assert (report["hardware"] is None) == (DEVICE == "cpu")

@@ -8,12 +8,12 @@ import pytest
 from helpers import trim_of
 from pdtrim.bundle import TrimPlan
 from pdtrim.errors import PdtrimError
+from pdtrim.evaluate.configs import SweepConfig
 from pdtrim.evaluate.handover import loopback_bytes, measured_plan_bytes
-from pdtrim.evaluate.kv_sweep import SweepConfig, markdown, sweep
+from pdtrim.evaluate.kv_sweep import markdown, sweep
 from pdtrim.evaluate.result import Result
 from pdtrim.models.loading import load_model
 from pdtrim.report.plot import plot_kv
-from pdtrim.stage.cost import Lengths
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,8 @@ def config(tiny_text):
     return SweepConfig(
         text=str(tiny_text),
         calibration=str(tiny_text),
-        lengths=Lengths(prompt=129, continuation=8),
+        prompt_tokens=129,
+        continuation_tokens=8,
         limit=2,
         probes=0,
         budgets=(3.0,),
@@ -53,7 +54,7 @@ def test_what_is_there_is_not_measured_again(result, model, config, folder, tmp_
     for words, changes in (
         ("limit 2, now it is 1", {"limit": 1}),
         ("seed 0, now it is 1", {"seed": 1}),
-        (r"lengths\.continuation 8, now it is 7", {"lengths": Lengths(prompt=129, continuation=7)}),
+        ("continuation_tokens 8, now it is 7", {"continuation_tokens": 7}),
         ("text ", {"text": str(other_text)}),
     ):
         with pytest.raises(PdtrimError, match=rf"settings\.json was made with {words}"):

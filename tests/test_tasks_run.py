@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from helpers import make_plan
 from pdtrim.cli import main
 from pdtrim.errors import PdtrimError
+from pdtrim.evaluate.configs import TasksConfig
 from pdtrim.evaluate.statistics import paired_difference
 from pdtrim.evaluate.tasks.lm import PDTrimLM
-from pdtrim.evaluate.tasks.run import TasksConfig, run_task
+from pdtrim.evaluate.tasks.run import run_task
 from pdtrim.evaluate.tasks.scores import TaskScores
 from pdtrim.evaluate.tasks.wikitext import spaced
 from pdtrim.models.loading import load_model

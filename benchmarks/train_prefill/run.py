@@ -26,9 +26,10 @@ from pdtrim.calibration.batches import CalibrationConfig, load_calibration, text
 from pdtrim.calibration.mixture import load_mixture
 from pdtrim.distill.job import DistillConfig
 from pdtrim.distill.train import distill
+from pdtrim.evaluate.configs import TasksConfig
 from pdtrim.evaluate.quality import measure_quality
 from pdtrim.evaluate.statistics import paired_difference
-from pdtrim.evaluate.tasks.run import TasksConfig, run_task
+from pdtrim.evaluate.tasks.run import run_task
 from pdtrim.models.loading import load_model
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates

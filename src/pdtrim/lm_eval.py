@@ -16,8 +16,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import simple_parse_args_string
 
 from pdtrim.errors import PdtrimError, one_line
+from pdtrim.evaluate.configs import BATCH_TOKENS
 from pdtrim.evaluate.tasks.lm import WINDOW, PDTrimLM
-from pdtrim.evaluate.tasks.run import BATCH_TOKENS
 from pdtrim.exported import load_pair
 from pdtrim.stage.forward import Trimmed
 

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from pdtrim.bench.configs import CodecsConfig
+from pdtrim.bench.lanes import facts_of
 from pdtrim.errors import PdtrimError
 from pdtrim.kv.codecs import parse_codec
+from pdtrim.kv.codecs.base import CodecBase
 from pdtrim.kv.kernels import Way, kernels_of, use
 from pdtrim.kvfit.link import CodecSpeed, break_even
 from pdtrim.kvfit.menu import Codecs
-from pdtrim.models.loading import DTYPES
+from pdtrim.models.loading import dtype_named
 from pdtrim.progress import Progress, silent
 
 T = TypeVar("T")
@@ -31,15 +35,11 @@ LOUD = 20.0
 
 @torch.inference_mode()
 def bench_codecs(
-    names: Sequence[str],
+    config: CodecsConfig = CodecsConfig(),
     *,
-    heads: int,
-    tokens: int,
-    width: int,
+    way: Way | None = None,
     dtype: str = "bfloat16",
     device: str | torch.device = "cpu",
-    repeats: int,
-    way: Way | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Median throughputs over interleaved runs, the same keys and values for every codec.
@@ -57,57 +57,68 @@ def bench_codecs(
     Raises:
         PdtrimError: a codec text, the dtype or a number is out of range.
     """
-    if dtype not in DTYPES:
-        raise PdtrimError(f"unknown dtype '{dtype}': use one of {', '.join(DTYPES)}")
-    if min(heads, tokens, width, repeats) < 1 or not names:
+    heads, tokens, width = config.heads, config.tokens, config.width
+    if min(heads, tokens, width, config.repeats) < 1 or not config.codecs:
         raise PdtrimError("heads, tokens, width, repeats and codecs: at least one of each")
-    codecs = {name: parse_codec(name) for name in names}
+    codecs = {name: parse_codec(name) for name in config.codecs}
     device = torch.device(device)
-    kv_2LMD = sample(heads, tokens, width).to(device, DTYPES[dtype])
-    k_LMD, v_LMD = kv_2LMD
+    kv_2LMD = sample(heads, tokens, width).to(device, dtype_named(dtype))
     raw_bytes = kv_2LMD.numel() * kv_2LMD.itemsize
-    copies: list[float] = []
-    # both, encoding and decoding, of each round
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in codecs}
-    coded_bytes: dict[str, int] = {}
-    path = use(way) if way else nullcontext()
-    with path, progress("timing", (repeats + 1) * (len(codecs) + 1)) as advance:
+    with use(way) if way else nullcontext():
         paths = {
             name: "triton" if kernels_of(codec, device, tokens, width) else "torch"
             for name, codec in codecs.items()
         }
-        for repeat in range(repeats + 1):  # the first round warms up
-            seconds, _ = _timed(kv_2LMD.clone, device)
-            if repeat:
-                copies.append(seconds)
-            advance(1)
-            for name, codec in codecs.items():
-                encoding, data = _timed(partial(codec.encode, k_LMD, v_LMD), device)
-                shape = (heads, tokens, width, k_LMD.dtype)
-                decoding, _ = _timed(partial(codec.decode, data, *shape), device)
-                coded_bytes[name] = data.numel()
-                if repeat:
-                    times[name].append((encoding, decoding))
-                advance(1)
-    copy = raw_bytes / statistics.median(copies) / 1e9
+        rounds = _rounds(codecs, kv_2LMD, config.repeats, progress)
+    copy = raw_bytes / statistics.median(rounds.copies) / 1e9
     return {
         "heads": heads,
         "tokens": tokens,
         "width": width,
         "dtype": dtype,
-        "device": str(device),
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "threads": torch.get_num_threads(),
-        "repeats": repeats,
+        **facts_of(device),
+        "repeats": config.repeats,
         "raw_bytes": raw_bytes,
         "copy_gb_s": copy,
-        "copy_range": _range(raw_bytes, copies),
+        "copy_range": _range(raw_bytes, rounds.copies),
         "codecs": [
             {"codec": name, "path": paths[name]}
-            | _entry(raw_bytes, coded_bytes[name], times[name], copy)
-            for name in times
+            | _entry(raw_bytes, rounds.coded_bytes[name], rounds.times[name], copy)
+            for name in codecs
         ],
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rounds:
+    """Seconds of each round behind the one that warms up, by codec (encoding, decoding)."""
+
+    copies: list[float]
+    times: dict[str, list[tuple[float, float]]]
+    coded_bytes: dict[str, int]
+
+
+def _rounds(
+    codecs: Mapping[str, CodecBase], kv_2LMD: Tensor, repeats: int, progress: Progress
+) -> _Rounds:
+    device = kv_2LMD.device
+    k_LMD, v_LMD = kv_2LMD
+    made = _Rounds(copies=[], times={name: [] for name in codecs}, coded_bytes={})
+    with progress("timing", (repeats + 1) * (len(codecs) + 1)) as advance:
+        for repeat in range(repeats + 1):  # the first round warms up
+            seconds, _ = _timed(kv_2LMD.clone, device)
+            if repeat:
+                made.copies.append(seconds)
+            advance(1)
+            for name, codec in codecs.items():
+                encoding, data = _timed(partial(codec.encode, k_LMD, v_LMD), device)
+                shape = (*k_LMD.shape, k_LMD.dtype)
+                decoding, _ = _timed(partial(codec.decode, data, *shape), device)
+                made.coded_bytes[name] = data.numel()
+                if repeat:
+                    made.times[name].append((encoding, decoding))
+                advance(1)
+    return made
 
 
 def codec_speeds(
@@ -120,15 +131,8 @@ def codec_speeds(
     """
     rotate = ",rotate=true" if width & (width - 1) == 0 else ""
     names: dict[Codecs, str] = {"any": "entropy", "packed": f"int3:group=128,recent=0{rotate}"}
-    report = bench_codecs(
-        list(names.values()),
-        heads=heads,
-        tokens=tokens,
-        width=width,
-        dtype=dtype,
-        device=device,
-        repeats=5,
-    )
+    config = CodecsConfig(codecs=tuple(names.values()), heads=heads, tokens=tokens, width=width)
+    report = bench_codecs(config, dtype=dtype, device=device)
     rows = {row["codec"]: row for row in report["codecs"]}
     return {
         codecs: CodecSpeed(

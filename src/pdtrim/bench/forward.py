@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from pdtrim.bench.configs import ForwardConfig
+from pdtrim.errors import PdtrimError
 from pdtrim.models.model import Model
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.forward import Batch, Trimmed
@@ -17,17 +19,27 @@ from pdtrim.stage.forward import Batch, Trimmed
 @torch.inference_mode()
 def bench_forward(
     model: Model,
+    config: ForwardConfig = ForwardConfig(),
     *,
-    prompt: int = 512,
-    continuation: int = 256,
-    rows: int = 4,
-    repeats: int = 5,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Median times over interleaved runs, the same batch and the same logits for both.
 
     Both compute logits of the continuation only. Token rates count prompt and continuation.
+
+    Args:
+        model: runs where it is loaded.
+
+    Returns:
+        Tokens a second of both, ``ratio``, the simulator's over transformers', and ``reuse``: for
+        each depth to resume at, the share of the full time beside the share of the blocks.
+
+    Raises:
+        PdtrimError: a number below 1.
     """
+    prompt, continuation, rows = config.prompt_tokens, config.continuation_tokens, config.rows
+    if min(prompt, continuation, rows, config.repeats) < 1:
+        raise PdtrimError("prompt tokens, continuation tokens, rows, repeats: at least one of each")
     generator = torch.Generator().manual_seed(0)
     shape = (rows, prompt + continuation)
     ids = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(model.device)
@@ -45,8 +57,8 @@ def bench_forward(
             batch, resume=trace, start=start
         )
     times: dict[str, list[float]] = {name: [] for name in runs}
-    with progress("timing", (repeats + 1) * len(runs)) as advance:
-        for repeat in range(repeats + 1):  # the first round warms up
+    with progress("timing", (config.repeats + 1) * len(runs)) as advance:
+        for repeat in range(config.repeats + 1):  # the first round warms up
             for name, run in runs.items():
                 seconds = _timed(run, model.device)
                 if repeat:

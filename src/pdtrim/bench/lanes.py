@@ -20,6 +20,15 @@ Mark = Any
 """A CUDA event, or seconds of the clock."""
 
 
+def facts_of(device: torch.device) -> dict[str, Any]:
+    """What a report says of the machine that it was measured on."""
+    return {
+        "device": str(device),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+    }
+
+
 def device_of(name: str) -> torch.device:
     """The CPU, or a GPU with its number.
 

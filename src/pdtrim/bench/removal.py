@@ -15,20 +15,20 @@ from typing import Any
 
 import torch
 
-from pdtrim.bench.lanes import Lane, device_of, finish, seconds, spread
+from pdtrim.bench.configs import StagesConfig
+from pdtrim.bench.lanes import Lane, device_of, facts_of, finish, seconds, spread
 from pdtrim.bench.shapes import random_model, shape_config
 from pdtrim.errors import PdtrimError
 from pdtrim.kv.groups import HeadGroup
 from pdtrim.kv.policy import HandoverPolicy
-from pdtrim.models.loading import DTYPES
+from pdtrim.models.loading import dtype_named
 from pdtrim.models.model import Model
-from pdtrim.plan import Gates
+from pdtrim.plan import STAGES, Gates
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.cache import LayerCache
 from pdtrim.stage.cost import Lengths, stage_flops
 from pdtrim.stage.generate import decode_tokens, prefill
 
-SHARES = (0.0, 0.25, 1 / 3, 0.5)
 WARM = 2
 """Runs before a capture, in which libraries find their kernels and workspaces."""
 
@@ -36,20 +36,16 @@ WARM = 2
 @torch.inference_mode()
 def bench_stages(
     shape: str,
+    config: StagesConfig = StagesConfig(),
     *,
-    tokens: int,
-    shares: Sequence[float] = SHARES,
     dtype: str = "bfloat16",
     device: str = "cpu",
-    repeats: int = 5,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Time both stages of a shape in interleaved rounds behind one that warms up.
 
     Args:
         shape: a name in ``SHAPES``, or a folder with a ``config.json``.
-        tokens: of the prompt; decode runs one token behind so many.
-        shares: of the blocks that a stage loses; the rows' ratios are over share 0.
 
     Returns:
         What was timed on what, and ``rows``: for each share and stage its seconds, and ``faster``,
@@ -59,42 +55,30 @@ def bench_stages(
     Raises:
         PdtrimError: a shape, a device or a number that cannot be timed.
     """
-    if dtype not in DTYPES:
-        raise PdtrimError(f"unknown dtype '{dtype}': use one of {', '.join(DTYPES)}")
-    if tokens < 1 or repeats < 1 or not all(0 <= share < 1 for share in shares):
+    tokens, repeats, kind = config.tokens, config.repeats, dtype_named(dtype)
+    if tokens < 1 or repeats < 1 or not all(0 <= share < 1 for share in config.shares):
         raise PdtrimError("tokens and repeats from 1 on, and shares from 0 up to below 1")
-    config, place = shape_config(shape), device_of(device)
+    of_shape, place = shape_config(shape), device_of(device)
     with progress("drawing the weights", 1):
-        model = random_model(config, dtype=DTYPES[dtype], device=place, name=shape)
+        model = random_model(of_shape, dtype=kind, device=place, name=shape)
     L = model.num_layers
-    removed = sorted({round(share * L) for share in (0.0, *shares)})
+    removed = sorted({round(share * L) for share in (0.0, *config.shares)})
     windows = any(block is not None and block.window is not None for block in model.blocks)
     captured = place.type == "cuda" and not windows
     lane = Lane(place)
-    runs: dict[tuple[str, int], Callable[[], object]] = {}
-    for count in removed:
-        gates = removing(L, count)
-        runs["prefill", count] = _prefill(model, gates[0], tokens)
-        runs["decode", count] = _decode(model, gates[1], tokens, max(repeats, WARM) + 1)
+    runs = _runs(model, removed, tokens, max(repeats, WARM) + 1)
     if captured:
         runs = {name: _captured(run, lane) for name, run in runs.items()}
     times = _rounds(runs, lane, place, repeats, progress)
-    flops = {count: _flops(model, count, tokens) for count in removed}
     return {
         "shape": shape,
         "tokens": tokens,
         "layers": L,
         "dtype": dtype,
-        "device": str(place),
-        "hardware": torch.cuda.get_device_name(place) if place.type == "cuda" else None,
-        "threads": torch.get_num_threads(),
+        **facts_of(place),
         "code": "captured in a CUDA graph" if captured else "launched from Python",
         "repeats": repeats,
-        "rows": [
-            _row(stage, count, times, [flops[c][i] for c in (0, count)], L)
-            for i, stage in enumerate(("prefill", "decode"))
-            for count in removed
-        ],
+        "rows": _rows(model, removed, tokens, times),
     }
 
 
@@ -107,6 +91,18 @@ def removing(num_layers: int, count: int) -> tuple[Gates, Gates]:
         Gates.removing(num_layers, prefill=early).without_dead_work(),
         Gates.removing(num_layers, prefill=gone, decode=gone),
     )
+
+
+def _runs(
+    model: Model, removed: Sequence[int], tokens: int, times: int
+) -> dict[tuple[str, int], Callable[[], object]]:
+    """What each stage does without so many blocks; decode's caches have room for so many times."""
+    runs: dict[tuple[str, int], Callable[[], object]] = {}
+    for count in removed:
+        prefill_gates, decode_gates = removing(model.num_layers, count)
+        runs["prefill", count] = _prefill(model, prefill_gates, tokens)
+        runs["decode", count] = _decode(model, decode_gates, tokens, times)
+    return runs
 
 
 def _prefill(model: Model, gates: Gates, tokens: int) -> Callable[[], object]:
@@ -191,20 +187,29 @@ def _flops(model: Model, count: int, tokens: int) -> tuple[float, float]:
     )
 
 
-def _row(
-    stage: str,
-    count: int,
+def _rows(
+    model: Model,
+    removed: Sequence[int],
+    tokens: int,
     times: dict[tuple[str, int], list[float]],
-    flops: Sequence[float],
-    layers: int,
-) -> dict[str, Any]:
-    dense, own = times[stage, 0], times[stage, count]
-    return {
-        "stage": stage,
-        "removed": count,
-        "share": count / layers,
-        "seconds": spread(own),
-        "faster": spread([whole / mine for whole, mine in zip(dense, own, strict=True)]),
-        "flops_faster": flops[0] / flops[1],
-        "flops_removed": 1 - flops[1] / flops[0],
-    }
+) -> list[dict[str, Any]]:
+    """A row for each stage and count, the first of which removes nothing."""
+    flops = {count: _flops(model, count, tokens) for count in removed}
+    rows = []
+    for of_stage, stage in enumerate(STAGES):
+        dense = times[stage, 0]
+        for count in removed:
+            own = times[stage, count]
+            whole, left = flops[0][of_stage], flops[count][of_stage]
+            rows.append(
+                {
+                    "stage": stage,
+                    "removed": count,
+                    "share": count / model.num_layers,
+                    "seconds": spread(own),
+                    "faster": spread([a / b for a, b in zip(dense, own, strict=True)]),
+                    "flops_faster": whole / left,
+                    "flops_removed": 1 - left / whole,
+                }
+            )
+    return rows

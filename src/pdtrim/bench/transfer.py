@@ -17,46 +17,32 @@ Shapes: L layers, G KV heads, N prompt tokens, D head width, E hidden width; 2 f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, closing
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
+from transformers import PreTrainedConfig
 
-from pdtrim.bench.lanes import device_of, spread
+from pdtrim.bench.configs import MEASURED, TransferConfig, Transport
+from pdtrim.bench.lanes import device_of, facts_of, spread
 from pdtrim.bench.pipeline import Machines
 from pdtrim.bench.rounds import Rounds
 from pdtrim.bench.shapes import one_block, random_model, shape_config
-from pdtrim.bench.traffic import Sizes, layers_sent, paper_rule, random_cache
+from pdtrim.bench.traffic import LayerSent, Sizes, layers_sent, paper_rule, random_cache
 from pdtrim.errors import PdtrimError
 from pdtrim.models.configs import head_width
-from pdtrim.models.loading import DTYPES
+from pdtrim.models.loading import dtype_named
 from pdtrim.progress import Progress, silent
-
-POLICIES = (
-    "full",
-    "full+int4",
-    "full+k3v2:rotate=true",
-    "full+int2:rotate=true",
-    "full+entropy",
-    "full+lossless",
-)
-MEASURED = "measured"
-Transport = Literal["copy", "nixl"]
 
 
 @torch.inference_mode()
 def bench_transfer(
     shape: str,
+    config: TransferConfig = TransferConfig(),
     *,
-    tokens: int,
-    links: Sequence[str] = (MEASURED,),
-    policies: Sequence[str] = POLICIES,
     dtype: str = "bfloat16",
     device: str = "cpu",
-    to: str | None = None,
-    transport: Transport = "copy",
-    repeats: int = 5,
     progress: Progress = silent,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -64,11 +50,7 @@ def bench_transfer(
 
     Args:
         shape: a name in ``SHAPES``, or a folder with a ``config.json``.
-        tokens: of the prompt that prefill runs.
-        links: ``measured``, or Gbit/s.
-        policies: KV policies that need no prompt, beside the rows that are always there.
-        to: the device that receives; the second GPU where there is one, else ``device``.
-        transport: of measured links: a copy in this process, or NIXL into another one.
+        device: runs prefill and sends.
         say: takes a line for people before the rounds, if NIXL runs far below a plain copy.
 
     Returns:
@@ -78,65 +60,75 @@ def bench_transfer(
     Raises:
         PdtrimError: a shape, a policy, a link or a number that cannot be timed.
     """
-    if dtype not in DTYPES:
-        raise PdtrimError(f"unknown dtype '{dtype}': use one of {', '.join(DTYPES)}")
-    if transport not in get_args(Transport):
-        raise PdtrimError(f"unknown transport '{transport}': use copy or nixl")
-    if tokens < 1 or repeats < 1:
+    kind = dtype_named(dtype)
+    if config.transport not in get_args(Transport):
+        raise PdtrimError(f"unknown transport '{config.transport}': use copy or nixl")
+    if config.tokens < 1 or config.repeats < 1:
         raise PdtrimError("tokens and repeats: at least one of each")
-    speeds = {link: _gbit(link) for link in links or (MEASURED,)}
-    config = shape_config(shape)
-    sizes = Sizes(
-        layers=config.num_hidden_layers,
-        heads=config.num_key_value_heads,
-        tokens=tokens,
-        width=head_width(config),
-    )
-    source, target = _devices(device, to)
-    sent = {
-        name: layers_sent(policy, sizes, source)
-        for name, policy in (("paper's rule", paper_rule(sizes)), *((p, p) for p in policies))
-    }
-    model = random_model(one_block(config), dtype=DTYPES[dtype], device=source, name=shape)
-    machines = Machines(model, random_cache(sizes, DTYPES[dtype], source), sizes, target)
-    with ExitStack() as stack:
-        nixl = None
-        if transport == "nixl":
-            from pdtrim.bench.nixl_link import NixlLink
-
-            # twice the cache holds its pages, and a code that makes a layer little larger
-            size = 2 * sizes.raw_bytes(DTYPES[dtype])
-            nixl = stack.enter_context(closing(NixlLink(source, target, size)))
-        rounds = Rounds(machines, sent, nixl)
-        slow = rounds.slow_link()
-        if slow:
-            say(slow)
-        advance = stack.enter_context(
-            progress("timing the handovers", (repeats + 1) * rounds.count)
-        )
-        for repeat in range(repeats + 1):  # the first round warms up
-            rounds.run(keep=repeat > 0, advance=advance)
+    speeds = {link: _gbit(link) for link in config.links or (MEASURED,)}
+    of_shape = shape_config(shape)
+    sizes = _sizes(of_shape, config.tokens)
+    source, target = _devices(device, config.to)
+    policies = {"paper's rule": paper_rule(sizes), **{text: text for text in config.policies}}
+    sent = {name: layers_sent(policy, sizes, source) for name, policy in policies.items()}
+    model = random_model(one_block(of_shape), dtype=kind, device=source, name=shape)
+    machines = Machines(model, random_cache(sizes, kind, source), sizes, target)
+    rounds, slow = _timed(machines, sent, config, progress, say)
     return {
         "shape": shape,
-        "tokens": tokens,
+        "tokens": config.tokens,
         "layers": sizes.layers,
         "kv_heads": sizes.heads,
         "width": sizes.width,
         "dtype": dtype,
-        "device": str(source),
+        **facts_of(source),
         "to": str(target),
         "copy": _copy_said(source, target),
-        "transport": transport,
+        "transport": config.transport,
         "slow_link": slow,
-        "hardware": torch.cuda.get_device_name(source) if source.type == "cuda" else None,
-        "threads": torch.get_num_threads(),
-        "repeats": repeats,
-        "raw_bytes": sizes.raw_bytes(DTYPES[dtype]),
+        "repeats": config.repeats,
+        "raw_bytes": sizes.raw_bytes(kind),
         "copy_gb_s": rounds.copy_gb_s,
         "copy_s": spread(rounds.copies),
         "prefill_s": spread(rounds.prefills),
         "rows": [row for link, gbit in speeds.items() for row in rounds.rows(link, gbit)],
     }
+
+
+def _sizes(shape: PreTrainedConfig, tokens: int) -> Sizes:
+    return Sizes(
+        layers=shape.num_hidden_layers,
+        heads=shape.num_key_value_heads,
+        tokens=tokens,
+        width=head_width(shape),
+    )
+
+
+def _timed(
+    machines: Machines,
+    sent: dict[str, list[LayerSent]],
+    config: TransferConfig,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> tuple[Rounds, str | None]:
+    """All rounds, and what is to be said of a slow NIXL link."""
+    with ExitStack() as stack:
+        nixl = None
+        if config.transport == "nixl":
+            from pdtrim.bench.nixl_link import NixlLink
+
+            # twice the cache holds its pages, and a code that makes a layer little larger
+            size = 2 * machines.kv_2LGND.nbytes
+            nixl = stack.enter_context(closing(NixlLink(machines.source, machines.target, size)))
+        rounds = Rounds(machines, sent, nixl)
+        slow = rounds.slow_link()
+        if slow:
+            say(slow)
+        turns = (config.repeats + 1) * rounds.count
+        advance = stack.enter_context(progress("timing the handovers", turns))
+        for repeat in range(config.repeats + 1):  # the first round warms up
+            rounds.run(keep=repeat > 0, advance=advance)
+    return rounds, slow
 
 
 def _gbit(link: str) -> float | None:

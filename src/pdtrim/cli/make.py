@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -66,15 +65,11 @@ def plan(
 @app.command(
     epilog="Example: pdtrim distill plan.json -o trained.json --text text.jsonl --blocks all"
 )
-@from_record(TrainConfig, leave_out=("text",))
+@from_record(TrainConfig, again=("text",))
 def distill(
     plan_file: Annotated[Path, typer.Argument(help="The plan's file.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the new plan.")],
     config: TrainConfig,
-    text: Annotated[
-        list[str],
-        typer.Option(help="Training text: FILE, hub:NAME, or self; give it again for more."),
-    ] = ["self"],  # noqa: B006
     model: Annotated[
         str | None,
         typer.Option(help="Where the model is, if not where the plan says."),
@@ -87,7 +82,7 @@ def distill(
     made, trained = train(
         plan_file,
         output,
-        replace(config, text=tuple(text)),
+        config,
         model=model,
         dtype=dtype,
         device=device,

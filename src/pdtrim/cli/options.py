@@ -1,7 +1,8 @@
 """Options of the command that are a record's fields: type, default and help are said once.
 
-A field's help is what the record's docstring says of it under ``Attributes:``. A tuple is one
-option with commas.
+A field's help is what the record's docstring says of it under ``Attributes:``. A field without a
+default must be given. A tuple is one option with commas, or one that is given again for each of
+its entries; an entry that is a pair is ``NAME=FILE``.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -22,32 +24,36 @@ CONFIG = "config"
 
 
 def from_record(
-    record: type, *, leave_out: tuple[str, ...] = ()
+    record: type, *, again: tuple[str, ...] = (), names: Mapping[str, tuple[str, ...]] = {}
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A verb whose parameter ``config`` becomes options, one for each field of a record.
 
     Args:
-        record: a frozen dataclass, each field with a default and a line in its docstring.
-        leave_out: fields that the verb has options of its own for. They arrive with their defaults.
+        record: a frozen dataclass, each field with a line in its docstring.
+        again: tuples whose option is given again for each entry.
+        names: of options that are not called as their fields are.
     """
     hints, said = get_type_hints(record), help_of(record)
-    chosen = [field for field in fields(record) if field.name not in leave_out]
+    chosen = {
+        field.name: _Option(
+            field,
+            hints[field.name],
+            said[field.name],
+            field.name in again,
+            names.get(field.name, ("--" + field.name.replace("_", "-"),)),
+        )
+        for field in fields(record)
+    }
 
     def decorate(verb: Callable[..., Any]) -> Callable[..., Any]:
-        known = inspect.signature(verb, eval_str=True).parameters
         parameters: list[inspect.Parameter] = []
-        for name, parameter in known.items():
-            if name == CONFIG:
-                parameters += [_option(field, hints[field.name], said) for field in chosen]
-            else:
-                parameters.append(parameter)
+        for name, parameter in inspect.signature(verb, eval_str=True).parameters.items():
+            options = [option.parameter for option in chosen.values()]
+            parameters += options if name == CONFIG else [parameter]
 
         @functools.wraps(verb)
         def run(**values: Any) -> Any:
-            own = {
-                field.name: _value(field.name, hints[field.name], values.pop(field.name))
-                for field in chosen
-            }
+            own = {name: option.value(values.pop(name)) for name, option in chosen.items()}
             return verb(**values, **{CONFIG: record(**own)})
 
         keyword = inspect.Parameter.KEYWORD_ONLY
@@ -73,26 +79,50 @@ def help_of(record: type) -> dict[str, str]:
     return found
 
 
-def _option(field: Field[Any], hint: Any, said: dict[str, str]) -> inspect.Parameter:
-    assert field.default is not MISSING, f"'{field.name}' has no default"
-    name = "--" + field.name.replace("_", "-")
-    names = (f"{name}/--no-{name[2:]}",) if hint is bool else (name,)
-    listed = get_origin(hint) is tuple
-    default = ",".join(map(str, field.default)) if listed else field.default
-    annotated: Any = Annotated  # made here, which type checkers do not read
-    kind = annotated[str if listed else hint, typer.Option(*names, help=said[field.name])]
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
-    )
+class _Option:
+    """A field as an option: what typer is told of it, and the field's value of what typer gives."""
 
+    def __init__(
+        self, field: Field[Any], hint: Any, said: str, again: bool, names: tuple[str, ...]
+    ) -> None:
+        self.name, self.again, self.option = field.name, again, names[0]
+        self.entry = get_args(hint)[0] if get_origin(hint) is tuple else None
+        self.pairs = get_origin(self.entry) is tuple
+        needed = field.default is MISSING
+        default: Any = inspect.Parameter.empty if needed else field.default
+        if hint is bool:
+            names = (f"{self.option}/--no-{self.option[2:]}",)
+        if again:
+            hint = list[str] if self.pairs else list[self.entry]  # type: ignore[name-defined]
+            said = f"{said.removesuffix('.')}; give it again for more."
+            default = default if needed else list(default)
+        elif self.entry is not None:
+            hint, default = str, ",".join(map(str, default))
+        annotated: Any = Annotated  # made here, which type checkers do not read
+        self.parameter = inspect.Parameter(
+            self.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=annotated[hint, typer.Option(*names, help=said)],
+        )
 
-def _value(name: str, hint: Any, given: Any) -> Any:
-    if get_origin(hint) is not tuple:
-        return given
-    kind, _ = get_args(hint)
-    words = [word.strip() for word in given.split(",") if word.strip()]
-    try:
-        return tuple(kind(word) for word in words)
-    except ValueError:
-        option = "--" + name.replace("_", "-")
-        raise PdtrimError(f"{option} '{given}': give numbers such as 0,1,2") from None
+    def value(self, given: Any) -> Any:
+        """What the record takes.
+
+        Raises:
+            PdtrimError: words where numbers belong, or no pair.
+        """
+        if self.entry is None:
+            return given
+        if self.again:
+            return tuple(self._pair(text) if self.pairs else text for text in given)
+        try:
+            return tuple(self.entry(word.strip()) for word in given.split(",") if word.strip())
+        except ValueError:
+            raise PdtrimError(f"{self.option} '{given}': give numbers such as 0,1,2") from None
+
+    def _pair(self, text: str) -> tuple[str, Path]:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise PdtrimError(f"{self.option} '{text}': give NAME=FILE")
+        return name, Path(path)

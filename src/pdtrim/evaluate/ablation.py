@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from pdtrim.bundle import TrimPlan
-from pdtrim.calibration.batches import Calibration, CalibrationConfig, text_batch
+from pdtrim.calibration.batches import Calibration, text_batch
 from pdtrim.calibration.kept import kept_calibration, source_digest
 from pdtrim.distill.job import DistillConfig
 from pdtrim.distill.plan import Training, pairs_of, train_plan
 from pdtrim.distill.sets import SetRule
+from pdtrim.evaluate.configs import AblationConfig
 from pdtrim.evaluate.quality import measure_quality
 from pdtrim.keep.settings import Settings, package_versions
 from pdtrim.keep.store import claim, once
@@ -37,43 +38,12 @@ from pdtrim.plan import Gates, Stage
 from pdtrim.progress import Progress, silent
 from pdtrim.records import Frozen
 from pdtrim.repair.apply import KINDS, SHARED, best_repair, repair
-from pdtrim.stage.cost import Lengths, block_tokens
+from pdtrim.stage.cost import block_tokens
 from pdtrim.stage.forward import Batch, Pair, Trimmed
 from pdtrim.stage.swap import swap_pair
 from pdtrim.words import Reading, Search
 
 SEARCHES: tuple[Search, ...] = ("one_shot", "greedy", "evolution", "anneal", "hybrid")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AblationConfig:
-    """What to prune and on what to measure.
-
-    Attributes:
-        texts: held-out, by name.
-        sequences: of calibration text that steer a search; half as many choose finalists.
-        limit: sequences of each held-out text.
-        budget: of each search, in passes of the dense model over the calibration text.
-        prefill, unified, decode: blocks that the targets remove; the first of ``prefill`` is the
-            one whose share of operations the grains save.
-        only: rows whose group and name hold one of these words; the empty word is in all.
-        train_steps: of the paper's light distillation.
-        fit: sequences of calibration text that repairs and the distillation are fitted to.
-    """
-
-    texts: dict[str, str]
-    calibration: str = "self"
-    seeds: tuple[int, ...] = (0, 1, 2)
-    lengths: Lengths = Lengths(prompt=256, continuation=256)  # noqa: RUF009 - frozen
-    sequences: int = 12
-    limit: int = 16
-    budget: float = 90
-    prefill: tuple[int, ...] = (10, 12)
-    unified: int = 6
-    decode: int = 6
-    only: tuple[str, ...] = ("",)
-    train_steps: int = 100
-    fit: int = 64
 
 
 class Cell(Frozen):
@@ -110,8 +80,8 @@ def ablate(
         name: text_batch(
             model,
             source,
-            prompt_tokens=config.lengths.prompt,
-            continuation_tokens=config.lengths.continuation,
+            prompt_tokens=config.prompt_tokens,
+            continuation_tokens=config.continuation_tokens,
             limit=config.limit,
         )
         for name, source in config.texts.items()
@@ -122,7 +92,7 @@ def ablate(
     for seed in config.seeds:
         bench = Bench(model, config, seed, folder, progress, settings)
         for group, name, make in rows(bench):
-            if not any(words in f"{group}, {name}" for words in config.only):
+            if config.only and not any(words in f"{group}, {name}" for words in config.only):
                 continue
 
             def cell(
@@ -153,7 +123,7 @@ def ablate(
 
 def settings_of(model: Model, config: AblationConfig, held_out: Mapping[str, Batch]) -> Settings:
     """All that the cells of a folder depend on; its seeds and its choice of rows may differ."""
-    asked = {k: v for k, v in asdict(config).items() if k not in ("texts", "seeds", "only")}
+    asked = {k: v for k, v in asdict(config).items() if k not in ("text", "seeds", "only")}
     return {
         **asked,
         "model": model.fingerprint,
@@ -217,18 +187,9 @@ class Bench:
     @cached_property
     def text(self) -> Calibration:
         """Text of the search, of the choices after it, and of repairs and training."""
-        config = self.config
         return kept_calibration(
             self.model,
-            CalibrationConfig(
-                source=config.calibration,
-                prompt_tokens=config.lengths.prompt,
-                continuation_tokens=config.lengths.continuation,
-                search=config.sequences,
-                rerank=config.sequences // 2,
-                fit=config.fit,
-                seed=self.seed,
-            ),
+            self.config.calibration_of(self.seed),
             self.folder / "text" / f"seed{self.seed}.safetensors",
             progress=self.progress,
         )
@@ -239,8 +200,8 @@ class Bench:
         passes = block_tokens(
             Gates.dense(self.model.num_layers),
             sequences=self.config.sequences,
-            prefill=self.config.lengths.prompt - 1,
-            decode=self.config.lengths.continuation,
+            prefill=self.config.prompt_tokens - 1,
+            decode=self.config.continuation_tokens,
         )
         return round(self.config.budget * passes)
 
@@ -292,10 +253,10 @@ class Bench:
 def rows(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Made]]]:
     """Group, name and maker of every row."""
     config, seed, budget = bench.config, bench.seed, bench.budget
-    half = min(3, config.decode)
-    both: dict[str, Any] = {"prefill_remove": half, "decode_remove": config.decode}
+    half = min(3, config.decode_remove)
+    both: dict[str, Any] = {"prefill_remove": half, "decode_remove": config.decode_remove}
     paper = Target(**both, mode="subset", seed=seed, budget=budget)
-    rule = f"paper's rule, prefill {half} decode {config.decode}"
+    rule = f"paper's rule, prefill {half} decode {config.decode_remove}"
     yield rule, "no distillation", lambda: bench.searched("paper", Paper(), paper)
     readings: tuple[Reading, ...] = ("pairs", "redundancy")
     for reading in readings:
@@ -306,15 +267,19 @@ def rows(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Made]]]:
         yield rule, f"distillation set by {reading}", train
     for mode in ("subset", "projected"):
         target = Target(**both, mode=mode, seed=seed, budget=budget)
-        yield f"mode, prefill {half} decode {config.decode}", mode, _search(bench, mode, target)
+        yield (
+            f"mode, prefill {half} decode {config.decode_remove}",
+            mode,
+            _search(bench, mode, target),
+        )
     targets: dict[str, dict[str, Any]] = {
-        **{f"prefill {count}": {"prefill_remove": count} for count in config.prefill},
-        f"unified {config.unified}": {
-            "prefill_remove": config.unified,
-            "decode_remove": config.unified,
+        **{f"prefill {count}": {"prefill_remove": count} for count in config.prefill_remove},
+        f"unified {config.unified_remove}": {
+            "prefill_remove": config.unified_remove,
+            "decode_remove": config.unified_remove,
             "mode": "unified",
         },
-        f"decode {config.decode}": {"decode_remove": config.decode},
+        f"decode {config.decode_remove}": {"decode_remove": config.decode_remove},
     }
     for what, removal in targets.items():
         for search in SEARCHES:
@@ -329,7 +294,7 @@ def rows(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Made]]]:
 
             yield f"repair, {what}", kind, mend
     # prefill's part that is worth its share of whole blocks
-    share = config.prefill[0] / bench.model.num_layers
+    share = config.prefill_remove[0] / bench.model.num_layers
     for grain in ("block", "part"):
         target = Target(
             metric="flops",

@@ -17,6 +17,7 @@ import torch
 from pdtrim.bundle import TrimPlan
 from pdtrim.calibration.batches import CalibrationConfig, load_calibration, text_batch
 from pdtrim.calibration.kept import kept_calibration, source_digest
+from pdtrim.evaluate.configs import SweepConfig
 from pdtrim.evaluate.handover import Loopback, loopback_bytes
 from pdtrim.evaluate.kv_checks import sanity
 from pdtrim.evaluate.kv_suite import KvSuiteConfig, run_suite
@@ -36,7 +37,6 @@ from pdtrim.models.model import Model
 from pdtrim.plan import LayerKV, PrunePlan
 from pdtrim.progress import Progress, silent
 from pdtrim.records import Frozen
-from pdtrim.stage.cost import Lengths
 from pdtrim.stage.forward import Batch, Pair, Trimmed
 
 T = TypeVar("T")
@@ -44,19 +44,6 @@ T = TypeVar("T")
 WIRE_PROMPTS = 2
 SANITY = ("first_last@2.5x", "random@2.5x")
 COMPRESSIONS = (2.5, 4.95, 10.0)  # of the selectors that drop tokens; 4.95 is the document's
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepConfig:
-    """On what to measure; ``probes`` 0 leaves retrieval out."""
-
-    text: str
-    calibration: str = "self"
-    lengths: Lengths = Lengths(prompt=512, continuation=256)  # noqa: RUF009 - frozen
-    limit: int = 8
-    probes: int = 10
-    budgets: tuple[float, ...] = (5.0, 8.0)
-    seed: int = 0
 
 
 def default_policies(head_dim: int, tokens: int, num_layers: int) -> dict[str, str]:
@@ -106,8 +93,8 @@ def sweep(
     batch = text_batch(
         model,
         config.text,
-        prompt_tokens=config.lengths.prompt,
-        continuation_tokens=config.lengths.continuation,
+        prompt_tokens=config.prompt_tokens,
+        continuation_tokens=config.continuation_tokens,
         limit=config.limit,
     )
     keep = _Cells.at(folder, model, config, batch)
@@ -120,7 +107,7 @@ def sweep(
     metrics: dict[str, dict[str, float]] = {name: {} for name in plans}
     problems: list[str] = []
     if config.probes:
-        suite = KvSuiteConfig(probes=config.probes, tokens=config.lengths.prompt, seed=config.seed)
+        suite = KvSuiteConfig(probes=config.probes, tokens=config.prompt_tokens, seed=config.seed)
         policies["full"] = policies.pop("dense")
         found = keep.once(
             "retrieval",
@@ -251,8 +238,8 @@ def _plans(
 ) -> dict[str, PrunePlan]:
     asked = CalibrationConfig(
         source=config.calibration,
-        prompt_tokens=config.lengths.prompt,
-        continuation_tokens=min(128, config.lengths.continuation),
+        prompt_tokens=config.prompt_tokens,
+        continuation_tokens=min(128, config.continuation_tokens),
         search=4,
         rerank=0,
         fit=0,
@@ -262,7 +249,7 @@ def _plans(
         text = load_calibration(model, asked, progress=progress)
     else:
         text = kept_calibration(model, asked, keep.folder / "text.safetensors", progress=progress)
-    wanted = default_policies(model.head_dim, config.lengths.prompt - 1, model.num_layers)
+    wanted = default_policies(model.head_dim, config.prompt_tokens - 1, model.num_layers)
     for compression in config.budgets:
         wanted[f"budget@{compression:g}x"] = KVBudget(compression=compression).text
         packed = KVBudget(compression=compression, codecs="packed")

@@ -65,12 +65,11 @@ def load_model(
             a model whose logits differ from pdtrim's.
         NotFinite: weights or logits that are not finite.
     """
-    if dtype not in DTYPES:
-        raise ModelError(f"unknown dtype '{dtype}': use one of {', '.join(DTYPES)}")
+    kind = dtype_named(dtype)
     with quiet(), border(ModelError, f"cannot load '{source}'"):
         place = _locate(source, revision)
         read = _read_folder if place.is_dir() else _read_gguf
-        network, tokenizer = read(place, DTYPES[dtype])
+        network, tokenizer = read(place, kind)
         check_finite(network, source)
         network.to(device)
         licence = licence_of(place) if place.is_dir() else {}
@@ -80,6 +79,17 @@ def load_model(
 
         check_forward(model)
     return model
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The type of weights that a user names.
+
+    Raises:
+        ModelError: no such type.
+    """
+    if name not in DTYPES:
+        raise ModelError(f"unknown dtype '{name}': use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def check_finite(network: Any, where: str) -> None:

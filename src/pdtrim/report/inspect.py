@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from pdtrim.kv.codecs import Raw
 from pdtrim.kv.frame import Layout
-from pdtrim.models.loading import DTYPES
 from pdtrim.plan import STAGES, PrunePlan
 
 PARTS = ("KV heads", "neurons")
@@ -112,7 +112,7 @@ def _widths(plan: PrunePlan) -> Table:
 
 
 def _handover(plan: PrunePlan, prompt_tokens: int) -> Text:
-    layout = Layout.of(plan, DTYPES["bfloat16"], prompt_tokens - 1)
+    layout = Layout.of(plan, torch.bfloat16, prompt_tokens - 1)
     dense = plan.model.num_layers * Raw().nbytes(
         plan.model.num_kv_heads, layout.tokens, plan.model.head_dim, layout.dtype
     )

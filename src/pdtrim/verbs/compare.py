@@ -13,8 +13,8 @@ from pdtrim.progress import Progress, silent
 from pdtrim.verbs.model import dense_model
 
 if TYPE_CHECKING:
-    from pdtrim.evaluate.compare.measure import CompareConfig
     from pdtrim.evaluate.compare.records import Comparison
+    from pdtrim.evaluate.configs import CompareConfig
     from pdtrim.models.model import Model
 
 

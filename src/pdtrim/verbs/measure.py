@@ -14,9 +14,7 @@ from pdtrim.verbs.model import dense_model
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pdtrim.calibration.batches import CalibrationConfig
-    from pdtrim.evaluate.ablation import AblationConfig
-    from pdtrim.evaluate.kv_sweep import SweepConfig
+    from pdtrim.evaluate.configs import AblationConfig, SensitivityConfig, SweepConfig
     from pdtrim.evaluate.result import Result
     from pdtrim.models.model import Model
 
@@ -58,43 +56,27 @@ def sweep_kv(
 
 def measure_sensitivity(
     model: Model | str,
-    config: CalibrationConfig,
-    folder: str | Path,
-    *,
-    dtype: str = "bfloat16",
-    device: str = "cpu",
-    progress: Progress = silent,
-) -> Tensor:
-    """What losing each block alone costs each stage.
-
-    Args:
-        model: the dense model, or its name, which is loaded with ``dtype`` to ``device``.
-        config: the text; its ``search`` part is measured on.
-        folder: gets ``table.md`` and ``blocks.png``, and the same of recall, ``recall.md`` and
-            ``recall.png``.
-
-    Returns:
-        KL to the dense model, nats a token, ``[W, L]``: the ways of
-        ``pdtrim.evaluate.sensitivity.WAYS``, then layers.
-
-    Raises:
-        PdtrimError: unreadable text, too short for recall, or a folder that holds something else.
-    """
-    return sensitivity_maps(model, config, folder, dtype=dtype, device=device, progress=progress)[
-        "KL"
-    ]
-
-
-def sensitivity_maps(
-    model: Model | str,
-    config: CalibrationConfig,
+    config: SensitivityConfig,
     folder: str | Path,
     *,
     dtype: str = "bfloat16",
     device: str = "cpu",
     progress: Progress = silent,
 ) -> dict[str, Tensor]:
-    """:func:`measure_sensitivity`, with ``recall`` beside ``KL``: nats an answer above dense."""
+    """What losing each block alone costs each stage.
+
+    Args:
+        model: the dense model, or its name, which is loaded with ``dtype`` to ``device``.
+        folder: gets ``table.md`` and ``blocks.png``, and the same of recall, ``recall.md`` and
+            ``recall.png``.
+
+    Returns:
+        ``KL`` to the dense model, nats a token, and ``recall``, nats an answer above dense, each
+        ``[W, L]``: the ways of ``pdtrim.evaluate.sensitivity.WAYS``, then layers.
+
+    Raises:
+        PdtrimError: unreadable text, too short for recall, or a folder that holds something else.
+    """
     from pdtrim.calibration.batches import load_calibration
     from pdtrim.evaluate.sensitivity import WAYS, recall_sensitivity, sensitivity
     from pdtrim.report.heatmap import plot_sensitivity
@@ -103,7 +85,7 @@ def sensitivity_maps(
     folder = Path(folder)
     with output_folder(folder, "sensitivity"):
         dense = dense_model(model, dtype=dtype, device=device, progress=progress)
-        text = load_calibration(dense, config, progress=progress).search
+        text = load_calibration(dense, config.calibration(), progress=progress).search
         maps = {
             "KL": sensitivity(dense, text, progress=progress),
             "recall": recall_sensitivity(dense, text, progress=progress, seed=config.seed),

@@ -16,15 +16,14 @@ import torch
 
 from pdtrim.bench.stages import StageTimes, stage_times
 from pdtrim.bundle import TrimPlan
-from pdtrim.calibration.batches import Calibration, CalibrationConfig
+from pdtrim.calibration.batches import Calibration
 from pdtrim.calibration.kept import kept_calibration, text_settings
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.compare.records import PairFacts, Run
 from pdtrim.evaluate.compare.systems import System
+from pdtrim.evaluate.configs import CompareConfig, TasksConfig
 from pdtrim.evaluate.handover import loopback_bytes
-from pdtrim.evaluate.tasks import TASKS
 from pdtrim.evaluate.tasks.folder import task_files
-from pdtrim.evaluate.tasks.run import BATCH_TOKENS, TasksConfig
 from pdtrim.evaluate.tasks.scores import TaskScores
 from pdtrim.exported import check_base
 from pdtrim.keep.files import sha256_of
@@ -34,7 +33,7 @@ from pdtrim.keep.store import claim, once
 from pdtrim.methods import METHODS
 from pdtrim.models.model import Model
 from pdtrim.progress import Progress, silent
-from pdtrim.stage.cost import Lengths, removed_parameters
+from pdtrim.stage.cost import removed_parameters
 from pdtrim.stage.forward import Trimmed
 
 WIRE_PROMPTS = 4  # calibration prompts whose handover is counted
@@ -49,66 +48,6 @@ class Runner(Protocol):
         self, variant: Trimmed, task: str, config: TasksConfig, *, progress: Progress
     ) -> TaskScores:
         """Scores of each item of a task."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareConfig:
-    """What to compare, and on what.
-
-    Attributes:
-        remove: mean share of the blocks' parameters that the two stages lose.
-        limit: items of a task; None for all. ``shots`` None is each task's own number.
-        calibration: source of the text; every seed draws its own from it.
-        sequences: of it that steer a search; half as many choose finalists, and twice as many are
-            what repairs are fitted to.
-        rows: plan files that are measured too, with the names of their rows.
-        latency: whether the stages are timed, with each system's first seed.
-        batch_tokens: tokens of a task that run together.
-    """
-
-    remove: float
-    methods: tuple[str, ...]
-    tasks: tuple[str, ...]
-    data: str
-    limit: int | None = None
-    shots: int | None = None
-    seeds: tuple[int, ...] = (0,)
-    calibration: str = "self"
-    sequences: int = 32
-    lengths: Lengths = Lengths(prompt=256, continuation=256)  # noqa: RUF009 - frozen
-    rows: tuple[tuple[str, Path], ...] = ()
-    latency: bool = True
-    batch_tokens: int = BATCH_TOKENS
-
-    def __post_init__(self) -> None:
-        for task in self.tasks:
-            if task not in TASKS:
-                raise PdtrimError(f"unknown task '{task}': use some of {', '.join(TASKS)}")
-        if self.limit is not None and self.limit < 2:
-            raise PdtrimError(f"--limit {self.limit}: an interval needs at least 2 items of a task")
-        for what, values in (("task", self.tasks), ("seed", self.seeds)):
-            if not values or len(set(values)) < len(values):
-                raise PdtrimError(f"give at least one {what}, and each once")
-        assert self.tasks_config  # refuses what no task can be run with
-
-    @property
-    def tasks_config(self) -> TasksConfig:
-        """How the tasks are run."""
-        return TasksConfig(
-            data=self.data, limit=self.limit, shots=self.shots, batch_tokens=self.batch_tokens
-        )
-
-    def text(self, seed: int) -> CalibrationConfig:
-        """The calibration text of a seed."""
-        return CalibrationConfig(
-            source=self.calibration,
-            prompt_tokens=self.lengths.prompt,
-            continuation_tokens=self.lengths.continuation,
-            search=self.sequences,
-            rerank=(self.sequences + 1) // 2,
-            fit=2 * self.sequences,
-            seed=seed,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +131,7 @@ class Bench:
 
     def _text(self, seed: int) -> Calibration:
         if seed not in self.texts:
-            config = self.config.text(seed)
+            config = self.config.calibration_of(seed)
             path = self.folder / "text" / f"seed{seed}.safetensors"
             self.texts[seed] = kept_calibration(self.model, config, path, progress=self.progress)
         return self.texts[seed]
@@ -205,7 +144,7 @@ class Bench:
                 **self._of_model(),
                 "method": system.method,
                 "target": asdict(system.target(seed)),
-                "text": text_settings(self.model, self.config.text(seed)),
+                "text": text_settings(self.model, self.config.calibration_of(seed)),
             },
         )
         if path.is_file():
@@ -253,7 +192,7 @@ class Bench:
 
         # tasks first: data that cannot be read should not wait for calibration text
         scores = {task: self._cell(cells, task, variant, own) for task in self.config.tasks}
-        text = text_settings(self.model, self.config.text(self.config.seeds[0]))
+        text = text_settings(self.model, self.config.calibration_of(self.config.seeds[0]))
         pair_facts = once(cells / "_pair.json", PairFacts, {**own, "text": text}, facts)
         taken = None
         if timed:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.compare.measure import (
-    DENSE,
-    Bench,
-    CompareConfig,
-    Measured,
-    Runner,
-)
+from pdtrim.evaluate.compare.measure import DENSE, Bench, Measured, Runner
 from pdtrim.evaluate.compare.records import Comparison
 from pdtrim.evaluate.compare.summary import summarise, task_infos
-from pdtrim.evaluate.compare.systems import System, given_systems, planned_systems
+from pdtrim.evaluate.compare.systems import System, chosen_methods, given_systems, planned_systems
+from pdtrim.evaluate.configs import CompareConfig
 from pdtrim.evaluate.tasks.run import run_task
 from pdtrim.models.model import Model
 from pdtrim.progress import Progress, silent
@@ -52,6 +48,7 @@ def compare(
     for system, seed in _parts(config, systems):
         measured[system.name].append(bench.system(system, seed))
     tasks = task_infos(measured)
+    asked = replace(config, methods=chosen_methods(config.methods))
     rows, best = summarise(systems, measured)
     return Comparison(
         model=model.name,
@@ -59,7 +56,7 @@ def compare(
         dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.type,
         remove=config.remove,
-        settings=TypeAdapter(CompareConfig).dump_python(config, mode="json"),
+        settings=TypeAdapter(CompareConfig).dump_python(asked, mode="json"),
         tasks=tasks,
         best_baseline=best,
         rows=rows,
@@ -137,7 +134,8 @@ def listed(config: CompareConfig) -> list[System]:
     Raises:
         PdtrimError: two of one name, a name that is no file name, or a share out of range.
     """
-    systems = [*planned_systems(config.methods, config.remove), *given_systems(config.rows)]
+    methods = chosen_methods(config.methods)
+    systems = [*planned_systems(methods, config.remove), *given_systems(config.rows)]
     names = [DENSE, *(system.name for system in systems)]
     for name in names:
         if names.count(name) > 1:

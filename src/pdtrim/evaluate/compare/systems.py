@@ -99,16 +99,17 @@ class System:
         )
 
 
-def chosen_methods(text: str) -> tuple[str, ...]:
-    """Names from ``all``, ``none`` or a list with commas; always in the library's order.
+def chosen_methods(names: Sequence[str]) -> tuple[str, ...]:
+    """The methods of some names, of ``all`` or of ``none``; always in the library's order.
 
     Raises:
         PdtrimError: an unknown name.
     """
-    if text in ("all", "none"):
-        return tuple(METHODS) if text == "all" else ()
-    names = {name.strip() for name in text.split(",")}
-    for name in sorted(names - METHODS.keys()):
+    if tuple(names) == ("all",):
+        return tuple(METHODS)
+    if tuple(names) == ("none",):
+        return ()
+    for name in sorted(set(names) - METHODS.keys()):
         known = ", ".join(METHODS)
         raise PdtrimError(f"unknown method '{name}': use all, none, or some of {known}")
     return tuple(name for name in METHODS if name in names)

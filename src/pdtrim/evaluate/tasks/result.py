@@ -11,9 +11,10 @@ from rich.table import Table
 
 from pdtrim.bundle import TrimPlan
 from pdtrim.errors import PdtrimError
+from pdtrim.evaluate.configs import TasksConfig
 from pdtrim.evaluate.statistics import paired_difference
 from pdtrim.evaluate.tasks.definitions import check_name
-from pdtrim.evaluate.tasks.run import TasksConfig, need_lm_eval, run_task
+from pdtrim.evaluate.tasks.run import need_lm_eval, run_task
 from pdtrim.evaluate.tasks.scores import TaskScores
 from pdtrim.exported import base_model
 from pdtrim.keep.files import write_json

