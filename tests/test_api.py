@@ -1,23 +1,28 @@
 """The public names, and what importing them costs."""
 
+import inspect
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import get_type_hints
 
 import typer
 
 import pdtrim
+from pdtrim import configs
 from pdtrim.cli import app
 from pdtrim.cli.options import help_of
-from pdtrim.verbs.distill import TrainConfig
-from pdtrim.verbs.plan import PlanConfig
 
 
 def test_every_public_name_resolves_and_is_documented():
     for name in pdtrim.__all__:
-        assert getattr(pdtrim, name).__doc__, name
+        public = getattr(pdtrim, name)
+        said = public.__doc__
+        assert said, name
+        if inspect.isfunction(public):
+            assert "Returns:" in said and "Raises:" in said, name
     assert sorted(pdtrim._HOMES) == sorted(pdtrim.__all__)
 
 
@@ -34,7 +39,7 @@ def test_the_examples_of_the_docs_run(tiny_folder, tiny_text, tmp_path, monkeypa
     examples = re.findall("```python\n(.*?)```", text, flags=re.S)
     for example in examples:
         exec(compile(example, "docs/api.md", "exec"), names)
-    assert len(examples) == 2 and len(capsys.readouterr().out.splitlines()) == 4
+    assert len(examples) == 3 and len(capsys.readouterr().out.splitlines()) == 7
 
 
 def test_the_docs_name_a_public_function_for_every_verb():
@@ -42,14 +47,46 @@ def test_the_docs_name_a_public_function_for_every_verb():
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| `")]
     verbs = {verb for row in rows for verb in re.findall("`([^`]+)`", row[0])}
     assert verbs == set(typer.main.get_command(app).commands)
-    named = {name for row in rows for cell in row[1:] for name in re.findall(r"`(\w+)", cell)}
-    assert named <= set(pdtrim.__all__)
+    functions = {name for row in rows for name in re.findall(r"`(\w+)", row[1])}
+    assert functions | {"PdtrimError", "load_model"} == set(pdtrim.__all__)
+    assert {name for row in rows for name in re.findall(r"`(\w+)", row[2])} == set(configs.__all__)
 
 
-def test_the_options_of_a_record_are_its_fields_with_their_defaults():
-    for verb, record, own in (("plan", PlanConfig, set()), ("distill", TrainConfig, {"text"})):
-        found = {p.name: p for p in typer.main.get_command(app).commands[verb].params}
+SHARED = {"device", "dtype", "as_json", "help", "model", "shape", "output", "resume", "only"}
+"""Options and arguments that say where a verb works, not what it is asked."""
+OF_VERBS = {
+    "assess": {"metrics", "trace"},
+    "bench-codec": {"torch_path"},
+    "distill": {"plan_file"},
+    "eval": {"target"},
+    "roi": {"pair"},
+}
+WITHOUT_RECORD = {"demo", "export", "generate", "inspect", "serve"}
+
+
+def record_of(command):
+    """The record that a verb's options are made of; None if there is none."""
+    hints = get_type_hints(inspect.unwrap(command.callback))
+    return hints.get("config")
+
+
+def test_the_options_of_a_verb_are_the_fields_of_its_record_with_their_defaults():
+    commands = typer.main.get_command(app).commands
+    without = {verb for verb, command in commands.items() if record_of(command) is None}
+    assert without == WITHOUT_RECORD
+    for verb in commands.keys() - without:
+        record = record_of(commands[verb])
+        found = {parameter.name: parameter for parameter in commands[verb].params}
+        said = help_of(record)
         for field in fields(record):
-            if field.name not in own:
-                assert found[field.name].default == field.default, field.name
-                assert found[field.name].help == help_of(record)[field.name]
+            option = found.pop(field.name)
+            assert option.help.startswith(said[field.name].removesuffix(".")), field.name
+            assert option.required == (field.default is MISSING), field.name
+            if isinstance(field.default, tuple):
+                shown = option.default if option.multiple else option.default.split(",")
+                assert [word for word in map(str, shown or ()) if word] == [
+                    *map(str, field.default)
+                ]
+            elif not option.required:
+                assert option.default == field.default, field.name
+        assert found.keys() <= SHARED | OF_VERBS.get(verb, set()), verb

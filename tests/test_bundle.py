@@ -7,8 +7,10 @@ from typer.testing import CliRunner
 import pdtrim
 from helpers import make_plan, random_batch, tiny_model
 from pdtrim.bundle import TrimPlan
+from pdtrim.calibration import CalibrationConfig, load_calibration
 from pdtrim.cli import app
 from pdtrim.errors import PlanError
+from pdtrim.methods import PDTrim, Target
 from pdtrim.plan import Gates
 from pdtrim.stage.forward import forward
 
@@ -30,9 +32,8 @@ def test_the_command_and_python_make_the_same_plan_by_default(tiny_folder, tiny_
     done = CliRunner().invoke(app, [*map(str, words), "--dtype", "float32"])
     assert done.exit_code == 0, done.output
     model = pdtrim.load_model(str(tiny_folder), dtype="float32")
-    config = pdtrim.CalibrationConfig(source=str(tiny_text), **SMALL)
-    text = pdtrim.load_calibration(model, config)
-    made = pdtrim.PDTrim().plan(model, text, pdtrim.Target(prefill_remove=2, decode_remove=1))
+    text = load_calibration(model, CalibrationConfig(source=str(tiny_text), **SMALL))
+    made = PDTrim().plan(model, text, Target(prefill_remove=2, decode_remove=1))
     assert made.plan.provenance.repair != "none"
     assert made.plan.digest == TrimPlan.open(tmp_path / "cli.json").plan.digest
 

@@ -24,7 +24,7 @@ FLOORS = (
     ("bench", "evaluate"),
     ("report",),
     ("verbs",),
-    ("demo", "lm_eval", "cli", "__main__", ""),
+    ("configs", "demo", "lm_eval", "cli", "__main__", ""),
 )
 """From the ground up; a part of a package may stand lower than the rest of it."""
 UPWARD = {("models.loading", "stage.guard")}

@@ -78,8 +78,8 @@ def test_the_installed_package_runs_the_readmes_snippet(site, tiny_folder, tmp_p
     model = tmp_path / "model"
     shutil.copytree(tiny_folder, model)
     tiny_model("llama", layers=9, vocab_size=64).network.save_pretrained(model)
-    little = "prompt_tokens=16, continuation_tokens=8, search=2, rerank=1, fit=2"
-    for said, instead in (('"smollm2"', f'"{model}"'), ('"self"', f'"self", {little}')):
+    little = "prompt_tokens=16, continuation_tokens=8, sequences=2, fit_sequences=2"
+    for said, instead in (('"smollm2"', f'"{model}"'), ("_remove=8", f"_remove=8, {little}")):
         assert snippet.count(said) == 1
         snippet = snippet.replace(said, instead)
     code = snippet + "\nprint(pdtrim.__file__)\n"

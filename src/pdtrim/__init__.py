@@ -3,14 +3,17 @@
 The usual way through::
 
     import pdtrim
+    from pdtrim.configs import PlanConfig
 
     model = pdtrim.load_model("smollm2")
-    text = pdtrim.load_calibration(model, pdtrim.CalibrationConfig(source="self"))
-    target = pdtrim.Target(prefill_remove=8)
-    plan = pdtrim.PDTrim().plan(model, text, target)
-    plan.export(model, "out/pair")
+    plan = pdtrim.make_plan(model, PlanConfig(prefill_remove=8))
+    pdtrim.export_pair(plan, "out/pair", model=model)
     with pdtrim.Session("out/pair") as session:
         print(session.generate(["Hello"])[0].text)
+
+Here is a function for each verb of the command, and what goes in and comes out of them. What each
+may be asked stands in ``pdtrim.configs``; methods, calibration text, the simulator and the measures
+are below, in modules of their own (``docs/api.md``).
 """
 
 from __future__ import annotations
@@ -23,64 +26,25 @@ if TYPE_CHECKING:
     from pdtrim.bench.forward import bench_forward
     from pdtrim.bench.removal import bench_stages
     from pdtrim.bench.transfer import bench_transfer
-    from pdtrim.bundle import TrimPlan, export
-    from pdtrim.calibration.batches import Calibration, CalibrationConfig, load_calibration
+    from pdtrim.bundle import TrimPlan
     from pdtrim.demo import run_demo
-    from pdtrim.engines.vllm.launch import ServeConfig
     from pdtrim.errors import PdtrimError
-    from pdtrim.evaluate.ablation import AblationConfig
-    from pdtrim.evaluate.compare.measure import CompareConfig
-    from pdtrim.evaluate.kv_sweep import SweepConfig
-    from pdtrim.evaluate.quality import Quality, measure_quality
-    from pdtrim.evaluate.run import EvalConfig, evaluate_text
-    from pdtrim.evaluate.tasks.result import evaluate_tasks
-    from pdtrim.evaluate.tasks.run import TasksConfig
-    from pdtrim.exported import load_pair
-    from pdtrim.methods import Paper, PDTrim, Target
     from pdtrim.models.loading import load_model
-    from pdtrim.models.model import Model
-    from pdtrim.plan import Gates, LayerKV, PrunePlan
-    from pdtrim.runtime.session import Generation, Session
-    from pdtrim.stage.forward import Batch, Pair, Trimmed, forward
-    from pdtrim.stage.sampling import Sampling
-    from pdtrim.verbs.assess import AssessConfig, assess
+    from pdtrim.runtime.session import Session
+    from pdtrim.verbs.assess import assess
     from pdtrim.verbs.compare import compare_methods
-    from pdtrim.verbs.distill import TrainConfig, train
+    from pdtrim.verbs.distill import train
+    from pdtrim.verbs.evaluate import evaluate_pair
     from pdtrim.verbs.export import export_pair
     from pdtrim.verbs.measure import measure_sensitivity, run_ablation, sweep_kv
-    from pdtrim.verbs.plan import PlanConfig, make_plan
-    from pdtrim.verbs.roi import RoiConfig, estimate_roi
+    from pdtrim.verbs.plan import make_plan
+    from pdtrim.verbs.roi import estimate_roi
     from pdtrim.verbs.serve import serve_pair
 
 __all__ = [
-    "AblationConfig",
-    "AssessConfig",
-    "Batch",
-    "Calibration",
-    "CalibrationConfig",
-    "CompareConfig",
-    "EvalConfig",
-    "Gates",
-    "Generation",
-    "LayerKV",
-    "Model",
-    "PDTrim",
-    "Pair",
-    "Paper",
     "PdtrimError",
-    "PlanConfig",
-    "PrunePlan",
-    "Quality",
-    "RoiConfig",
-    "Sampling",
-    "ServeConfig",
     "Session",
-    "SweepConfig",
-    "Target",
-    "TasksConfig",
-    "TrainConfig",
     "TrimPlan",
-    "Trimmed",
     "assess",
     "bench_codecs",
     "bench_forward",
@@ -88,16 +52,10 @@ __all__ = [
     "bench_transfer",
     "compare_methods",
     "estimate_roi",
-    "evaluate_tasks",
-    "evaluate_text",
-    "export",
+    "evaluate_pair",
     "export_pair",
-    "forward",
-    "load_calibration",
     "load_model",
-    "load_pair",
     "make_plan",
-    "measure_quality",
     "measure_sensitivity",
     "run_ablation",
     "run_demo",
@@ -107,57 +65,26 @@ __all__ = [
 ]
 
 _HOMES = {
-    "TrainConfig": "pdtrim.verbs.distill",
-    "train": "pdtrim.verbs.distill",
-    "bench_forward": "pdtrim.bench.forward",
-    "evaluate_text": "pdtrim.evaluate.run",
-    "AssessConfig": "pdtrim.verbs.assess",
-    "RoiConfig": "pdtrim.verbs.roi",
-    "assess": "pdtrim.verbs.assess",
-    "estimate_roi": "pdtrim.verbs.roi",
-    "AblationConfig": "pdtrim.evaluate.configs",
-    "Batch": "pdtrim.stage.forward",
-    "Calibration": "pdtrim.calibration.batches",
-    "CalibrationConfig": "pdtrim.calibration.batches",
-    "CompareConfig": "pdtrim.evaluate.configs",
-    "EvalConfig": "pdtrim.evaluate.configs",
-    "Gates": "pdtrim.plan",
-    "Generation": "pdtrim.runtime.session",
-    "LayerKV": "pdtrim.plan",
-    "Model": "pdtrim.models.model",
-    "PDTrim": "pdtrim.methods",
-    "Pair": "pdtrim.stage.forward",
-    "Paper": "pdtrim.methods",
     "PdtrimError": "pdtrim.errors",
-    "PlanConfig": "pdtrim.verbs.plan",
-    "PrunePlan": "pdtrim.plan",
-    "Quality": "pdtrim.evaluate.quality",
-    "Sampling": "pdtrim.stage.sampling",
-    "ServeConfig": "pdtrim.engines.vllm.launch",
     "Session": "pdtrim.runtime.session",
-    "SweepConfig": "pdtrim.evaluate.configs",
-    "Target": "pdtrim.methods",
-    "TasksConfig": "pdtrim.evaluate.configs",
     "TrimPlan": "pdtrim.bundle",
-    "Trimmed": "pdtrim.stage.forward",
+    "assess": "pdtrim.verbs.assess",
     "bench_codecs": "pdtrim.bench.codec",
+    "bench_forward": "pdtrim.bench.forward",
     "bench_stages": "pdtrim.bench.removal",
     "bench_transfer": "pdtrim.bench.transfer",
     "compare_methods": "pdtrim.verbs.compare",
-    "evaluate_tasks": "pdtrim.evaluate.tasks.result",
-    "export": "pdtrim.bundle",
+    "estimate_roi": "pdtrim.verbs.roi",
+    "evaluate_pair": "pdtrim.verbs.evaluate",
     "export_pair": "pdtrim.verbs.export",
-    "forward": "pdtrim.stage.forward",
-    "load_calibration": "pdtrim.calibration.batches",
     "load_model": "pdtrim.models.loading",
-    "load_pair": "pdtrim.exported",
     "make_plan": "pdtrim.verbs.plan",
-    "measure_quality": "pdtrim.evaluate.quality",
     "measure_sensitivity": "pdtrim.verbs.measure",
     "run_ablation": "pdtrim.verbs.measure",
     "run_demo": "pdtrim.demo",
     "serve_pair": "pdtrim.verbs.serve",
     "sweep_kv": "pdtrim.verbs.measure",
+    "train": "pdtrim.verbs.distill",
 }
 
 

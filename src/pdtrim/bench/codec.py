@@ -54,6 +54,10 @@ def bench_codecs(
     Args:
         way: the path to code on, whatever the device.
 
+    Returns:
+        What was timed on what, and ``codecs``: for each its compression, GB/s, ratios, and the link
+        speed in Gbit/s below which it pays.
+
     Raises:
         PdtrimError: a codec text, the dtype or a number is out of range.
     """

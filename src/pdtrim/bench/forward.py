@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from pdtrim.bench.configs import ForwardConfig
+from pdtrim.bench.lanes import Lane, timed_rounds
 from pdtrim.errors import PdtrimError
 from pdtrim.models.model import Model
 from pdtrim.progress import Progress, silent
@@ -56,14 +56,8 @@ def bench_forward(
         runs[f"resume {start}"] = lambda start=start: dense.streams(  # type: ignore[misc]
             batch, resume=trace, start=start
         )
-    times: dict[str, list[float]] = {name: [] for name in runs}
     with progress("timing", (config.repeats + 1) * len(runs)) as advance:
-        for repeat in range(config.repeats + 1):  # the first round warms up
-            for name, run in runs.items():
-                seconds = _timed(run, model.device)
-                if repeat:
-                    times[name].append(seconds)
-                advance(1)
+        times = timed_rounds(runs, Lane(model.device), config.repeats, advance)
     median = {name: statistics.median(values) for name, values in times.items()}
     tokens = rows * (prompt + continuation - 1)
     return {
@@ -81,11 +75,3 @@ def bench_forward(
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
-
-
-def _timed(run: Callable[[], object], device: torch.device) -> float:
-    started = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from pdtrim.errors import PdtrimError
 
+K = TypeVar("K")
 Mark = Any
 """A CUDA event, or seconds of the clock."""
 
@@ -58,6 +59,7 @@ class Lane:
     """
 
     def __init__(self, device: torch.device, *, first: bool = False) -> None:
+        self.device = device
         self._stream = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device, priority=-1 if first else 0)
@@ -106,3 +108,25 @@ def finish(*devices: torch.device) -> None:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, least and most."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def timed_rounds(
+    runs: Mapping[K, Callable[[], object]],
+    lane: Lane,
+    repeats: int,
+    advance: Callable[[float], None] = lambda done: None,
+) -> dict[K, list[float]]:
+    """Seconds of each run in each round, in turn, behind a round that warms up."""
+    times: dict[K, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            finish(lane.device)
+            with lane.work():
+                start = lane.mark()
+                run()
+                stop = lane.mark()
+            finish(lane.device)
+            if repeat:
+                times[name].append(seconds(start, stop))
+            advance(1)
+    return times

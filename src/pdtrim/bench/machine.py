@@ -10,7 +10,7 @@ import statistics
 import torch
 
 from pdtrim.bench.codec import codec_speeds
-from pdtrim.bench.lanes import Lane, finish, seconds
+from pdtrim.bench.lanes import Lane, timed_rounds
 from pdtrim.kvfit.link import Machine
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
@@ -39,15 +39,10 @@ def measure_machine(model: Model, tokens: int) -> Machine:
 def _prefill_s(model: Model, tokens: int) -> float:
     """Median seconds of a dense prefill, behind one that warms up."""
     ids_1N = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-    gates, lane, times = Gates.dense(model.num_layers), Lane(model.device), []
-    for repeat in range(REPEATS + 1):
-        finish(model.device)
-        with lane.work():
-            start = lane.mark()
-            for _ in prefill(model, ids_1N, gates):
-                pass
-            stop = lane.mark()
-        finish(model.device)
-        if repeat:
-            times.append(seconds(start, stop))
-    return statistics.median(times)
+    gates = Gates.dense(model.num_layers)
+
+    def run() -> None:
+        for _ in prefill(model, ids_1N, gates):
+            pass
+
+    return statistics.median(timed_rounds({"": run}, Lane(model.device), REPEATS)[""])

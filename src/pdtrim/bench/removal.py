@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pdtrim.bench.configs import StagesConfig
-from pdtrim.bench.lanes import Lane, device_of, facts_of, finish, seconds, spread
+from pdtrim.bench.lanes import Lane, device_of, facts_of, spread, timed_rounds
 from pdtrim.bench.shapes import random_model, shape_config
 from pdtrim.errors import PdtrimError
 from pdtrim.kv.groups import HeadGroup
@@ -69,7 +69,8 @@ def bench_stages(
     runs = _runs(model, removed, tokens, max(repeats, WARM) + 1)
     if captured:
         runs = {name: _captured(run, lane) for name, run in runs.items()}
-    times = _rounds(runs, lane, place, repeats, progress)
+    with progress("timing the stages", (repeats + 1) * len(runs)) as advance:
+        times = timed_rounds(runs, lane, repeats, advance)
     return {
         "shape": shape,
         "tokens": tokens,
@@ -150,30 +151,6 @@ def _captured(run: Callable[[], object], lane: Lane) -> Callable[[], object]:
         with torch.cuda.graph(graph):  # on a stream of its own, of the lane's device
             run()
     return graph.replay
-
-
-def _rounds(
-    runs: dict[tuple[str, int], Callable[[], object]],
-    lane: Lane,
-    device: torch.device,
-    repeats: int,
-    progress: Progress,
-) -> dict[tuple[str, int], list[float]]:
-    """Seconds of each run in each round."""
-    times: dict[tuple[str, int], list[float]] = {name: [] for name in runs}
-    with progress("timing the stages", (repeats + 1) * len(runs)) as advance:
-        for repeat in range(repeats + 1):  # the first round warms up
-            for name, run in runs.items():
-                finish(device)
-                with lane.work():
-                    start = lane.mark()
-                    run()
-                    stop = lane.mark()
-                finish(device)
-                if repeat:
-                    times[name].append(seconds(start, stop))
-                advance(1)
-    return times
 
 
 def _flops(model: Model, count: int, tokens: int) -> tuple[float, float]:

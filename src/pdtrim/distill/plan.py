@@ -79,15 +79,7 @@ def train_plan(
         PlanError: nothing to train, narrower blocks, or the checkpoint is not of this run.
     """
     plan = trim.plan
-    if plan.widths is not None:
-        raise PlanError("training knows whole blocks only: distil a plan without narrower blocks")
-    stage = config.distillation.stage
-    if stage == "prefill" and config.rule.reading != "none":
-        raise PlanError(
-            "blocks of decode merge, which does not train: leave merging out, or train both"
-        )
-    if stage != "decode":
-        first_cut(plan.gates.without_dead_work())  # before the minutes that merging takes
+    _check(plan, config)
     before, pair = trim.blocks(model), trim.pair(model)
     gates, merged = plan.gates, []
     for first, second in pairs_of(plan, model, text, config.rule):
@@ -124,6 +116,19 @@ def train_plan(
             f" {distilled.history[-1].step} steps on {len(text)} sequences"
         ),
     )
+
+
+def _check(plan: PrunePlan, config: Training) -> None:
+    """Refuse what cannot be trained, before the minutes that merging takes."""
+    if plan.widths is not None:
+        raise PlanError("training knows whole blocks only: distil a plan without narrower blocks")
+    stage = config.distillation.stage
+    if stage == "prefill" and config.rule.reading != "none":
+        raise PlanError(
+            "blocks of decode merge, which does not train: leave merging out, or train both"
+        )
+    if stage != "decode":
+        first_cut(plan.gates.without_dead_work())
 
 
 def trained_plan(plan: PrunePlan, trained: Trained) -> TrimPlan:

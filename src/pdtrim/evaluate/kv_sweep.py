@@ -27,7 +27,6 @@ from pdtrim.keep.settings import Settings, package_versions
 from pdtrim.keep.store import claim, once
 from pdtrim.keep.tensors import ids_digest
 from pdtrim.kv.codecs import CODECS
-from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.kv.selectors import SELECTORS, SnapKV
 from pdtrim.kvfit.budget import KVBudget
 from pdtrim.kvfit.observed import Observed
@@ -99,26 +98,12 @@ def sweep(
     )
     keep = _Cells.at(folder, model, config, batch)
     plans = {"dense": TrimPlan.dense(model).plan, **_plans(model, config, keep, progress)}
-    policies = {name: HandoverPolicy.of(plan) for name, plan in plans.items()}
     pair = Pair.dense(model)
     variants = {name: Trimmed.of(plan, pair) for name, plan in plans.items()}
     digests = [f"{name} {plan.digest}" for name, plan in plans.items()]
     qualities = _qualities(model, variants, batch, digests, keep, progress)
-    metrics: dict[str, dict[str, float]] = {name: {} for name in plans}
-    problems: list[str] = []
-    if config.probes:
-        suite = KvSuiteConfig(probes=config.probes, tokens=config.prompt_tokens, seed=config.seed)
-        policies["full"] = policies.pop("dense")
-        found = keep.once(
-            "retrieval",
-            dict[str, dict[str, float]],
-            lambda: dict(run_suite(variants["dense"], policies, suite, progress=progress)),
-            plans=digests,
-        )
-        metrics = {**found, "dense": found["full"]}
-        kls = {name: quality.kl for name, quality in qualities.items()}
-        kls["full"] = kls["dense"]
-        problems = sanity(found, kls, first_last=SANITY[0], random=SANITY[1])
+    found = _retrieval(variants, config, digests, keep, progress) if config.probes else {}
+    metrics = {**found, "dense": found.get("full", {})}
     sizes = keep.once(
         "bytes",
         dict[str, Loopback],
@@ -135,7 +120,7 @@ def sweep(
             kv_bytes=sizes[name].frame,
             dense_kv_bytes=sizes["dense"].frame,
             settings=plan.provenance.method,
-            metrics={**metrics[name], "decode_cache_bytes": sizes[name].cache},
+            metrics={**metrics.get(name, {}), "decode_cache_bytes": sizes[name].cache},
         )
         for name, plan in plans.items()
     )
@@ -146,7 +131,8 @@ def sweep(
         lengths=config.lengths,
         plans=tuple(plans.values())[1:],
     )
-    return Result(provenance=provenance, rows=rows, problems=tuple(problems))
+    problems = _problems(found, qualities) if found else ()
+    return Result(provenance=provenance, rows=rows, problems=problems)
 
 
 def markdown(result: Result) -> str:
@@ -231,6 +217,31 @@ def _qualities(
         name: Quality(kl_n=torch.tensor(q.kl), nll_n=torch.tensor(q.nll))
         for name, q in kept.items()
     }
+
+
+def _retrieval(
+    variants: dict[str, Trimmed],
+    config: SweepConfig,
+    plans: list[str],
+    keep: _Cells,
+    progress: Progress,
+) -> dict[str, dict[str, float]]:
+    """What decode retrieves under each policy; the dense model's is ``full``."""
+    suite = KvSuiteConfig(probes=config.probes, tokens=config.prompt_tokens, seed=config.seed)
+    policies = {name: variant.policy for name, variant in variants.items()}
+    policies["full"] = policies.pop("dense")
+
+    def measure() -> dict[str, dict[str, float]]:
+        return dict(run_suite(variants["dense"], policies, suite, progress=progress))
+
+    return keep.once("retrieval", dict[str, dict[str, float]], measure, plans=plans)
+
+
+def _problems(found: dict[str, dict[str, float]], qualities: dict[str, Quality]) -> tuple[str, ...]:
+    """Why retrieval is not to be trusted, if it contradicts what is known of two policies."""
+    kls = {name: quality.kl for name, quality in qualities.items()}
+    kls["full"] = kls["dense"]
+    return tuple(sanity(found, kls, first_last=SANITY[0], random=SANITY[1]))
 
 
 def _plans(

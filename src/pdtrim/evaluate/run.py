@@ -12,8 +12,9 @@ from pdtrim.evaluate.kv_suite import KvSuiteConfig, run_suite
 from pdtrim.evaluate.quality import measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
 from pdtrim.exported import base_model
+from pdtrim.models.model import Model
 from pdtrim.progress import Progress, silent
-from pdtrim.stage.forward import Trimmed
+from pdtrim.stage.forward import Batch, Trimmed
 
 WIRE_PROMPTS = 4  # prompts whose handover is counted; their lengths are equal
 
@@ -47,24 +48,10 @@ def evaluate_text(
         continuation_tokens=config.continuation_tokens,
         limit=config.sequences,
     )
-    trimmed = Trimmed.of(plan, trim.pair(dense))
-    qualities = measure_quality(
-        dense,
-        {"dense": Trimmed.dense(dense), name: trimmed},
-        batch,
-        progress=progress,
-    )
-    metrics: dict[str, dict[str, float]] = {"dense": {}, name: {}}
-    if config.suite:
-        suite = KvSuiteConfig(probes=config.probes, tokens=config.prompt_tokens)
-        metrics["dense"] = run_suite(Trimmed.dense(dense), {}, suite, progress)["full"]
-        metrics[name] = run_suite(trimmed, {name: trimmed.policy}, suite, progress)[name]
-    prompts = batch[:WIRE_PROMPTS]
-    with progress("counting bytes on the wire", 2) as advance:
-        dense_bytes = measured_plan_bytes(TrimPlan.dense(dense), dense, prompts)
-        advance(1)
-        sent = measured_plan_bytes(trim, dense, prompts)
-        advance(1)
+    variants = {"dense": Trimmed.dense(dense), name: Trimmed.of(plan, trim.pair(dense))}
+    qualities = measure_quality(dense, variants, batch, progress=progress)
+    metrics = _retrieval(variants, config, progress)
+    sizes = _bytes(trim, dense, batch[:WIRE_PROMPTS], progress)
     rows = tuple(
         make_row(
             row,
@@ -73,10 +60,10 @@ def evaluate_text(
             row_plan,
             lengths=config.lengths,
             kv_bytes=size,
-            dense_kv_bytes=dense_bytes,
+            dense_kv_bytes=sizes[0],
             metrics=metrics[row],
         )
-        for row, row_plan, size in (("dense", None, dense_bytes), (name, plan, sent))
+        for row, row_plan, size in zip(("dense", name), (None, plan), sizes, strict=True)
     )
     return Result(
         provenance=make_provenance(
@@ -84,3 +71,27 @@ def evaluate_text(
         ),
         rows=rows,
     )
+
+
+def _retrieval(
+    variants: dict[str, Trimmed], config: EvalConfig, progress: Progress
+) -> dict[str, dict[str, float]]:
+    """What decode retrieves from the prompt, by row; nothing if it is not asked for."""
+    if not config.suite:
+        return {name: {} for name in variants}
+    suite = KvSuiteConfig(probes=config.probes, tokens=config.prompt_tokens)
+    dense, (name, trimmed) = variants["dense"], list(variants.items())[-1]
+    return {
+        "dense": run_suite(dense, {}, suite, progress)["full"],
+        name: run_suite(trimmed, {name: trimmed.policy}, suite, progress)[name],
+    }
+
+
+def _bytes(trim: TrimPlan, dense: Model, prompts: Batch, progress: Progress) -> tuple[float, float]:
+    """Bytes a prompt that cross the wire, dense and under the plan."""
+    with progress("counting bytes on the wire", 2) as advance:
+        whole = measured_plan_bytes(TrimPlan.dense(dense), dense, prompts)
+        advance(1)
+        sent = measured_plan_bytes(trim, dense, prompts)
+        advance(1)
+    return whole, sent

@@ -141,6 +141,11 @@ class KVObjective:
         policy = HandoverPolicy(rules=(rule,) * self.model.num_layers)
         return hand_over(policy, layer, self.views[layer])
 
+    def bytes_of(self, rules: Rules) -> Tensor:
+        """Bytes that each layer's rule sends, ``[L]``."""
+        sizes = [rule_bytes(*pair) for pair in zip(self.views, rules, strict=True)]
+        return torch.tensor(sizes, dtype=torch.float64)
+
     @torch.inference_mode()
     def stand_on(self, rules: Rules) -> float:
         """Make a policy the one that others are compared with; returns its KL."""
@@ -187,13 +192,7 @@ def allocate(
     full = full_bytes(model, objective.observed.tokens)
     budget = full / compression
     table = {name: KVRequest.parse(name).fit(objective.observed) for name in names}
-    sizes = {
-        name: torch.tensor(
-            [rule_bytes(*pair) for pair in zip(objective.views, rules, strict=True)],
-            dtype=torch.float64,
-        )
-        for name, rules in table.items()
-    }
+    sizes = {name: objective.bytes_of(rules) for name, rules in table.items()}
     near = [n for n in names if budget / REACH <= float(sizes[n].sum()) <= budget * REACH]
     meeting = [n for n in near if float(sizes[n].sum()) <= budget]
     if not meeting:

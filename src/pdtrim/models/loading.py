@@ -60,6 +60,9 @@ def load_model(
         dtype: bfloat16, float32 or float16.
         revision: of a hub id.
 
+    Returns:
+        The model, its weights of this type on this device, with its tokenizer if there is one.
+
     Raises:
         ModelError: not found, unsupported, damaged, quantised in a way that is not read exactly, or
             a model whose logits differ from pdtrim's.

@@ -96,9 +96,8 @@ def repair(
     Raises:
         PdtrimError: an unknown kind, or a ridge that is not above 0.
     """
-    known = (*KINDS["prefill"], *SHARED)
-    if kind not in known:
-        raise PdtrimError(f"unknown repair '{kind}': use one of {', '.join(known)}")
+    if kind not in _KIND:
+        raise PdtrimError(f"unknown repair '{kind}': use one of {', '.join(_KIND)}")
     if not (ridge > 0 and outputs_ridge > 0 and kv_ridge > 0):
         raise PdtrimError(f"ridges {ridge}, {outputs_ridge} and {kv_ridge} must be above 0")
     if kind == "none":

@@ -15,6 +15,7 @@ from pdtrim.words import Parts, Reading, TrainedStage, Which
 
 if TYPE_CHECKING:
     from pdtrim.bundle import TrimPlan
+    from pdtrim.distill.job import DistillConfig
     from pdtrim.distill.plan import Trained
     from pdtrim.models.model import Model
     from pdtrim.stage.forward import Batch
@@ -93,9 +94,6 @@ def train(
             another training.
     """
     from pdtrim.bundle import TrimPlan
-    from pdtrim.calibration.batches import CalibrationConfig
-    from pdtrim.calibration.mixture import load_mixture
-    from pdtrim.distill.job import DistillConfig
     from pdtrim.distill.plan import Training, train_plan, trained_plan
     from pdtrim.distill.sets import SetRule
     from pdtrim.exported import base_model
@@ -108,39 +106,19 @@ def train(
     with output_file(output):
         loaded = TrimPlan.open(plan_file)
         dense = base_model(loaded.plan, source=model, dtype=dtype, device=device)
-        lengths = CalibrationConfig(
-            prompt_tokens=config.prompt_tokens,
-            continuation_tokens=config.continuation_tokens,
-            search=config.sequences,
-            rerank=config.held_out,
-            seed=config.seed,
-        )
-        data, rest = load_mixture(dense, config.text, lengths, progress=progress, say=say)
-        data, rest = (with_recall_rows(dense, text, config) for text in (data, rest))
+        data, rest = training_text(dense, config, progress, say)
         checkpoint = output.with_name(f"{output.stem}.training.safetensors")
         sweep(checkpoint)
         if checkpoint.exists():
             say(f"going on from {checkpoint}")
         merge = config.merge or ("pairs" if config.blocks == "pairs" else "none")
-        distillation = DistillConfig(
-            stage=config.stage,
-            which=config.blocks,
-            parts=config.train,
-            keep_dense=pays_to_keep(dense, data, config),
-            steps=config.steps,
-            rows=config.rows,
-            accumulate=config.accumulate,
-            learning_rate=config.learning_rate,
-            max_seconds=None if config.minutes is None else 60 * config.minutes,
-            compute="float32" if dtype == "float32" else "bfloat16",
-            seed=config.seed,
-        )
+        how = distillation(dense, data, config)
         trained = train_plan(
             loaded,
             dense,
             data,
             rest,
-            Training(rule=SetRule(reading=merge), distillation=distillation),
+            Training(rule=SetRule(reading=merge), distillation=how),
             checkpoint=checkpoint,
             progress=progress,
             say=say,
@@ -148,6 +126,43 @@ def train(
         made = trained_plan(loaded.plan, trained).save(output)
         checkpoint.unlink(missing_ok=True)
     return made, trained
+
+
+def training_text(
+    model: Model, config: TrainConfig, progress: Progress, say: Callable[[str], None]
+) -> tuple[Batch, Batch]:
+    """What is trained on and what chooses the best weights, each with its rows of recall."""
+    from pdtrim.calibration.batches import CalibrationConfig
+    from pdtrim.calibration.mixture import load_mixture
+
+    lengths = CalibrationConfig(
+        prompt_tokens=config.prompt_tokens,
+        continuation_tokens=config.continuation_tokens,
+        search=config.sequences,
+        rerank=config.held_out,
+        seed=config.seed,
+    )
+    data, rest = load_mixture(model, config.text, lengths, progress=progress, say=say)
+    return with_recall_rows(model, data, config), with_recall_rows(model, rest, config)
+
+
+def distillation(model: Model, text: Batch, config: TrainConfig) -> DistillConfig:
+    """How blocks are trained on a text, in the type that the model is loaded with."""
+    from pdtrim.distill.job import DistillConfig
+
+    return DistillConfig(
+        stage=config.stage,
+        which=config.blocks,
+        parts=config.train,
+        keep_dense=pays_to_keep(model, text, config),
+        steps=config.steps,
+        rows=config.rows,
+        accumulate=config.accumulate,
+        learning_rate=config.learning_rate,
+        max_seconds=None if config.minutes is None else 60 * config.minutes,
+        compute="float32" if model.dtype.itemsize == 4 else "bfloat16",
+        seed=config.seed,
+    )
 
 
 def with_recall_rows(model: Model, text: Batch, config: TrainConfig) -> Batch:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pdtrim.cost.load import Load
     from pdtrim.cost.pair import PairCost
     from pdtrim.cost.service import Service
+    from pdtrim.cost.worth import Side
 
 SENSITIVITY = 0.25
 
@@ -132,26 +133,11 @@ def estimate_roi(pair: str | Path, config: RoiConfig) -> dict[str, Any]:
     dense = replace(dense, link=replace(service.link, bytes_per_token=None))
     gpu_hour = config.gpu_hour
     assert gpu_hour is not None and load.rate is not None
-    sides = {
-        name: worth.side(lambda one=one: _size(one, load, config))  # type: ignore[misc]
-        for name, one in (("dense", dense), ("pruned", service))
-    }
+    services = {"dense": dense, "pruned": service}
+    sides = {name: _side(one, load, config) for name, one in services.items()}
 
     def saving(inputs: dict[str, float]) -> float | None:
-        changed = _changed(config, inputs)
-        new_load = _scaled(load, inputs)
-        link = replace(service.link, gbit_s=inputs["link_gbit_s"])
-        ends = [
-            worth.side(
-                lambda one=one: _size(  # type: ignore[misc]
-                    replace(one, link=replace(link, bytes_per_token=one.link.bytes_per_token)),
-                    new_load,
-                    changed,
-                )
-            )
-            for one in (dense, service)
-        ]
-        return worth.saving_a_year(ends[0], ends[1], inputs["gpu_hour"])
+        return _saving(dense, service, load, config, inputs)
 
     inputs = {
         "isl": load.mean_prompt,
@@ -164,8 +150,8 @@ def estimate_roi(pair: str | Path, config: RoiConfig) -> dict[str, Any]:
     }
     known = {name: float(value) for name, value in inputs.items() if value is not None}
     a_year = worth.saving_a_year(sides["dense"], sides["pruned"], gpu_hour)
-    work = config.work_cost
     searched = cost.search_s / 3600 * gpu_hour
+    work = searched if config.work_cost is None else config.work_cost
     return {
         "pair": str(pair),
         "system": config.system,
@@ -175,8 +161,8 @@ def estimate_roi(pair: str | Path, config: RoiConfig) -> dict[str, Any]:
         "saving": {
             "gpus": _difference(sides["dense"].fleet, sides["pruned"].fleet),
             "money_a_year": a_year,
-            "work_cost": searched if work is None else work,
-            "break_even_hours": worth.break_even_hours(searched if work is None else work, a_year),
+            "work_cost": work,
+            "break_even_hours": worth.break_even_hours(work, a_year),
         },
         "sensitivity": worth.sensitivity(known, SENSITIVITY, saving),
     }
@@ -199,8 +185,10 @@ def _service(cost: PairCost, config: RoiConfig) -> Service:
     )
 
 
-def _size(service: Service, load: Load, config: RoiConfig) -> Fleet:
+def _side(service: Service, load: Load, config: RoiConfig) -> Side:
+    """The smallest fleet for a load and targets, or why there is none."""
     from pdtrim.cost.fleet import Targets, size_fleet
+    from pdtrim.cost.worth import side
 
     assert config.ttft is not None and config.tpot is not None
     targets = Targets(
@@ -209,11 +197,25 @@ def _size(service: Service, load: Load, config: RoiConfig) -> Fleet:
         quantile=config.quantile,
         memory_use=config.memory_use,
     )
-    return size_fleet(service, load, targets, seed=config.seed)
+    return side(lambda: size_fleet(service, load, targets, seed=config.seed))
 
 
-def _changed(config: RoiConfig, inputs: dict[str, float]) -> RoiConfig:
-    return replace(config, ttft=inputs["ttft"], tpot=inputs["tpot"])
+def _saving(
+    dense: Service, pruned: Service, load: Load, config: RoiConfig, inputs: dict[str, float]
+) -> float | None:
+    """Money a year that is saved with other inputs; None if a fleet misses its targets."""
+    from pdtrim.cost.worth import saving_a_year
+
+    changed = replace(config, ttft=inputs["ttft"], tpot=inputs["tpot"])
+    before, after = (
+        _side(
+            replace(one, link=replace(one.link, gbit_s=inputs["link_gbit_s"])),
+            _scaled(load, inputs),
+            changed,
+        )
+        for one in (dense, pruned)
+    )
+    return saving_a_year(before, after, inputs["gpu_hour"])
 
 
 def _scaled(load: Load, inputs: dict[str, float]) -> Load:
