@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -20,6 +21,7 @@ from transformers import (
     MistralConfig,
     Phi3Config,
     PreTrainedConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -246,3 +248,21 @@ def killed_at(step):
         yield advance
 
     return progress
+
+
+def pairs(L, M, D, dtype=torch.float32, seed=0):
+    """Keys with a few loud channels and an offset each, as real ones have, and plain values."""
+    draw = torch.Generator().manual_seed(seed)
+    loud_D = 1 + 40 * (torch.arange(D) % 7 == 3)
+    k_LMD = (torch.randn(L, M, D, generator=draw) + torch.randn(L, 1, D, generator=draw)) * loud_D
+    return k_LMD.to(dtype), torch.randn(L, M, D, generator=draw).to(dtype)
+
+
+def words():
+    """A tokenizer of 64 words."""
+    names = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(61))]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import MISSING, fields
+from importlib import import_module
 from pathlib import Path
 from typing import get_type_hints
 
@@ -42,14 +43,30 @@ def test_the_examples_of_the_docs_run(tiny_folder, tiny_text, tmp_path, monkeypa
     assert len(examples) == 3 and len(capsys.readouterr().out.splitlines()) == 7
 
 
-def test_the_docs_name_a_public_function_for_every_verb():
+def rows_of(table):
+    """Cells of the docs' tables: the first has the verbs, the second the modules below."""
     text = (Path(__file__).parent.parent / "docs" / "api.md").read_text(encoding="utf-8")
-    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| `")]
-    verbs = {verb for row in rows for verb in re.findall("`([^`]+)`", row[0])}
-    assert verbs == set(typer.main.get_command(app).commands)
-    functions = {name for row in rows for name in re.findall(r"`(\w+)", row[1])}
+    part = text.split("## Below the verbs")[table]
+    return [line.split("|")[1:-1] for line in part.splitlines() if line.startswith("| `")]
+
+
+def named(rows, column):
+    return {name for row in rows for name in re.findall(r"`([\w.-]+)", row[column])}
+
+
+def test_the_docs_name_a_public_function_and_a_record_for_every_verb():
+    rows = rows_of(0)
+    assert named(rows, 0) == set(typer.main.get_command(app).commands)
+    functions = {name.partition(".")[0] for name in named(rows, 1)}
     assert functions | {"PdtrimError", "load_model"} == set(pdtrim.__all__)
-    assert {name for row in rows for name in re.findall(r"`(\w+)", row[2])} == set(configs.__all__)
+    assert named(rows, 2) == set(configs.__all__)
+
+
+def test_what_the_docs_name_below_the_verbs_is_there():
+    for module, *said in rows_of(1):
+        (place,) = named([[module]], 0)
+        for name in re.findall(r"`([A-Za-z_]+)`", said[0]):
+            assert hasattr(import_module(place), name), (place, name)
 
 
 SHARED = {"device", "dtype", "as_json", "help", "model", "shape", "output", "resume", "only"}

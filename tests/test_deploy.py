@@ -1,4 +1,4 @@
-"""What the deploy files protect. That they run what ``pdtrim serve`` runs is in test_serve.py."""
+"""What the deploy files protect; ``test_deploy_commands.py`` says what they run."""
 
 import re
 from pathlib import Path

@@ -8,13 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from helpers import pairs
 from pdtrim.bench.codec import bench_codecs
 from pdtrim.bench.configs import CodecsConfig
 from pdtrim.errors import WireError
 from pdtrim.kv import kernels
 from pdtrim.kv.codecs import Integer, parse_codec
 from pdtrim.kv.codecs.integer import quantise
-from test_codecs import pairs
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

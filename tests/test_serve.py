@@ -1,7 +1,5 @@
-"""Serving on vLLM: the commands, what is refused, the verb, and the deploy files. No vLLM here."""
+"""Serving on vLLM: the commands, what is refused, and the verb. No vLLM here."""
 
-import itertools
-import json
 import os
 import re
 import shlex
@@ -12,8 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from helpers import first_last, make_plan, tiny_model
-from pdtrim.bundle import export
+from helpers import first_last
 from pdtrim.cli import app, main
 from pdtrim.engines.vllm import launch
 from pdtrim.engines.vllm.launch import ServeConfig, check_runnable, processes
@@ -21,14 +18,9 @@ from pdtrim.errors import ModelError, PdtrimError, PlanError
 from pdtrim.kv.selectors import SnapKV
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.runtime.start import python_module
+from serving import commands, export_tiny, flags
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
-
-
-def export_tiny(folder, *, family="llama", gates=None, kv=None, block_size=1):
-    model = tiny_model(family)
-    plan = make_plan(model, gates or Gates.removing(4, prefill={1}), kv, block_size)
-    return export(plan, model, folder)
 
 
 @pytest.fixture(scope="module")
@@ -41,22 +33,6 @@ def pair(tmp_path_factory):
 def no_gpus_unless_asked(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-
-def commands(pair, **options):
-    return processes(ServeConfig(pair=pair, **options), free_port=itertools.count(20000).__next__)
-
-
-def flags(command):
-    """``{flag: its values}`` of the arguments behind the program; JSON is parsed."""
-    found = {}
-    for word in command:
-        if word.startswith("--"):
-            found.setdefault(word, [])
-            values = found[word]
-        elif found:
-            values.append(json.loads(word) if word.startswith("{") else word)
-    return found
 
 
 # the commands
@@ -316,95 +292,3 @@ def test_an_error_is_one_line_even_with_brackets_in_it(monkeypatch, capsys):
         main()
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith("error: no prefill checkpoint at [/x]/prefill")
-
-
-# the deploy files
-
-PLACES = {"--host", "--port", "--model", "--prefill", "--decode"}
-PLACES |= {"--prometheus-host", "--prometheus-port"}
-
-
-def without_places(command):
-    return {flag: values for flag, values in flags(command).items() if flag not in PLACES}
-
-
-def module_of(process):
-    """The module that a server's command runs."""
-    return process.command[len(python_module("")) - 1]
-
-
-def expanded(words, pattern, values):
-    return [re.sub(pattern, lambda m: values(*m.groups()), word) for word in words]
-
-
-def read_yaml(pattern):
-    yaml = pytest.importorskip("yaml")
-    files = sorted(DEPLOY.glob(pattern))
-    return [item for file in files for item in yaml.safe_load_all(file.read_text())]
-
-
-@pytest.fixture(scope="module")
-def manifests():
-    found = read_yaml("kubernetes/*.yaml")
-    return {(i["kind"], i.get("metadata", {}).get("name")): i for i in found}
-
-
-def test_compose_runs_what_serve_runs(pair):
-    compose = read_yaml("docker-compose.yaml")[0]["services"]
-    urls = {}
-    for process in commands(pair, name="pair"):
-        stage = process.name.split()[0]
-        service = compose[stage]
-        words = expanded(service["command"], r"\$\{\w+:-([^}]*)\}", lambda default: default)
-        assert without_places(words) == without_places(process.command)
-        given = flags(words)
-        urls[stage] = "http://{}:{}".format(*given["--host"], *given["--port"])
-        assert f'"{urls[stage]}{process.health}"' in service["healthcheck"]["test"][-1]
-        assert service["image"] == "${IMAGE:-pdtrim-vllm}" and service["network_mode"] == "host"
-        if stage == "router":
-            assert (given["--prefill"], given["--decode"]) == ([urls["prefill"]], [urls["decode"]])
-            assert {d["condition"] for d in service["depends_on"].values()} == {"service_healthy"}
-        else:
-            assert service["entrypoint"] == ["python3", "-P", "-m", module_of(process)]
-            assert given["--model"] == [f"/pair/{stage}"]
-            assert service["environment"].keys() >= process.env.keys()
-            assert [v.rsplit(":", 2)[1:] for v in service["volumes"]] == [["/pair", "ro"]]
-    for number, stage in enumerate(("prefill", "decode")):
-        service = compose[stage]
-        assert service["environment"]["VLLM_NIXL_SIDE_CHANNEL_PORT"] == str(5600 + number)
-        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
-        assert device["device_ids"] == [str(number)]
-
-
-def test_kubernetes_runs_what_serve_runs(manifests, pair):
-    values = manifests["ConfigMap", "pdtrim-pair"]["data"]
-    options = {"name": values["NAME"], "block_size": int(values["BLOCK_SIZE"])}
-    for process in commands(pair, **options):
-        name = process.name.split()[0]
-        pod = manifests["Deployment", f"pdtrim-{name}"]["spec"]["template"]["spec"]
-        (found,) = pod["containers"]
-        words = expanded(found["args"], r"\$\((\w+)\)", values.__getitem__)
-        assert without_places(words) == without_places(process.command)
-        ports = {p["name"]: p["containerPort"] for p in found["ports"]}
-        assert flags(words)["--port"] == [str(ports["http"])]
-        for probe in ("startupProbe", "readinessProbe"):
-            assert found[probe]["httpGet"] == {"path": process.health, "port": "http"}
-        if name == "router":
-            given = flags(words)
-            for stage in ("prefill", "decode"):
-                (port,) = manifests["Service", f"pdtrim-{stage}"]["spec"]["ports"]
-                assert given[f"--{stage}"] == [f"http://pdtrim-{stage}:{port['port']}"]
-            continue
-        assert found["command"] == ["python3", "-P", "-m", module_of(process)]
-        assert flags(words)["--model"] == [f"/pair/{name}"]
-        assert found["envFrom"] == [{"configMapRef": {"name": "pdtrim-pair"}}]
-        env = {e["name"]: e for e in found["env"]}
-        assert env.keys() >= process.env.keys()
-        host = env["VLLM_NIXL_SIDE_CHANNEL_HOST"]
-        assert host["valueFrom"] == {"fieldRef": {"fieldPath": "status.podIP"}}
-        assert env["VLLM_NIXL_SIDE_CHANNEL_PORT"]["value"] == str(ports["nixl"])
-        assert found["resources"]["limits"]["nvidia.com/gpu"] == "1"
-        mount = next(m for m in found["volumeMounts"] if m["mountPath"] == "/pair")
-        assert mount["readOnly"] is True
-        volume = next(v for v in pod["volumes"] if v["name"] == mount["name"])
-        assert volume["persistentVolumeClaim"]["readOnly"] is True
