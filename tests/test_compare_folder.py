@@ -11,7 +11,7 @@ from rich.console import Console
 
 from compare_runs import Runner, config_of
 from helpers import make_plan, tiny_model
-from pdtrim.bench.stages import StageTimes
+from pdtrim.bench.stages import StageRatios
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.compare.records import Comparison, PairFacts
 from pdtrim.evaluate.compare.run import compare, measure_part
@@ -145,7 +145,7 @@ def test_parts_made_side_by_side_are_the_whole(compared, model, tmp_path):
 
 def test_the_first_seed_of_a_system_is_timed(compared, model, tmp_path, monkeypatch):
     _, folder, config, _ = compared
-    times = StageTimes(prefill=0.5, decode=0.9, dense_prefill_s=1.0, dense_decode_s=2.0)
+    times = StageRatios(prefill=0.5, decode=0.9, dense_prefill_s=1.0, dense_decode_s=2.0)
     monkeypatch.setattr(
         "pdtrim.evaluate.compare.measure.stage_times", lambda *args, **options: times
     )

@@ -198,7 +198,7 @@ def test_a_pair_that_runs_less_is_timed_beside_the_dense_one(monkeypatch):
     def perf_counter():
         return next(clock) + work["blocks"]
 
-    monkeypatch.setattr("pdtrim.bench.stages.time.perf_counter", perf_counter)
+    monkeypatch.setattr("pdtrim.clock.time.perf_counter", perf_counter)
     # a block's forward advances the clock, and nothing else does but reading it
     for stage in ("prefill", "decode"):
         name = f"pdtrim.stage.generate.{stage}_block"

@@ -72,6 +72,6 @@ def bench_forward(
             }
             for start in starts
         ],
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.dtype_name,
         "threads": torch.get_num_threads(),
     }

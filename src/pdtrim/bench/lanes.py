@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from pdtrim.clock import finish
 from pdtrim.errors import PdtrimError
 
 K = TypeVar("K")
@@ -96,13 +97,6 @@ def seconds(start: Mark, stop: Mark) -> float:
     if isinstance(start, float):
         return float(stop - start)
     return start.elapsed_time(stop) / 1000
-
-
-def finish(*devices: torch.device) -> None:
-    """Wait for all work on some devices."""
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

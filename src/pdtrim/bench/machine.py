@@ -29,7 +29,7 @@ def measure_machine(model: Model, tokens: int) -> Machine:
         heads=model.num_kv_heads,
         tokens=tokens,
         width=model.head_dim,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=model.dtype_name,
         device=model.device,
     )
     return Machine(codecs=speeds, layer_s=_prefill_s(model, tokens) / model.num_layers)

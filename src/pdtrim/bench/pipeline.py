@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pdtrim.bench.lanes import Lane, Mark, finish, seconds
+from pdtrim.bench.lanes import Lane, Mark, seconds
 from pdtrim.bench.traffic import LayerSent, Sizes
+from pdtrim.clock import finish
 from pdtrim.kv.kernels import together
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pdtrim.bench.lanes import Lane, finish, seconds, spread
+from pdtrim.bench.lanes import Lane, seconds, spread
 from pdtrim.bench.pipeline import Alone, Machines, Pipeline
 from pdtrim.bench.traffic import LayerSent, paged
+from pdtrim.clock import finish
 
 if TYPE_CHECKING:
     from pdtrim.bench.nixl_link import NixlLink

@@ -11,7 +11,6 @@ Shapes: B = 1 sequence, P prompt tokens.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pdtrim.clock import timed
 from pdtrim.errors import PdtrimError
 from pdtrim.kv.groups import HeadGroup
 from pdtrim.kv.policy import hand_over
@@ -29,7 +29,7 @@ from pdtrim.stage.generate import generate, prefill
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageTimes:
+class StageRatios:
     """Time of each stage over the dense model's, and the median seconds that the dense one took."""
 
     prefill: float
@@ -47,7 +47,7 @@ def stage_times(
     new_tokens: int = 32,
     repeats: int = 5,
     progress: Progress = silent,
-) -> StageTimes:
+) -> StageRatios:
     """Times of one sequence, in ``repeats`` interleaved rounds behind one that warms up.
 
     Args:
@@ -74,7 +74,7 @@ def stage_times(
     with progress("timing the stages", (repeats + 1) * len(prepare)) as advance:
         for repeat in range(repeats + 1):  # the first round warms up
             for name, make in prepare.items():
-                taken = _timed(make(), model.device)
+                taken = timed(make(), model.device)
                 if repeat:
                     seconds[name].append(taken)
                 advance(1)
@@ -83,7 +83,7 @@ def stage_times(
         pairs = zip(seconds[f"variant {stage}"], seconds[f"dense {stage}"], strict=True)
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
-    return StageTimes(
+    return StageRatios(
         prefill=ratio("prefill"),
         decode=ratio("decode"),
         dense_prefill_s=statistics.median(seconds["dense prefill"]),
@@ -127,16 +127,3 @@ def _decode(
             pass
 
     return run
-
-
-def _timed(run: Callable[[], None], device: torch.device) -> float:
-    _finish(device)
-    started = time.perf_counter()
-    run()
-    _finish(device)
-    return time.perf_counter() - started
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

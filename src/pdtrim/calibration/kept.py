@@ -35,7 +35,7 @@ def text_settings(model: Model, config: CalibrationConfig) -> Settings:
     """
     return {
         "model": model.fingerprint,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.dtype_name,
         "device": model.device.type,
         **asdict(config),
         "source_sha256": source_digest(config.source),

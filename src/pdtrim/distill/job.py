@@ -119,7 +119,7 @@ class Job:
             "kv": [rule.model_dump(mode="json") for rule in policy.rules],
             "block_size": policy.block_size,
             "model": self.model.fingerprint,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "dtype": self.model.dtype_name,
             "prefill": None if prefill is self.model else prefill.fingerprint,
             "text": ids_digest(self.data.prompt_BP, self.data.continuation_BC),
             "held_out": ids_digest(self.held_out.prompt_BP, self.held_out.continuation_BC),

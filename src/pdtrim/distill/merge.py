@@ -47,7 +47,7 @@ class MergeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Observed:
+class Around:
     """The dense model around layers ``first`` and ``first + 1``, on some text.
 
     Attributes:
@@ -67,8 +67,8 @@ class Observed:
         target_BCE = self.target_BCE.float()
         return float((target_BCE - target_BCE.mean((0, 1))).square().mean())
 
-    def __getitem__(self, rows: list[int]) -> Observed:
-        return Observed(
+    def __getitem__(self, rows: list[int]) -> Around:
+        return Around(
             batch=Batch(
                 prompt_BP=self.batch.prompt_BP[rows],
                 continuation_BC=self.batch.continuation_BC[rows],
@@ -99,7 +99,7 @@ class Merged:
 
 
 @torch.no_grad()
-def observe(model: Model, batch: Batch, first: int, *, rows: int = 8) -> Observed:
+def observe(model: Model, batch: Batch, first: int, *, rows: int = 8) -> Around:
     """Run the dense model and record what a merge of ``first`` and the next block needs.
 
     Raises:
@@ -116,12 +116,12 @@ def observe(model: Model, batch: Batch, first: int, *, rows: int = 8) -> Observe
         for column, part in zip(columns, (x0, x1, y0, y2), strict=True):
             column.append(part)
     x0, x1, y0, y2 = (torch.cat(column) for column in columns)
-    return Observed(
+    return Around(
         batch=batch, first=first, entering={first: x0, first + 1: x1}, input_BCE=y0, target_BCE=y2
     )
 
 
-def block_output(dense: Model, decode: Model, seen: Observed, layer: int) -> Tensor:
+def block_output(dense: Model, decode: Model, seen: Around, layer: int) -> Tensor:
     """What decode's block at ``layer`` alone makes of the observed input, ``[B, C, E]``.
 
     Args:
@@ -141,7 +141,7 @@ def block_output(dense: Model, decode: Model, seen: Observed, layer: int) -> Ten
 
 @torch.no_grad()
 def relative_error(
-    dense: Model, decode: Model, seen: Observed, layer: int, *, rows: int = 8
+    dense: Model, decode: Model, seen: Around, layer: int, *, rows: int = 8
 ) -> float:
     """Mean squared error of the block at ``layer`` over the target's variance."""
     total = 0.0
@@ -152,7 +152,7 @@ def relative_error(
     return total / seen.target_BCE.numel() / seen.variance
 
 
-def better_slot(dense: Model, seen: Observed) -> tuple[int, float]:
+def better_slot(dense: Model, seen: Around) -> tuple[int, float]:
     """Which of the two dense blocks alone comes nearer to both, and its relative error."""
     errors = {layer: relative_error(dense, dense, seen, layer) for layer in seen.entering}
     finite(torch.tensor(list(errors.values())), "the error of a merged block")

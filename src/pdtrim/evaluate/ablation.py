@@ -90,8 +90,8 @@ def ablate(
     claim(folder / "settings.json", settings)
     cells = []
     for seed in config.seeds:
-        bench = Bench(model, config, seed, folder, progress, settings)
-        for group, name, make in rows(bench):
+        ablation = Ablation(model, config, seed, folder, progress, settings)
+        for group, name, make in rows(ablation):
             if config.only and not any(words in f"{group}, {name}" for words in config.only):
                 continue
 
@@ -127,7 +127,7 @@ def settings_of(model: Model, config: AblationConfig, held_out: Mapping[str, Bat
     return {
         **asked,
         "model": model.fingerprint,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.dtype_name,
         "device": model.device.type,
         "calibration_sha256": source_digest(config.calibration),
         "texts": {
@@ -169,7 +169,7 @@ def measure(model: Model, made: Made, held_out: dict[str, Batch]) -> dict[str, f
     }
 
 
-class Bench:
+class Ablation:
     """A model with one seed's calibration text; plans are made once and kept in the folder."""
 
     def __init__(
@@ -250,19 +250,19 @@ class Bench:
         return Made(gates=done.gates, blocks=done.blocks)
 
 
-def rows(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Made]]]:
+def rows(ablation: Ablation) -> Iterator[tuple[str, str, Callable[[], Made]]]:
     """Group, name and maker of every row."""
-    config, seed, budget = bench.config, bench.seed, bench.budget
+    config, seed, budget = ablation.config, ablation.seed, ablation.budget
     half = min(3, config.decode_remove)
     both: dict[str, Any] = {"prefill_remove": half, "decode_remove": config.decode_remove}
     paper = Target(**both, mode="subset", seed=seed, budget=budget)
     rule = f"paper's rule, prefill {half} decode {config.decode_remove}"
-    yield rule, "no distillation", lambda: bench.searched("paper", Paper(), paper)
+    yield rule, "no distillation", lambda: ablation.searched("paper", Paper(), paper)
     readings: tuple[Reading, ...] = ("pairs", "redundancy")
     for reading in readings:
 
         def train(reading: Reading = reading) -> Made:
-            return bench.trained("paper", Paper(), paper, reading)
+            return ablation.trained("paper", Paper(), paper, reading)
 
         yield rule, f"distillation set by {reading}", train
     for mode in ("subset", "projected"):
@@ -270,7 +270,7 @@ def rows(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Made]]]:
         yield (
             f"mode, prefill {half} decode {config.decode_remove}",
             mode,
-            _search(bench, mode, target),
+            _search(ablation, mode, target),
         )
     targets: dict[str, dict[str, Any]] = {
         **{f"prefill {count}": {"prefill_remove": count} for count in config.prefill_remove},
@@ -284,17 +284,17 @@ def rows(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Made]]]:
     for what, removal in targets.items():
         for search in SEARCHES:
             target = Target(**removal, search=search, seed=seed, budget=budget)
-            yield f"search, {what}", search, _search(bench, f"{what} {search}", target)
+            yield f"search, {what}", search, _search(ablation, f"{what} {search}", target)
         hybrid = Target(**removal, search="hybrid", seed=seed, budget=budget)
         stage: Stage = "decode" if what.startswith("decode") else "prefill"
         for kind in (*KINDS[stage][1:], "best"):
 
             def mend(what: str = what, target: Target = hybrid, kind: str = kind) -> Made:
-                return bench.repaired(f"{what} hybrid", PDTrim(), target, kind)
+                return ablation.repaired(f"{what} hybrid", PDTrim(), target, kind)
 
             yield f"repair, {what}", kind, mend
     # prefill's part that is worth its share of whole blocks
-    share = config.prefill_remove[0] / bench.model.num_layers
+    share = config.prefill_remove[0] / ablation.model.num_layers
     for grain in ("block", "part"):
         target = Target(
             metric="flops",
@@ -303,11 +303,11 @@ def rows(bench: Bench) -> Iterator[tuple[str, str, Callable[[], Made]]]:
             seed=seed,
             budget=budget,
         )
-        yield f"grain, {share:.0%} of prefill's operations", grain, _search(bench, grain, target)
+        yield f"grain, {share:.0%} of prefill's operations", grain, _search(ablation, grain, target)
 
 
-def _search(bench: Bench, name: str, target: Target) -> Callable[[], Made]:
-    return lambda: bench.searched(name, PDTrim(), target)
+def _search(ablation: Ablation, name: str, target: Target) -> Callable[[], Made]:
+    return lambda: ablation.searched(name, PDTrim(), target)
 
 
 def markdown(cells: list[Cell]) -> str:

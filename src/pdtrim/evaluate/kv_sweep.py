@@ -189,7 +189,7 @@ def _settings(model: Model, config: SweepConfig, batch: Batch) -> Settings:
     return {
         **{key: value for key, value in asdict(config).items() if key != "text"},
         "model": model.fingerprint,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.dtype_name,
         "device": model.device.type,
         "calibration_sha256": source_digest(config.calibration),
         "text": ids_digest(batch.prompt_BP, batch.continuation_BC),

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.quality import Quality
-from pdtrim.keep.files import write_json
+from pdtrim.evaluate.result_file import ResultFile
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates, PrunePlan
-from pdtrim.reading.json_text import read_json
-from pdtrim.records import Frozen, first_problem
+from pdtrim.records import Frozen
 from pdtrim.stage.cost import Lengths, stage_flops
 from pdtrim.versions import host, versions
-
-MAX_RESULT_BYTES = 64 * 2**20
 
 
 class Row(Frozen):
@@ -76,38 +71,13 @@ class ResultProvenance(Frozen):
     host: dict[str, str | int]
 
 
-class Result(Frozen):
+class Result(ResultFile):
     """A result file; ``problems`` are reasons not to trust it, found by its own sanity checks."""
 
     schema_id: Literal["pdtrim.result/1"] = Field(default="pdtrim.result/1", alias="schema")
     provenance: ResultProvenance
     rows: tuple[Row, ...] = Field(min_length=1)
     problems: tuple[str, ...] = ()
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True
-    )
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return self.model_dump(mode="json", by_alias=True)
-
-    def save(self, path: str | Path) -> None:
-        """Write the result as JSON."""
-        write_json(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Result:
-        """Read and validate a result file.
-
-        Raises:
-            PdtrimError: missing, too large, not JSON, or not of this schema.
-        """
-        data = read_json(path, limit=MAX_RESULT_BYTES)
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            raise PdtrimError(f"{path}: {first_problem(error)}") from error
 
 
 def make_row(
@@ -169,7 +139,7 @@ def make_provenance(
     return ResultProvenance(
         model=model.name,
         model_fingerprint=model.fingerprint,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=model.dtype_name,
         text=text,
         sequences=sequences,
         prompt_tokens=lengths.prompt,

@@ -187,7 +187,7 @@ class Method(ABC):
             "method": repr(self),
             "target": asdict(target),
             "model": model.fingerprint,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": model.dtype_name,
             "device": str(model.device),
             "text": {
                 "sha256": calibration.hash,

@@ -321,7 +321,7 @@ def _stage_config(model: Model, plan: PrunePlan, stage: Stage) -> dict[str, Any]
     if config.get("max_window_layers") is not None:
         config["max_window_layers"] = min(config["max_window_layers"], len(layers))
     config["architectures"] = [type(model.network).__name__]
-    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    config["dtype"] = model.dtype_name
     if any(
         attention[i] not in ("full", True) or not mlp[i] or plan.width(stage, i) for i in layers
     ):

@@ -110,6 +110,11 @@ class Model:
         return self.network.dtype
 
     @property
+    def dtype_name(self) -> str:
+        """The weights' type as a user names it, such as ``bfloat16``."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def num_kv_heads(self) -> int:
         """KV heads a layer."""
         return int(self.config.num_key_value_heads)

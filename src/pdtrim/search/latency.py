@@ -6,12 +6,12 @@ Shapes: T tokens, E hidden width.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from pdtrim.clock import timed
 from pdtrim.kv.policy import HandoverPolicy, hand_over
 from pdtrim.models.model import Model
 from pdtrim.plan import STAGES, AttentionGate, Mode, Stage
@@ -43,7 +43,7 @@ def measure_latency(
     for repeat in range(repeats + 1):
         for layer in range(model.num_layers):
             for key, prepare in _parts(model, lengths, layer).items():
-                seconds = _timed(prepare(), model.device)
+                seconds = timed(prepare(), model.device)
                 if repeat:
                     times.setdefault(key, []).append(seconds)
     median = {key: statistics.median(values) for key, values in times.items()}
@@ -94,16 +94,3 @@ def _parts(model: Model, lengths: Lengths, layer: int) -> dict[Key, Callable[[],
         ("decode", layer, "attention"): lambda: decode(True, False),
         ("decode", layer, "mlp"): lambda: decode(False, True),
     }
-
-
-def _timed(run: Run, device: torch.device) -> float:
-    _wait(device)
-    started = time.perf_counter()
-    run()
-    _wait(device)
-    return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

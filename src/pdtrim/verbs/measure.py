@@ -132,7 +132,7 @@ def run_ablation(
         cells = ablate(dense, config, folder, progress=progress, say=say)
         made = {
             "model": dense.name,
-            "dtype": str(dense.dtype).removeprefix("torch."),
+            "dtype": dense.dtype_name,
             "versions": versions(),
             "host": host(),
             "cells": [cell.model_dump() for cell in cells],

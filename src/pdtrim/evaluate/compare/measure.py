@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from pdtrim.bench.stages import StageTimes, stage_times
+from pdtrim.bench.stages import StageRatios, stage_times
 from pdtrim.bundle import TrimPlan
 from pdtrim.calibration.batches import Calibration
 from pdtrim.calibration.kept import kept_calibration, text_settings
@@ -58,7 +58,7 @@ class Measured:
     scores: dict[str, TaskScores]
 
 
-class Bench:
+class Measurements:
     """A model, the folder of its comparison, and what runs its tasks."""
 
     def __init__(
@@ -181,7 +181,7 @@ class Bench:
                 kv_bytes=loopback_bytes(plan, pair.prefill, prompts).frame,
             )
 
-        def times() -> StageTimes:
+        def times() -> StageRatios:
             return stage_times(
                 variant,
                 Trimmed.dense(self.model),
@@ -202,7 +202,7 @@ class Bench:
                 "prompt": TIMED_PROMPT,
                 "new_tokens": TIMED_TOKENS,
             }
-            taken = once(cells / "_latency.json", StageTimes, setting, times)
+            taken = once(cells / "_latency.json", StageRatios, setting, times)
         self.say(f"{name}: " + ", ".join(f"{t} {main_score(s):.3f}" for t, s in scores.items()))
         run = run.model_copy(
             update={
@@ -238,7 +238,7 @@ class Bench:
     def _of_model(self) -> Settings:
         return {
             "model": self.model.fingerprint,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "dtype": self.model.dtype_name,
             "versions": package_versions(),
         }
 

@@ -5,20 +5,15 @@ Scores are shares of 1, as the tasks report them. Scores of single items stay in
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from pdtrim.bench.stages import StageTimes
-from pdtrim.errors import PdtrimError
+from pdtrim.bench.stages import StageRatios
 from pdtrim.evaluate.compare.systems import Setting
+from pdtrim.evaluate.result_file import ResultFile
 from pdtrim.evaluate.statistics import Interval
-from pdtrim.keep.files import write_json
-from pdtrim.reading.json_text import read_json
-from pdtrim.records import Frozen, first_problem
-
-MAX_RESULT_BYTES = 64 * 2**20
+from pdtrim.records import Frozen
 
 
 class TaskInfo(Frozen):
@@ -66,7 +61,7 @@ class Run(Frozen):
     facts: PairFacts | None = None
     scores: dict[str, float] = Field(default_factory=dict)
     average: float | None = None
-    times: StageTimes | None = None
+    times: StageRatios | None = None
     search_block_tokens: int = Field(default=0, ge=0)
     wall_s: float = Field(default=0.0, ge=0)
 
@@ -114,7 +109,7 @@ class SystemRow(Frozen):
     wall_s: float = 0.0
 
 
-class Comparison(Frozen):
+class Comparison(ResultFile):
     """A result file.
 
     Attributes:
@@ -136,32 +131,7 @@ class Comparison(Frozen):
     versions: dict[str, str]
     host: dict[str, str | int]
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True
-    )
-
     @property
     def dense(self) -> SystemRow:
         """The dense model's row."""
         return self.rows[0]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return self.model_dump(mode="json", by_alias=True)
-
-    def save(self, path: str | Path) -> None:
-        """Write the result as JSON."""
-        write_json(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Comparison:
-        """Read and validate a result file.
-
-        Raises:
-            PdtrimError: missing, too large, not JSON, or not of this schema.
-        """
-        data = read_json(path, limit=MAX_RESULT_BYTES)
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            raise PdtrimError(f"{path}: {first_problem(error)}") from error

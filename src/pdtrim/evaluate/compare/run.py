@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.compare.measure import DENSE, Bench, Measured, Runner
+from pdtrim.evaluate.compare.measure import DENSE, Measured, Measurements, Runner
 from pdtrim.evaluate.compare.records import Comparison
 from pdtrim.evaluate.compare.summary import summarise, task_infos
 from pdtrim.evaluate.compare.systems import System, chosen_methods, given_systems, planned_systems
@@ -42,18 +42,18 @@ def compare(
             settings, or a task that cannot be run.
     """
     systems = listed(config)
-    bench = Bench(model, config, folder, runner=run, progress=progress, say=say)
-    measured: dict[str, list[Measured]] = {DENSE: [bench.dense()]}
+    measurements = Measurements(model, config, folder, runner=run, progress=progress, say=say)
+    measured: dict[str, list[Measured]] = {DENSE: [measurements.dense()]}
     measured |= {system.name: [] for system in systems}
     for system, seed in _parts(config, systems):
-        measured[system.name].append(bench.system(system, seed))
+        measured[system.name].append(measurements.system(system, seed))
     tasks = task_infos(measured)
     asked = replace(config, methods=chosen_methods(config.methods))
     rows, best = summarise(systems, measured)
     return Comparison(
         model=model.name,
         model_fingerprint=model.fingerprint,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=model.dtype_name,
         device=model.device.type,
         remove=config.remove,
         settings=TypeAdapter(CompareConfig).dump_python(asked, mode="json"),
@@ -89,12 +89,12 @@ def measure_part(
         PdtrimError: a name that the comparison has not; further as :func:`compare`.
     """
     parts = parts_of(config, only)
-    bench = Bench(model, config, folder, runner=run, progress=progress, say=say)
+    measurements = Measurements(model, config, folder, runner=run, progress=progress, say=say)
     if DENSE in only:
-        bench.dense()
-        bench.prepare_texts()
+        measurements.dense()
+        measurements.prepare_texts()
     for system, seed in parts:
-        bench.system(system, seed)
+        measurements.system(system, seed)
 
 
 def parts_of(config: CompareConfig, only: Sequence[str]) -> list[tuple[System, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 from rich.table import Table
@@ -12,12 +12,12 @@ from rich.table import Table
 from pdtrim.bundle import TrimPlan
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.configs import TasksConfig
+from pdtrim.evaluate.result_file import ResultFile
 from pdtrim.evaluate.statistics import paired_difference
 from pdtrim.evaluate.tasks.definitions import check_name
 from pdtrim.evaluate.tasks.run import need_lm_eval, run_task
 from pdtrim.evaluate.tasks.scores import TaskScores
 from pdtrim.exported import base_model
-from pdtrim.keep.files import write_json
 from pdtrim.progress import Progress, silent
 from pdtrim.records import Frozen
 from pdtrim.stage.forward import Trimmed
@@ -33,7 +33,7 @@ class TasksRow(Frozen):
     tasks: dict[str, TaskScores]
 
 
-class TasksResult(Frozen):
+class TasksResult(ResultFile):
     """The dense model and a plan on the same items.
 
     Attributes:
@@ -49,14 +49,6 @@ class TasksResult(Frozen):
     versions: dict[str, str]
     host: dict[str, str | int]
     rows: tuple[TasksRow, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return self.model_dump(mode="json", by_alias=True)
-
-    def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        write_json(path, self.to_json())
 
 
 def evaluate_tasks(
