@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 
-from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.kv_checks import quality_with_intervals, sanity
-from pdtrim.evaluate.quality import Quality
+from pdtrim.evaluate.kv_checks import sanity
 
 GOOD_KL = {"full": 0.0, "first_last": 0.4, "random": 0.9}
 
@@ -83,18 +80,3 @@ def test_what_was_not_measured_was_not_checked(name):
     del suite[name]
     assert all(f"'{name}'" in problem for problem in sanity(suite, GOOD_KL))
     assert sanity(suite, GOOD_KL)
-
-
-def quality(*nll: float) -> Quality:
-    return Quality(kl_n=torch.zeros(len(nll)), nll_n=torch.tensor(nll))
-
-
-def test_nll_differences_are_paired():
-    found = quality_with_intervals(
-        {"dense": quality(1.0, 5.0, 9.0), "it": quality(1.5, 5.5, 9.5)}, "dense", seed=0
-    )
-    it, dense = found["it"], found["dense"]
-    assert (it.mean, it.low, it.high) == (0.5, 0.5, 0.5)  # the spread of texts cancels
-    assert (dense.mean, dense.low, dense.high) == (0, 0, 0)
-    with pytest.raises(PdtrimError, match="reference 'none'"):
-        quality_with_intervals({"dense": quality(1.0, 2.0)}, "none", seed=0)

@@ -27,9 +27,3 @@ def finite(values: Tensor, what: str) -> Tensor:
     if not bool(torch.isfinite(values.detach()).all()):
         raise NotFinite(f"{what} is NaN or infinite: {ADVICE}")
     return values
-
-
-def finite_number(value: float, what: str) -> float:
-    """The same of one number."""
-    finite(torch.tensor(value), what)
-    return value

@@ -17,8 +17,6 @@ from rich.segment import Segment
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; no progress bars.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float32 or float16.")]
-PromptTokens = Annotated[int, typer.Option(help="Tokens of each prompt.")]
-ContinuationTokens = Annotated[int, typer.Option(help="Tokens that follow each prompt.")]
 Seed = Annotated[int, typer.Option(help="Seed of all that is drawn.")]
 ModelName = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or 'smollm2'.")]
 

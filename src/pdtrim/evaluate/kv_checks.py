@@ -1,12 +1,8 @@
-"""Whether a measurement of KV policies can be trusted: intervals, and facts known beforehand."""
+"""Whether a measurement of KV policies can be trusted: facts that are known beforehand."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.quality import Quality
-from pdtrim.evaluate.statistics import Interval, paired_difference
 
 KL_SLACK = 1e-3  # nats; rounding
 SHARE_SLACK = 0.03
@@ -73,20 +69,3 @@ def sanity(
             f" the hidden needles, so it should find about {kept * reference:.3f}, not {found:.3f}"
         )
     return problems
-
-
-def quality_with_intervals(
-    qualities: Mapping[str, Quality], reference: str, *, seed: int
-) -> dict[str, Interval]:
-    """Paired bootstrap interval of each variant's NLL minus the reference's, nats a token.
-
-    Raises:
-        PdtrimError: the reference was not measured, or there are fewer than 2 sequences.
-    """
-    if reference not in qualities:
-        raise PdtrimError(f"the reference '{reference}' is not among {', '.join(qualities)}")
-    base_n = qualities[reference].nll_n
-    return {
-        name: paired_difference(quality.nll_n, base_n, seed=seed)
-        for name, quality in qualities.items()
-    }

@@ -11,7 +11,6 @@ Shapes: n items, S bootstrap samples.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -113,23 +112,6 @@ def paired_average(
         raise PdtrimError(f"paired averages need the same tasks: {len(a)} and {len(b)} given")
     differences = [_difference(a_n, b_n) for a_n, b_n in zip(a, b, strict=True)]
     return average_interval(differences, seed=seed, samples=samples, level=level)
-
-
-def matches(generated: str, answer: str) -> bool:
-    """Whether a generated text begins to say the answer.
-
-    If the answer holds digits, the first run of digits of both is compared, else the first word
-    (letters, with inner hyphens) of both, whatever their case. What follows does not matter.
-
-    Raises:
-        PdtrimError: the answer holds neither digits nor letters.
-    """
-    pattern = r"\d+" if re.search(r"\d", answer) else r"[^\W\d_]+(?:-[^\W\d_]+)*"
-    expected = re.search(pattern, answer)
-    if expected is None:
-        raise PdtrimError(f"the answer '{answer}' holds neither digits nor letters to compare")
-    found = re.search(pattern, generated)
-    return found is not None and found.group().lower() == expected.group().lower()
 
 
 def _difference(a_n: Scores, b_n: Scores) -> NDArray[np.float64]:
