@@ -5,7 +5,8 @@ import json
 
 from helpers import make_plan, tiny_model
 from pdtrim.bundle import export
-from pdtrim.engines.vllm.launch import ServeConfig, processes
+from pdtrim.engines.config import ServeConfig
+from pdtrim.engines.vllm.launch import processes
 from pdtrim.plan import Gates
 
 

@@ -77,8 +77,9 @@ OF_VERBS = {
     "distill": {"plan_file"},
     "eval": {"target"},
     "roi": {"pair"},
+    "serve": {"dry_run"},
 }
-WITHOUT_RECORD = {"demo", "export", "generate", "inspect", "serve"}
+WITHOUT_RECORD = {"demo", "export", "generate", "inspect"}
 
 
 def record_of(command):

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from helpers import first_last
 from pdtrim.cli import app, main
+from pdtrim.engines.config import ServeConfig
 from pdtrim.engines.vllm import launch
-from pdtrim.engines.vllm.launch import ServeConfig, check_runnable, processes
+from pdtrim.engines.vllm.launch import check_runnable, processes
 from pdtrim.errors import ModelError, PdtrimError, PlanError
 from pdtrim.kv.selectors import SnapKV
 from pdtrim.plan import Gates, LayerKV

@@ -21,8 +21,9 @@ pytest.importorskip("vllm")
 
 from helpers import first_last, make_plan
 from pdtrim.bundle import export
+from pdtrim.engines.config import ServeConfig
 from pdtrim.engines.pages import page_bytes, pages_sent
-from pdtrim.engines.vllm.launch import ServeConfig, free_port, processes
+from pdtrim.engines.vllm.launch import free_port, processes
 from pdtrim.exported import load_pair
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.plan import Gates, LayerKV

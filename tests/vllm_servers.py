@@ -25,7 +25,8 @@ import pdtrim
 from helpers import first_last, make_plan, tiny_model
 from pdtrim.bundle import export
 from pdtrim.engines.base import Process
-from pdtrim.engines.vllm.launch import ServeConfig, free_port, processes
+from pdtrim.engines.config import ServeConfig
+from pdtrim.engines.vllm.launch import free_port, processes
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates

@@ -15,8 +15,9 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 
+from pdtrim.engines.config import ServeConfig
 from pdtrim.engines.supervise import serve
-from pdtrim.engines.vllm.launch import ServeConfig, free_port, processes
+from pdtrim.engines.vllm.launch import free_port, processes
 from pdtrim.versions import host, versions
 
 COUNTERS = {

@@ -7,7 +7,7 @@ not know, and has the command's defaults.
 from __future__ import annotations
 
 from pdtrim.bench.configs import CodecsConfig, ForwardConfig, StagesConfig, TransferConfig
-from pdtrim.engines.vllm.launch import ServeConfig
+from pdtrim.engines.config import ServeConfig
 from pdtrim.evaluate.configs import (
     AblationConfig,
     CompareConfig,

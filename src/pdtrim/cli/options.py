@@ -24,7 +24,11 @@ CONFIG = "config"
 
 
 def from_record(
-    record: type, *, again: tuple[str, ...] = (), names: Mapping[str, tuple[str, ...]] = {}
+    record: type,
+    *,
+    again: tuple[str, ...] = (),
+    names: Mapping[str, tuple[str, ...]] = {},
+    arguments: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A verb whose parameter ``config`` becomes options, one for each field of a record.
 
@@ -32,6 +36,7 @@ def from_record(
         record: a frozen dataclass, each field with a line in its docstring.
         again: tuples whose option is given again for each entry.
         names: of options that are not called as their fields are.
+        arguments: fields that are given by their place.
     """
     hints, said = get_type_hints(record), help_of(record)
     chosen = {
@@ -40,7 +45,9 @@ def from_record(
             hints[field.name],
             said[field.name],
             field.name in again,
-            names.get(field.name, ("--" + field.name.replace("_", "-"),)),
+            ()
+            if field.name in arguments
+            else names.get(field.name, ("--" + field.name.replace("_", "-"),)),
         )
         for field in fields(record)
     }
@@ -85,7 +92,7 @@ class _Option:
     def __init__(
         self, field: Field[Any], hint: Any, said: str, again: bool, names: tuple[str, ...]
     ) -> None:
-        self.name, self.again, self.option = field.name, again, names[0]
+        self.name, self.again, self.option = field.name, again, names[0] if names else ""
         self.entry = get_args(hint)[0] if get_origin(hint) is tuple else None
         self.pairs = get_origin(self.entry) is tuple
         needed = field.default is MISSING
@@ -98,12 +105,13 @@ class _Option:
             default = default if needed else list(default)
         elif self.entry is not None:
             hint, default = str, ",".join(map(str, default))
+        place: Any = typer.Option if names else typer.Argument
         annotated: Any = Annotated  # made here, which type checkers do not read
         self.parameter = inspect.Parameter(
             self.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=default,
-            annotation=annotated[hint, typer.Option(*names, help=said)],
+            annotation=annotated[hint, place(*names, help=said)],
         )
 
     def value(self, given: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pdtrim.engines.vllm.launch import ServeConfig
+    from pdtrim.engines.config import ServeConfig
 
 
 def serve_pair(

@@ -12,12 +12,12 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pdtrim.engines.base import Engine, Process
+from pdtrim.engines.config import LOOPBACK, ServeConfig
 from pdtrim.engines.pages import check_servable, padding
 from pdtrim.engines.vllm.plugin import FAMILIES
 from pdtrim.engines.vllm.stage import ROLE_OF
@@ -26,9 +26,7 @@ from pdtrim.exported import read_pair
 from pdtrim.models.checkpoint import check_files, read_stage
 from pdtrim.plan import STAGES, PrunePlan, Stage
 from pdtrim.runtime.start import python_module
-from pdtrim.words import LocalPrefill
 
-LOOPBACK = "127.0.0.1"
 BLOCK_SIZE = 32  # of a plan that is exact to the token: what vLLM is fast with on CPU and GPU
 PREFIX = "PDTrim"
 READS_BY_COPY = "UCX_CUDA_IPC_ENABLE_GET_ZCOPY"
@@ -40,54 +38,6 @@ STAGE_FLAGS: dict[Stage, tuple[str, ...]] = {
     # a page that this cache holds says nothing of the tokens that were dropped before it
     "decode": ("--no-enable-prefix-caching",),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeConfig:
-    """How to serve a pair.
-
-    Attributes:
-        pair: holds ``prefill`` and ``decode``.
-        host: where the router listens, with ``port``: the OpenAI endpoint.
-        name: the model's name in requests; the last part of the plan's if None.
-        block_size: tokens of an engine's page; the plan's if None, 32 if that is 1.
-        local_prefill: what decode does with a prompt that did not come by handover: ``refuse`` it,
-            or run it on its own blocks and ``count`` it.
-        staged_prompts: of a plan with codecs, how many of the longest prompts prefill holds for
-            decode at once; the connector's own number if None.
-        prefill_args: more arguments of vLLM, for the prefill servers.
-        start_seconds: how long the servers may take until they answer.
-
-    Raises:
-        PdtrimError: a value out of range.
-    """
-
-    pair: Path
-    prefill_replicas: int = 1
-    decode_replicas: int = 1
-    host: str = LOOPBACK
-    port: int = 8000
-    name: str | None = None
-    block_size: int | None = None
-    max_model_len: int | None = None
-    local_prefill: LocalPrefill = "refuse"
-    staged_prompts: int | None = None
-    prefill_args: tuple[str, ...] = ()
-    decode_args: tuple[str, ...] = ()
-    start_seconds: float = 900
-
-    def __post_init__(self) -> None:
-        counts = ("prefill_replicas", "decode_replicas", "block_size", "max_model_len")
-        for option in (*counts, "staged_prompts"):
-            value = getattr(self, option)
-            if value is not None and value < 1:
-                raise PdtrimError(f"{option} {value} must be at least 1")
-        if not 1 <= self.port <= 65535:
-            raise PdtrimError(f"port {self.port} must be 1 .. 65535")
-        if not self.start_seconds > 0:
-            raise PdtrimError(f"start_seconds {self.start_seconds} must be above 0")
-        if self.local_prefill not in ("refuse", "count"):
-            raise PdtrimError(f"local_prefill '{self.local_prefill}': use refuse or count")
 
 
 def page_size(plan: PrunePlan, asked: int | None) -> int:
