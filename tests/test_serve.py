@@ -239,7 +239,7 @@ def test_a_dry_run_prints_lines_for_a_shell_and_needs_no_vllm(pair, monkeypatch)
     for words in lines[:2]:
         assert re.fullmatch("VLLM_NIXL_SIDE_CHANNEL_HOST=127.0.0.1", words[0])
         assert re.fullmatch("VLLM_NIXL_SIDE_CHANNEL_PORT=[0-9]+", words[1])
-        assert words[2] == sys.executable
+        assert words[2] == f"{launch.READS_BY_COPY}=on" and words[3] == sys.executable
         assert flags(words)["--kv-transfer-config"][0]["kv_connector"] == "PDTrimConnector"
     assert lines[1][-2:] == ["--override", "a b"]
     assert lines[2][0] == "vllm-router" and flags(lines[2])["--port"] == ["8123"]

@@ -35,7 +35,7 @@ from pdtrim.models.model import Model
 from pdtrim.plan import Gates
 from pdtrim.repair.apply import best_repair
 from pdtrim.stage.forward import Pair, Trimmed
-from pdtrim.verbs.distill import TrainConfig, pays_to_keep, train
+from pdtrim.verbs.distill import TrainConfig, distill_plan, pays_to_keep
 from pdtrim.verbs.plan import PlanConfig, make_plan
 from pdtrim.versions import host, versions
 
@@ -185,10 +185,10 @@ def main() -> None:
         if not target.is_file():
             began = time.monotonic()
             config = config_of(args, what, steps)
-            train(
+            distill_plan(
                 args.out / "repaired.json",
-                target,
                 config,
+                target,
                 model=args.model,
                 dtype=args.dtype,
                 device=args.device,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pdtrim.runtime.session import Session
     from pdtrim.verbs.assess import assess
     from pdtrim.verbs.compare import compare_methods
-    from pdtrim.verbs.distill import train
+    from pdtrim.verbs.distill import distill_plan
     from pdtrim.verbs.evaluate import evaluate_pair
     from pdtrim.verbs.export import export_pair
     from pdtrim.verbs.measure import measure_sensitivity, run_ablation, sweep_kv
@@ -51,6 +51,7 @@ __all__ = [
     "bench_stages",
     "bench_transfer",
     "compare_methods",
+    "distill_plan",
     "estimate_roi",
     "evaluate_pair",
     "export_pair",
@@ -61,7 +62,6 @@ __all__ = [
     "run_demo",
     "serve_pair",
     "sweep_kv",
-    "train",
 ]
 
 _HOMES = {
@@ -74,6 +74,7 @@ _HOMES = {
     "bench_stages": "pdtrim.bench.removal",
     "bench_transfer": "pdtrim.bench.transfer",
     "compare_methods": "pdtrim.verbs.compare",
+    "distill_plan": "pdtrim.verbs.distill",
     "estimate_roi": "pdtrim.verbs.roi",
     "evaluate_pair": "pdtrim.verbs.evaluate",
     "export_pair": "pdtrim.verbs.export",
@@ -84,7 +85,6 @@ _HOMES = {
     "run_demo": "pdtrim.demo",
     "serve_pair": "pdtrim.verbs.serve",
     "sweep_kv": "pdtrim.verbs.measure",
-    "train": "pdtrim.verbs.distill",
 }
 
 

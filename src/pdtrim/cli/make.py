@@ -19,7 +19,7 @@ from pdtrim.cli.common import (
     say_of,
 )
 from pdtrim.cli.options import from_record
-from pdtrim.verbs.distill import TrainConfig, train
+from pdtrim.verbs.distill import TrainConfig, distill_plan
 from pdtrim.verbs.export import export_pair
 from pdtrim.verbs.plan import PlanConfig, make_plan
 
@@ -79,10 +79,10 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Train decode's blocks or prefill's for what was removed; an interrupted training goes on."""
-    made, trained = train(
+    made, trained = distill_plan(
         plan_file,
-        output,
         config,
+        output,
         model=model,
         dtype=dtype,
         device=device,

@@ -30,6 +30,22 @@ class _Sequences:
 
         return Lengths(prompt=self.prompt_tokens, continuation=self.continuation_tokens)
 
+    def calibration_config(
+        self, source: str, seed: int, *, search: int, rerank: int = 0, fit: int = 0
+    ) -> CalibrationConfig:
+        """Calibration text of these lengths, in parts of so many sequences."""
+        from pdtrim.calibration.batches import CalibrationConfig
+
+        return CalibrationConfig(
+            source=source,
+            prompt_tokens=self.prompt_tokens,
+            continuation_tokens=self.continuation_tokens,
+            search=search,
+            rerank=rerank,
+            fit=fit,
+            seed=seed,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(_Sequences):
@@ -112,7 +128,7 @@ class TasksConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class CompareConfig(_Sequences):
     """What to compare, and on what.
 
     Attributes:
@@ -179,16 +195,9 @@ class CompareConfig:
 
     def calibration_of(self, seed: int) -> CalibrationConfig:
         """The calibration text of a seed."""
-        from pdtrim.calibration.batches import CalibrationConfig
-
-        return CalibrationConfig(
-            source=self.calibration,
-            prompt_tokens=self.prompt_tokens,
-            continuation_tokens=self.continuation_tokens,
-            search=self.sequences,
-            rerank=(self.sequences + 1) // 2,
-            fit=2 * self.sequences,
-            seed=seed,
+        n = self.sequences
+        return self.calibration_config(
+            self.calibration, seed, search=n, rerank=(n + 1) // 2, fit=2 * n
         )
 
 
@@ -218,7 +227,7 @@ class SweepConfig(_Sequences):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SensitivityConfig:
+class SensitivityConfig(_Sequences):
     """On what to measure the loss of each block.
 
     Attributes:
@@ -234,20 +243,6 @@ class SensitivityConfig:
     continuation_tokens: int = 256
     sequences: int = 8
     seed: int = 0
-
-    def calibration(self) -> CalibrationConfig:
-        """The text; its ``search`` part is measured on."""
-        from pdtrim.calibration.batches import CalibrationConfig
-
-        return CalibrationConfig(
-            source=self.text,
-            prompt_tokens=self.prompt_tokens,
-            continuation_tokens=self.continuation_tokens,
-            search=self.sequences,
-            rerank=0,
-            fit=0,
-            seed=self.seed,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,14 +300,7 @@ class AblationConfig(_Sequences):
 
     def calibration_of(self, seed: int) -> CalibrationConfig:
         """The calibration text of a seed."""
-        from pdtrim.calibration.batches import CalibrationConfig
-
-        return CalibrationConfig(
-            source=self.calibration,
-            prompt_tokens=self.prompt_tokens,
-            continuation_tokens=self.continuation_tokens,
-            search=self.sequences,
-            rerank=self.sequences // 2,
-            fit=self.fit_sequences,
-            seed=seed,
+        n = self.sequences
+        return self.calibration_config(
+            self.calibration, seed, search=n, rerank=n // 2, fit=self.fit_sequences
         )

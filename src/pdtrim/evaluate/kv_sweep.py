@@ -7,7 +7,7 @@ must be fitted come from calibration text of another source. Bytes cross a real 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from pdtrim.bundle import TrimPlan
-from pdtrim.calibration.batches import CalibrationConfig, load_calibration, text_batch
+from pdtrim.calibration.batches import load_calibration, text_batch
 from pdtrim.calibration.kept import kept_calibration, source_digest
 from pdtrim.evaluate.configs import SweepConfig
 from pdtrim.evaluate.handover import Loopback, loopback_bytes
@@ -247,15 +247,8 @@ def _problems(found: dict[str, dict[str, float]], qualities: dict[str, Quality])
 def _plans(
     model: Model, config: SweepConfig, keep: _Cells, progress: Progress
 ) -> dict[str, PrunePlan]:
-    asked = CalibrationConfig(
-        source=config.calibration,
-        prompt_tokens=config.prompt_tokens,
-        continuation_tokens=min(128, config.continuation_tokens),
-        search=4,
-        rerank=0,
-        fit=0,
-        seed=config.seed,
-    )
+    short = replace(config, continuation_tokens=min(128, config.continuation_tokens))
+    asked = short.calibration_config(config.calibration, config.seed, search=4)
     if keep.folder is None:
         text = load_calibration(model, asked, progress=progress)
     else:

@@ -67,10 +67,10 @@ class TrainConfig:
     seed: int = 0
 
 
-def train(
+def distill_plan(
     plan_file: str | Path,
+    config: TrainConfig,
     output: str | Path,
-    config: TrainConfig = TrainConfig(),
     *,
     model: str | None = None,
     dtype: str = "bfloat16",

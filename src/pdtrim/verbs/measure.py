@@ -85,7 +85,8 @@ def measure_sensitivity(
     folder = Path(folder)
     with output_folder(folder, "sensitivity"):
         dense = dense_model(model, dtype=dtype, device=device, progress=progress)
-        text = load_calibration(dense, config.calibration(), progress=progress).search
+        asked = config.calibration_config(config.text, config.seed, search=config.sequences)
+        text = load_calibration(dense, asked, progress=progress).search
         maps = {
             "KL": sensitivity(dense, text, progress=progress),
             "recall": recall_sensitivity(dense, text, progress=progress, seed=config.seed),
