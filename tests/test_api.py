@@ -75,7 +75,7 @@ OF_VERBS = {
     "assess": {"metrics", "trace"},
     "bench-codec": {"torch_path"},
     "distill": {"plan_file"},
-    "eval": {"target"},
+    "eval": {"pair"},
     "roi": {"pair"},
     "serve": {"dry_run"},
 }

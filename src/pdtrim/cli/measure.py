@@ -36,7 +36,7 @@ Folder = Annotated[Path, typer.Option("-o", "--output", help="Folder for all it 
 )
 @from_record(EvalConfig)
 def evaluate(
-    target: Annotated[Path, typer.Argument(help="A plan, or an exported pair's folder.")],
+    pair: Annotated[Path, typer.Argument(help="A plan, or an exported pair's folder.")],
     config: EvalConfig,
     output: Annotated[
         Path | None,
@@ -52,7 +52,7 @@ def evaluate(
 ) -> None:
     """Measure KL, NLL and perplexity of continuations, or benchmark tasks; dense beside it."""
     result = evaluate_pair(
-        target,
+        pair,
         config,
         output,
         model=model,

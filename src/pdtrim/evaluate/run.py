@@ -20,7 +20,7 @@ WIRE_PROMPTS = 4  # prompts whose handover is counted; their lengths are equal
 
 
 def evaluate_text(
-    target: str | Path,
+    pair: str | Path,
     config: EvalConfig,
     *,
     model: str | None = None,
@@ -31,14 +31,14 @@ def evaluate_text(
     """Rows ``dense`` and the plan's method, on the same tokens of ``config.text``.
 
     Args:
-        target: a plan file, or a folder that ``export`` wrote.
+        pair: a plan file, or a folder that ``export`` wrote.
         model: where the dense model is, if not where the plan says.
 
     Raises:
         PdtrimError: unreadable plan, pair, model or text.
     """
     assert config.text is not None
-    trim = TrimPlan.open(target)
+    trim = TrimPlan.open(pair)
     plan, name = trim.plan, trim.name
     dense = base_model(plan, source=model, dtype=dtype, device=device)
     batch = text_batch(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_pair(
-    target: str | Path,
+    pair: str | Path,
     config: EvalConfig,
     output: str | Path | None = None,
     *,
@@ -29,7 +29,7 @@ def evaluate_pair(
     """Run a plan's pair and the dense model on the same text, or on the same items of tasks.
 
     Args:
-        target: a plan file, or an exported pair's folder.
+        pair: a plan file, or an exported pair's folder.
         config: has either ``text`` or ``tasks``.
         output: the result file to write; none if None.
         model: where the dense model is, if not where the plan says.
@@ -55,12 +55,12 @@ def evaluate_pair(
         if config.tasks:
             rows = TasksConfig(data=config.data, limit=config.limit, shots=config.shots)
             result = evaluate_tasks(
-                target, config.tasks, rows, model=model, dtype=dtype, device=device,
+                pair, config.tasks, rows, model=model, dtype=dtype, device=device,
                 progress=progress,
             )  # fmt: skip
         else:
             result = evaluate_text(
-                target, config, model=model, dtype=dtype, device=device, progress=progress
+                pair, config, model=model, dtype=dtype, device=device, progress=progress
             )
         if output is not None:
             result.save(Path(output))

@@ -52,7 +52,7 @@ class TasksResult(ResultFile):
 
 
 def evaluate_tasks(
-    target: str | Path,
+    pair: str | Path,
     tasks: Sequence[str],
     config: TasksConfig,
     *,
@@ -64,7 +64,7 @@ def evaluate_tasks(
     """Rows ``dense`` and the plan's method.
 
     Args:
-        target: a plan file, or a folder that ``export`` wrote.
+        pair: a plan file, or a folder that ``export`` wrote.
         model: where the dense model is, if not where the plan says.
 
     Raises:
@@ -76,14 +76,11 @@ def evaluate_tasks(
         check_name(task)
     if set(tasks) != {"wikitext"}:
         need_lm_eval()
-    trim = TrimPlan.open(target)
+    trim = TrimPlan.open(pair)
     plan = trim.plan
     dense = base_model(plan, source=model, dtype=dtype, device=device)
-    pair = trim.pair(dense)
-    variants = (
-        ("dense", Trimmed.dense(dense)),
-        (trim.name, Trimmed.of(plan, pair)),
-    )
+    trimmed = Trimmed.of(plan, trim.pair(dense))
+    variants = (("dense", Trimmed.dense(dense)), (trim.name, trimmed))
     return TasksResult(
         model=dense.name,
         model_fingerprint=dense.fingerprint,
