@@ -12,6 +12,7 @@ from pdtrim.errors import PdtrimError, WireError
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.frame import Layout
 from pdtrim.kv.selectors.snapkv import SnapKV
+from pdtrim.kv.wire import send_answer
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.runtime import sender
 from pdtrim.runtime.line import DEPTH, Line
@@ -20,6 +21,7 @@ from pdtrim.runtime.receiver import Receiver
 from pdtrim.runtime.session import Session
 from pdtrim.stage import generate
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IDS = [bytes([n]) * 16 for n in range(3)]
 PROMPTS = [[5, 9, 3, 7, 1, 4], [11] * 40, []]
 RULES = (
@@ -41,7 +43,10 @@ def plan(model):
 
 
 @pytest.fixture
-def stages(model, plan):
+def stages(plan):
+    """On a GPU, where there is one, with the streams and the pinned memory of one."""
+    model = tiny_model("llama", eos_token_id=None)
+    model.network.to(DEVICE)
     prefill, receiver = PrefillProcess(None, model, plan), Receiver(plan, model.dtype)
     for stage, end in zip((prefill, receiver), socket.socketpair(), strict=True):
         stage.attach(end)
@@ -101,11 +106,14 @@ def test_decode_has_a_layer_before_prefill_computes_the_last(stages, monkeypatch
         handed_over(stages, overlap=False)
 
 
-def test_a_full_socket_holds_prefill_up_and_an_end_of_it_lets_go(model, plan):
+@pytest.mark.parametrize(
+    "answer, words",
+    [(None, "the handover to decode broke: "), ("no room", "decode refused the handover: no room")],
+)
+def test_a_full_socket_holds_prefill_up_and_an_end_of_it_lets_go(model, plan, answer, words):
     """Nobody reads: layers wait in short queues, and a peer that goes away is one clear line."""
     ours, theirs = socket.socketpair()
-    for end in (ours, theirs):
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     prefill = PrefillProcess(None, model, plan)
     prefill.attach(ours)
     said = []
@@ -119,10 +127,13 @@ def test_a_full_socket_holds_prefill_up_and_an_end_of_it_lets_go(model, plan):
     thread = threading.Thread(target=run)
     thread.start()
     assert theirs.recv(8) == b"PDTRIMKV"
+    if answer:
+        send_answer(theirs, answer)
     theirs.close()
     thread.join(20)
     assert not thread.is_alive()
-    assert len(said) == 1 and said[0].startswith("the handover to decode broke: ")
+    assert len(said) == 1 and said[0].startswith(words)
+    assert prefill.stream is None
 
 
 def test_what_decode_says_reaches_a_prefill_that_still_sends(model, plan):
