@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from gguf_files import write_gguf
-from helpers import first_last, make_plan, tiny_model, words
+from helpers import first_last, frame_of, make_plan, tiny_model, words
 from mutations import damaged, damaged_json
 from pdtrim.bundle import TrimPlan, export
 from pdtrim.calibration.sources import read_documents
 from pdtrim.calibration.tokens import encode
 from pdtrim.engines.ranges import Form
-from pdtrim.errors import PdtrimError
+from pdtrim.errors import PdtrimError, WireError
 from pdtrim.evaluate.compare.records import Comparison
 from pdtrim.evaluate.result import Result
 from pdtrim.exported import check_base, load_pair
@@ -30,7 +30,7 @@ from pdtrim.keep.journal import Journal
 from pdtrim.keep.store import once
 from pdtrim.keep.tensors import load_kept, save_kept
 from pdtrim.kv.codecs import parse_codec
-from pdtrim.kv.frame import Layout, SentLayer, encode_frame
+from pdtrim.kv.frame import Layout, SentLayer, check_opening
 from pdtrim.kv.groups import HeadGroup
 from pdtrim.kv.wire import FrameReader
 from pdtrim.kvfit.policy import parse_policy
@@ -93,8 +93,7 @@ class Frames:
                     heads=tuple(range(G)), k_BgMD=k, v_BgMD=v, positions_BgM=at.expand(1, G, -1)
                 )
                 layers[entry.layer] = SentLayer(keep_GN=keep_GN, groups=[group])
-            pieces = encode_frame(layout, bytes(16), layers)
-            self.frames.append(b"".join(piece.numpy().tobytes() for piece in pieces))
+            self.frames.append(frame_of(layout, bytes(16), layers))
         self.form = Form.of(self.plans[0], torch.bfloat16, 22, 8)
         room = torch.zeros(self.form.most, dtype=torch.uint8)
         generator = torch.Generator().manual_seed(2)
@@ -127,7 +126,11 @@ class Frames:
             opening = reader.opening()
             if opening is None:
                 return
-            reader.body(opening, layout)
+            check_opening(opening, layout)
+            if opening.more:
+                raise WireError("another head should follow")
+            for entry in layout.entries:
+                reader.part(entry, layout).decode()
         same(data[: len(self.frames[which])], self.frames[which])
 
 

@@ -11,6 +11,7 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -27,8 +28,10 @@ from transformers import (
 )
 
 from pdtrim.bundle import TrimPlan
+from pdtrim.kv.frame import encode_part
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.kv.selectors import FirstLast
+from pdtrim.kv.wire import FrameWriter
 from pdtrim.models.block_files import FilesInFolder, FilesInMemory, save_blocks
 from pdtrim.models.model import Model
 from pdtrim.models.swap import Blocks
@@ -266,3 +269,19 @@ def words():
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
+
+
+def send_layers(link, layout, request, layers):
+    """Write the frame of one request; returns its bytes."""
+    writer = FrameWriter(link)
+    (sent,) = writer.heads([layout], [request])
+    return sent + sum(
+        writer.part(encode_part(entry, layers[entry.layer])) for entry in layout.entries
+    )
+
+
+def frame_of(layout, request, layers):
+    """The frame of one request as bytes."""
+    seen = bytearray()
+    send_layers(SimpleNamespace(sendall=seen.extend), layout, request, layers)
+    return bytes(seen)

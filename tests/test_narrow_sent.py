@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import first_last, forge, make_plan, pair_of, random_batch, trim_of
+from helpers import first_last, forge, frame_of, make_plan, pair_of, random_batch, trim_of
 from narrow_models import BIASES, GATES, G, L, R, biases, grouped, narrow_plan, width, widths
 from pdtrim.bundle import export
 from pdtrim.errors import ModelError, PlanError
 from pdtrim.exported import load_pair
 from pdtrim.kv.codecs import parse_codec
-from pdtrim.kv.frame import Layout, SentLayer, encode_frame
+from pdtrim.kv.frame import Layout, SentLayer
 from pdtrim.kv.policy import HandoverPolicy, gather
 from pdtrim.kv.selectors import SnapKV, Tova
 from pdtrim.models.checkpoint import load_stage
@@ -127,27 +127,24 @@ def test_two_processes_generate_what_the_simulator_does(tmp_path):
 
 
 @pytest.mark.parametrize("given", [None, widths()], ids=["whole", "narrow"])
-def test_a_frame_is_its_head_its_table_and_the_heads_that_decode_keeps(model, given):
+def test_a_frame_is_its_head_and_the_heads_that_decode_keeps_layer_by_layer(model, given):
     gates = Gates.removing(L, decode={1})
     plan = make_plan(model, gates).model_copy(update={"widths": given})
     N, layout = 11, Layout.of(plan, torch.float32, 11)
     sent_heads = {i: len(plan.kv_heads("decode", i)) for i in (0, 2, 3)}
     assert sent_heads == ({0: 2, 2: 1, 3: 4} if given else {0: 4, 2: 4, 3: 4})
-    layers, body, table = {}, b"", b""
+    head = (b"PDTRIMKV", 4, bytes.fromhex(plan.digest), bytes(16), N, 2, 3, 0)
+    layers, wanted = {}, struct.pack("<8sH32s16sIBHH", *head)
     for layer, heads in sent_heads.items():
         k, v = torch.randn(2, 1, heads, N, 8)
         keep_GN = torch.ones(heads, N, dtype=torch.bool)
         groups = gather(SimpleNamespace(k_BGND=k, v_BGND=v), keep_GN[None])
         layers[layer] = SentLayer(keep_GN=keep_GN, groups=groups)
-        body += k.numpy().tobytes() + v.numpy().tobytes()
-        table += struct.pack("<HIQ", layer, 0, 2 * heads * N * 8 * 4)
-    head = struct.pack(
-        "<8sH32s16sIBHQ",
-        *(b"PDTRIMKV", 3, bytes.fromhex(plan.digest), bytes(16), N, 2, 3, len(body)),
-    )
-    frame = b"".join(piece.numpy().tobytes() for piece in encode_frame(layout, bytes(16), layers))
-    body = head + table + body
-    assert frame == body + hashlib.sha256(body).digest() and layout.exact
+        wanted += struct.pack("<HIQ", layer, 0, 2 * heads * N * 8 * 4)
+        wanted += k.numpy().tobytes() + v.numpy().tobytes()
+        wanted += hashlib.sha256(wanted).digest()
+    frame = frame_of(layout, bytes(16), layers)
+    assert frame == wanted and layout.exact
     assert layout.frame_bytes == len(frame)
 
 

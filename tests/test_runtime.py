@@ -59,7 +59,7 @@ def through_the_socket(plan, pair, batch, tmp_path):
         {"id": r["id"], "tokens": p[:-1]}
         for r, p in zip(requests, batch.prompt_BP.tolist(), strict=True)
     ]
-    prefill.prefill({"requests": prompts})
+    prefill.prefill({"requests": prompts, "overlap": True})
     file = str(tmp_path / "logits.safetensors")
     continuation = batch.continuation_BC.tolist()
     decode.score({"requests": requests, "continuation": continuation, "file": file})
@@ -186,7 +186,7 @@ def test_frames_of_a_wrong_prefill_are_refused_and_both_processes_stay_up(runnin
                 stage.event(stage.order("link", give=end))
             session.decode.event(session.decode.order("expect", requests=announced))
             prompts = [{"id": request["id"], "tokens": [1, 2]}]
-            number = stranger.prefill.order("prefill", requests=prompts)
+            number = stranger.prefill.order("prefill", requests=prompts, overlap=True)
             with pytest.raises(RuntimeFailure, match=words):
                 stranger.prefill.event(number)
         assert [s.process.poll() for s in (stranger.prefill, session.decode)] == [None, None]

@@ -297,7 +297,7 @@ from pathlib import Path
 from pdtrim.runtime.process import Patience, StageProcess
 one, two = (StageProcess(s, Path(sys.argv[1]) / s, Patience()) for s in ("prefill", "decode"))
 one.event(0), two.event(0)
-one.order("prefill", requests=[{"id": "ab" * 16, "tokens": [1] * 511}] * 4000)
+one.order("prefill", requests=[{"id": "ab" * 16, "tokens": [1] * 511}] * 4000, overlap=True)
 os.kill(two.process.pid, signal.SIGSTOP)
 loading = StageProcess("prefill", Path(sys.argv[1]) / "prefill", Patience())
 print(*(stage.process.pid for stage in (one, two, loading)), flush=True)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdtrim.bundle import TrimPlan
-from pdtrim.kv.frame import Layout
 from pdtrim.models.model import Model
 from pdtrim.plan import PrunePlan
 from pdtrim.runtime.prefill import PrefillProcess
@@ -50,8 +49,7 @@ def loopback_bytes(plan: PrunePlan, prefill: Model, batch: Batch) -> Loopback:
         for prompt in batch.prompt_BP.tolist():
             tokens, request = prompt[:-1], secrets.token_bytes(16)
             receiver.expect(request, len(tokens))
-            layout = Layout.of(plan, prefill.dtype, len(tokens))
-            sender.ship(layout, request, sender.run([tokens])[0])
+            sender.run([request], [tokens])
             arrived = receiver.take(request)
             frames += arrived.frame_bytes
             groups = [group for layer in arrived.layers.values() for group in layer.groups]

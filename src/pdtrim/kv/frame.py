@@ -1,16 +1,21 @@
-"""The wire format of a handover, version 3: one frame a request.
+"""The wire format of a handover, version 4: one frame a batch of requests.
 
-    magic     8 bytes   b"PDTRIMKV"
-    version   u16       3
-    digest    32 bytes  of the plan; both sides must hold the same
-    request   16 bytes  chosen at random by the session
-    tokens    u32       prompt tokens handed over
-    dtype     u8        index in DTYPES
-    layers    u16       entries of the table that follows
-    payload   u64       bytes after the table
-    table     layers x (u16 layer, u32 mask bytes, u64 data bytes)
-    payload   by layer, in table order: the mask, then the data
-    hash      32 bytes  SHA-256 of all bytes before
+    head      of each request:
+      magic     8 bytes   b"PDTRIMKV"
+      version   u16       4
+      digest    32 bytes  of the plan; both sides must hold the same
+      request   16 bytes  chosen at random by the session
+      tokens    u32       prompt tokens handed over
+      dtype     u8        index in DTYPES
+      layers    u16       parts of this request
+      more      u16       heads that follow before the first part
+    part      of each layer, in the plan's order, of each request, in the order of the heads:
+      entry     u16 layer, u32 mask bytes, u64 data bytes
+      payload   the mask, then the data
+      hash      32 bytes  SHA-256 of all bytes of the frame before
+
+A part needs nothing of later layers, so that it travels while prefill computes them, and is checked
+and decoded while they are under way.
 
 All integers are little-endian. The *mask* says which pairs travel, one bit each, lowest bit first,
 a row of whole bytes for each KV head; one row if the selector keeps the same tokens of all heads;
@@ -22,16 +27,14 @@ The KV heads of a layer are those that decode has; what prefill makes beside the
 
 The hash tells bytes that changed on the way, whichever bit it was; it is no signature. The plan
 bounds every size, so the receiver checks each length before it allocates; a length that a peer
-claims is never trusted. Nothing is decoded before the hash was compared.
+claims is never trusted. No part is decoded before its hash was compared.
 
 Shapes: G KV heads, g heads of a group, N prompt tokens, M kept tokens, D head width.
 """
 
 from __future__ import annotations
 
-import hashlib
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -45,11 +48,11 @@ from pdtrim.kv.selectors import StaticSelector
 from pdtrim.plan import PrunePlan
 
 MAGIC = b"PDTRIMKV"
-VERSION = 3
+VERSION = 4
 HASH = "sha256"  # with the processors' own instructions faster than BLAKE2
 HASH_BYTES = 32
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-HEAD = struct.Struct("<8sH32s16sIBHQ")
+HEAD = struct.Struct("<8sH32s16sIBHH")
 ENTRY = struct.Struct("<HIQ")
 LENGTH = struct.Struct("<I")
 MAX_LAYERS = 4096
@@ -127,42 +130,30 @@ class Layout:
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes after the table; the most, unless :attr:`exact`."""
+        """Bytes of masks and data; the most, unless :attr:`exact`."""
         return sum(entry.mask_bytes + entry.data_bytes for entry in self.entries)
 
     @property
     def frame_bytes(self) -> int:
-        """Bytes of the whole frame, what crosses the socket; the most, unless :attr:`exact`."""
-        return HEAD.size + ENTRY.size * len(self.entries) + self.payload_bytes + HASH_BYTES
+        """What crosses the socket for one request; the most, unless :attr:`exact`."""
+        return HEAD.size + (ENTRY.size + HASH_BYTES) * len(self.entries) + self.payload_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opening:
-    """The fixed part of a frame, checked for what can be checked without a plan."""
+    """A request's head, checked for what can be checked without a plan."""
 
     digest: bytes
     request: bytes
     tokens: int
     dtype: torch.dtype
     layers: int
-    payload_bytes: int
+    more: int
 
 
-def encode_frame(layout: Layout, request: bytes, layers: dict[int, SentLayer]) -> Iterator[Tensor]:
-    """A frame as byte tensors on the CPU, to be written one after the other.
-
-    Each is hashed when it is asked for, so that it is read while the one before is under way.
-    """
-    table, payload = b"", []
-    for entry in layout.entries:
-        sent = layers[entry.layer]
-        mask = pack_mask(sent.keep_GN[: entry.mask_rows])
-        pieces = [mask, *_pieces(entry.codec, sent.groups)]
-        data_bytes = sum(piece.numel() for piece in pieces[1:])
-        assert mask.numel() == entry.mask_bytes and data_bytes <= entry.data_bytes
-        table += ENTRY.pack(entry.layer, mask.numel(), data_bytes)
-        payload += pieces
-    fixed = HEAD.pack(
+def encode_head(layout: Layout, request: bytes, *, more: int) -> bytes:
+    """A request's head; ``more`` heads follow it."""
+    return HEAD.pack(
         MAGIC,
         VERSION,
         layout.digest,
@@ -170,22 +161,29 @@ def encode_frame(layout: Layout, request: bytes, layers: dict[int, SentLayer]) -
         layout.tokens,
         DTYPES.index(layout.dtype),
         len(layout.entries),
-        sum(piece.numel() for piece in payload),
+        more,
     )
-    digest = hashlib.new(HASH)
-    for piece in (_bytes(fixed + table), *payload):
-        digest.update(piece.numpy().data)
-        yield piece
-    yield _bytes(digest.digest())
+
+
+def encode_part(entry: Entry, sent: SentLayer) -> list[Tensor]:
+    """A layer of a request as byte tensors on the CPU, without its hash.
+
+    Bytes from a GPU are there once the current stream has been waited for.
+    """
+    mask = pack_mask(sent.keep_GN[: entry.mask_rows])
+    pieces = _pieces(entry.codec, sent.groups)
+    data_bytes = sum(piece.numel() for piece in pieces)
+    assert mask.numel() == entry.mask_bytes and data_bytes <= entry.data_bytes
+    return [_bytes(ENTRY.pack(entry.layer, mask.numel(), data_bytes)), mask, *pieces]
 
 
 def parse_opening(raw: bytes) -> Opening:
-    """Check a frame's fixed part for what can be checked without a plan.
+    """Check a request's head for what can be checked without a plan.
 
     Raises:
         WireError: another version, or a dtype or layer count that no frame has.
     """
-    _, version, digest, request, tokens, dtype, layers, payload = HEAD.unpack(raw)
+    _, version, digest, request, tokens, dtype, layers, more = HEAD.unpack(raw)
     if version != VERSION:
         raise WireError(f"wire version {version} is not supported: this side speaks {VERSION}")
     if dtype >= len(DTYPES):
@@ -198,12 +196,12 @@ def parse_opening(raw: bytes) -> Opening:
         tokens=tokens,
         dtype=DTYPES[dtype],
         layers=layers,
-        payload_bytes=payload,
+        more=more,
     )
 
 
 def check_opening(opening: Opening, layout: Layout) -> None:
-    """Raise WireError unless a frame's fixed part is what the layout demands."""
+    """Raise WireError unless a request's head is what the layout demands."""
     if opening.digest != layout.digest:
         raise WireError(
             f"plan digest {opening.digest.hex()[:12]} does not match this side's"
@@ -215,26 +213,18 @@ def check_opening(opening: Opening, layout: Layout) -> None:
         raise WireError(f"dtype {opening.dtype} sent, {layout.dtype} expected")
     if opening.layers != len(layout.entries):
         raise WireError(f"{opening.layers} layers sent, {len(layout.entries)} expected")
-    most = layout.payload_bytes
-    if opening.payload_bytes > most or (layout.exact and opening.payload_bytes != most):
-        bound = "" if layout.exact else "at most "
-        raise WireError(f"{opening.payload_bytes} bytes sent, {bound}{most} bytes expected")
 
 
-def check_table(table: bytes, opening: Opening, layout: Layout) -> list[int]:
-    """Data bytes of each layer; WireError unless the table is what the layout demands."""
-    sizes, total = [], 0
-    for (layer, mask_bytes, data_bytes), entry in zip(
-        ENTRY.iter_unpack(table), layout.entries, strict=True
-    ):
-        fits = data_bytes == entry.data_bytes if entry.exact else data_bytes <= entry.data_bytes
-        if layer != entry.layer or mask_bytes != entry.mask_bytes or not fits:
-            raise WireError("the frame's layer table differs from the plan's")
-        sizes.append(data_bytes)
-        total += mask_bytes + data_bytes
-    if total != opening.payload_bytes:
-        raise WireError("the frame's layer table does not add up to its payload")
-    return sizes
+def check_entry(raw: bytes, entry: Entry) -> int:
+    """Data bytes of a part; WireError unless its entry is what the layout demands."""
+    layer, mask_bytes, data_bytes = ENTRY.unpack(raw)
+    if layer != entry.layer or mask_bytes != entry.mask_bytes:
+        raise WireError(f"a part of layer {layer} came where the plan has one of {entry.layer}")
+    most = entry.data_bytes
+    if data_bytes > most or (entry.exact and data_bytes != most):
+        bound = "" if entry.exact else "at most "
+        raise WireError(f"layer {layer}: {data_bytes} bytes sent, {bound}{most} bytes expected")
+    return int(data_bytes)
 
 
 def decode_groups(entry: Entry, data: Tensor, keep_GN: Tensor, layout: Layout) -> list[HeadGroup]:
@@ -326,11 +316,19 @@ def _groups(keep_GN: Tensor) -> list[tuple[tuple[int, ...], int]]:
 def _pieces(codec: CodecBase, groups: list[HeadGroup]) -> list[Tensor]:
     pieces = []
     for group in groups:
-        data = codec.encode(group.k_BgMD[0].contiguous(), group.v_BgMD[0].contiguous()).cpu()
+        data = _host(codec.encode(group.k_BgMD[0].contiguous(), group.v_BgMD[0].contiguous()))
         if codec.variable:
             pieces.append(_bytes(LENGTH.pack(data.numel())))
         pieces.append(data)
     return pieces
+
+
+def _host(data: Tensor) -> Tensor:
+    """The bytes on the CPU; from a GPU into pinned memory, without a wait."""
+    if data.device.type == "cpu":
+        return data
+    pinned = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
+    return pinned.copy_(data, non_blocking=True)
 
 
 def _bytes(data: bytes) -> Tensor:

@@ -1,4 +1,4 @@
-"""Frames over a socket: send one, read one, answer. The format is that of ``kv/frame.py``.
+"""Frames over a socket: write one, read one, answer. The format is that of ``kv/frame.py``.
 
 Answer to a frame: u8 status (0 taken, 1 refused), u16 length, UTF-8 reason.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import socket
 import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,11 +26,10 @@ from pdtrim.kv.frame import (
     Layout,
     Opening,
     SentLayer,
-    check_opening,
-    check_table,
+    check_entry,
     data_bytes_of,
     decode_groups,
-    encode_frame,
+    encode_head,
     parse_opening,
     unpack_mask,
 )
@@ -39,31 +40,72 @@ if TYPE_CHECKING:
 ANSWER = struct.Struct("<BH")
 
 
-def send_frame(
-    link: socket.socket, layout: Layout, request: bytes, layers: dict[int, SentLayer]
-) -> int:
-    """Send one request's KV; returns the bytes written to the socket."""
-    sent = 0
-    for piece in encode_frame(layout, request, layers):
-        link.sendall(piece.numpy().data)
-        sent += piece.numel()
-    return sent
+PART_TIMEOUT_S = 120.0
+
+
+class Refused(WireError):
+    """The receiver did not take a frame, and said why."""
+
+
+class FrameWriter:
+    """Writes one frame; its methods return the bytes written to the socket."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self._link = link
+        self._hash = hashlib.new(HASH)
+
+    def heads(self, layouts: Sequence[Layout], requests: Sequence[bytes]) -> list[int]:
+        """Open the frame of a batch; returns the bytes of each request."""
+        sizes = []
+        for at, (layout, request) in enumerate(zip(layouts, requests, strict=True)):
+            sizes.append(self._write(encode_head(layout, request, more=len(layouts) - at - 1)))
+        return sizes
+
+    def part(self, pieces: Sequence[Tensor]) -> int:
+        """Write what :func:`encode_part` gave, and its hash."""
+        size = sum(self._write(piece.numpy().data) for piece in pieces)
+        return size + self._write(self._hash.digest())
+
+    def _write(self, data: Buffer) -> int:
+        self._hash.update(data)
+        self._link.sendall(data)
+        return memoryview(data).nbytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawPart:
+    """A layer of a request as it came; its hash fits.
+
+    Attributes:
+        data: the codec's bytes, on the CPU.
+        count: bytes that crossed the socket for it.
+    """
+
+    entry: Entry
+    layout: Layout
+    keep_GN: Tensor
+    data: Tensor
+    count: int
+
+    def decode(self) -> SentLayer:
+        """The pairs.
+
+        Raises:
+            WireError: the data are not what the codec makes.
+        """
+        groups = decode_groups(self.entry, self.data, self.keep_GN, self.layout)
+        return SentLayer(keep_GN=self.keep_GN, groups=groups)
 
 
 class FrameReader:
-    """Reads one frame.
-
-    Attributes:
-        count: bytes read from the socket so far.
-    """
+    """Reads one frame."""
 
     def __init__(self, link: socket.socket) -> None:
-        self.count = 0
         self._link = link
         self._hash = hashlib.new(HASH)
 
     def opening(self) -> Opening | None:
-        """Read the fixed part; None if the peer closed the connection between frames.
+        """Read a head; None if the peer closed the connection between frames.
 
         Raises:
             WireError: not a frame of this version, or truncated.
@@ -77,37 +119,31 @@ class FrameReader:
         if got < HEAD.size:
             raise WireError(f"truncated frame: {got} of {HEAD.size} header bytes came")
         self._hash.update(raw)
-        self.count += got
         return parse_opening(bytes(raw))
 
-    def body(self, opening: Opening, layout: Layout) -> dict[int, SentLayer]:
-        """Read what follows an opening that must match ``layout``.
+    def part(self, entry: Entry, layout: Layout) -> RawPart:
+        """Read the next part, which must be of this layer.
+
+        Prefill may compute for as long as it likes before it; once begun, it must not stop.
 
         Raises:
-            WireError: anything differs from the layout or from the hash, or the frame is
-                truncated. Nothing is allocated before its length has been checked, and nothing is
-                decoded before the hash has.
+            WireError: anything differs from the layout or from the hash, or the part is truncated.
+                Nothing is allocated before its length has been checked.
         """
-        check_opening(opening, layout)
-        table = bytearray(ENTRY.size * len(layout.entries))
-        self._read(table)
-        sizes = check_table(bytes(table), opening, layout)
-        raw = [
-            self._layer(entry, data_bytes, layout)
-            for entry, data_bytes in zip(layout.entries, sizes, strict=True)
-        ]
+        raw = bytearray(ENTRY.size)
+        self._link.settimeout(None)
+        self._read(raw)
+        self._link.settimeout(PART_TIMEOUT_S)
+        data_bytes = check_entry(bytes(raw), entry)
+        keep_GN, data = self._payload(entry, data_bytes, layout)
         wanted, found = self._hash.digest(), bytearray(HASH_BYTES)
         self._read(found)
         if found != wanted:
             raise WireError("the frame's hash does not fit its bytes: they changed on the way")
-        layers = {}
-        for entry in layout.entries:
-            keep_GN, data = raw.pop(0)  # its bytes are freed as soon as they are decoded
-            groups = decode_groups(entry, data, keep_GN, layout)
-            layers[entry.layer] = SentLayer(keep_GN=keep_GN, groups=groups)
-        return layers
+        count = ENTRY.size + entry.mask_bytes + data_bytes + HASH_BYTES
+        return RawPart(entry=entry, layout=layout, keep_GN=keep_GN, data=data, count=count)
 
-    def _layer(self, entry: Entry, data_bytes: int, layout: Layout) -> tuple[Tensor, Tensor]:
+    def _payload(self, entry: Entry, data_bytes: int, layout: Layout) -> tuple[Tensor, Tensor]:
         G, N = entry.num_heads, layout.tokens
         if entry.static_GN is None:
             mask = torch.empty(entry.mask_bytes, dtype=torch.uint8)
@@ -126,7 +162,6 @@ class FrameReader:
         """Fill a buffer, and add it to the hash."""
         _fill_all(self._link, buffer)
         self._hash.update(buffer)
-        self.count += memoryview(buffer).nbytes
 
 
 def send_answer(link: socket.socket, problem: str | None) -> None:
@@ -139,7 +174,8 @@ def read_answer(link: socket.socket) -> None:
     """Wait for the receiver's word.
 
     Raises:
-        WireError: the frame was refused, with the receiver's reason, or the connection ended.
+        Refused: the frame was, with the receiver's reason.
+        WireError: the connection ended.
     """
     raw = bytearray(ANSWER.size)
     _fill_all(link, raw)
@@ -147,7 +183,7 @@ def read_answer(link: socket.socket) -> None:
     text = bytearray(length)
     _fill_all(link, text)
     if status:
-        raise WireError(f"decode refused the handover: {text.decode(errors='replace')}")
+        raise Refused(f"decode refused the handover: {text.decode(errors='replace')}")
 
 
 def _fill_all(link: socket.socket, buffer: Buffer) -> None:

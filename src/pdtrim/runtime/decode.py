@@ -65,6 +65,7 @@ class DecodeProcess:
         requests: list[Message] = order["requests"]
         started = time.perf_counter()
         caches, received = self.caches(requests, order["max_new_tokens"])
+        ready_at = time.monotonic()
         sampler = Sampler(Sampling(**order["sampling"]), len(requests))
         stop = set(order["stop"])
         running = set(range(len(requests)))
@@ -89,6 +90,7 @@ class DecodeProcess:
             "done",
             bytes=received,
             cache_bytes=cache_bytes,
+            ready_at=ready_at,
             decode_s=time.perf_counter() - started,
         )
 

@@ -1,23 +1,38 @@
-"""The prefill process: runs prompts and ships their pruned KV cache to decode."""
+"""The prefill process: runs prompts and ships their pruned KV cache to decode, layer by layer."""
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from pdtrim.errors import WireError
-from pdtrim.kv.frame import Layout, SentLayer
-from pdtrim.kv.policy import HandoverPolicy, select
-from pdtrim.kv.wire import read_answer, send_frame
+from pdtrim.kv.wire import Refused, read_answer
 from pdtrim.models.checkpoint import load_stage
 from pdtrim.models.model import Model
 from pdtrim.plan import PrunePlan
 from pdtrim.runtime.control import Control, Handlers, Message
+from pdtrim.runtime.sender import Sender
 from pdtrim.stage import generate
 
 HANDOVER_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HandedOver:
+    """A batch that decode has taken.
+
+    Attributes:
+        sent: bytes of each request on the wire.
+        computed_at: when prefill's last layer was done, by the clock that both stages read.
+    """
+
+    sent: list[int]
+    computed_at: float
 
 
 class PrefillProcess:
@@ -27,7 +42,6 @@ class PrefillProcess:
         self.control = control
         self.model = model
         self.plan = plan
-        self.policy = HandoverPolicy.of(plan)
         self.stream: socket.socket | None = None
 
     @property
@@ -44,6 +58,8 @@ class PrefillProcess:
     def close(self) -> None:
         """End the stream to decode."""
         if self.stream is not None:
+            with contextlib.suppress(OSError):  # wakes a thread that writes to it
+                self.stream.shutdown(socket.SHUT_RDWR)
             self.stream.close()
             self.stream = None
 
@@ -61,56 +77,82 @@ class PrefillProcess:
     def prefill(self, order: Message) -> None:
         """Run a batch of prompts and hand over each; ``tokens`` leave out the last one."""
         requests: list[Message] = order["requests"]
-        started = time.perf_counter()
-        with torch.inference_mode():
-            caches = self.run([request["tokens"] for request in requests])
-        computed = time.perf_counter()
-        sent = []
-        for request, layers in zip(requests, caches, strict=True):
-            layout = Layout.of(self.plan, self.model.dtype, len(request["tokens"]))
-            sent.append(self.ship(layout, bytes.fromhex(request["id"]), layers))
+        started = time.monotonic()
+        done = self.run(
+            [bytes.fromhex(request["id"]) for request in requests],
+            [request["tokens"] for request in requests],
+            overlap=order["overlap"],
+        )
         assert self.control is not None
         self.control.send(
             "prefilled",
-            bytes=sent,
-            prefill_s=computed - started,
-            handover_s=time.perf_counter() - computed,
+            bytes=done.sent,
+            prefill_s=done.computed_at - started,
+            handover_s=time.monotonic() - done.computed_at,
+            computed_at=done.computed_at,
         )
 
-    def run(self, prompts: list[list[int]]) -> list[dict[int, SentLayer]]:
-        """Each prompt's kept pairs by layer, after one padded batch."""
-        ids_BT = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(tokens, dtype=torch.long) for tokens in prompts], batch_first=True
-        ).to(self.model.device)
-        caches: list[dict[int, SentLayer]] = [{} for _ in prompts]
-        for layer, view in generate.prefill(self.model, ids_BT, self.plan.gates):
-            if self.control is not None:
-                self.control.check()
-            for row, tokens in enumerate(prompts):
-                own = view.row(row, len(tokens))
-                kept = select(self.policy, layer, own)
-                kept.check()
-                caches[row][layer] = SentLayer(keep_GN=kept.keep_BGN[0], groups=kept.groups)
-        return caches
+    def run(
+        self, requests: Sequence[bytes], prompts: Sequence[list[int]], *, overlap: bool = True
+    ) -> HandedOver:
+        """Run one padded batch, and send what each prompt keeps of each layer.
 
-    def ship(self, layout: Layout, request: bytes, layers: dict[int, SentLayer]) -> int:
-        """Send one frame and wait until decode has taken it; returns the bytes sent.
+        Args:
+            overlap: send a layer while the next ones are computed; else behind the last one.
 
         Raises:
-            WireError: decode refused it, or is gone.
+            WireError: decode refused the frame, or is gone.
+            NotFinite: pairs that a codec cannot hold.
         """
         if self.stream is None:
             raise WireError("there is no stream to decode")
+        lengths = [len(tokens) for tokens in prompts]
+        sender = Sender(self.stream, self.model, self.plan, requests, lengths)
         try:
-            sent = send_frame(self.stream, layout, request, layers)
+            computed_at = self._compute(prompts, sender, overlap=overlap)
+            sent = sender.finish()
             read_answer(self.stream)
-        except OSError as error:
-            self.close()
-            raise WireError(f"the handover to decode broke: {error}") from error
-        except BaseException:
+        except BaseException as error:
+            said = self._refusal() if isinstance(error, OSError) else None
             self.close()  # the stream's state is unknown: the session makes a new one
+            sender.drop()
+            if isinstance(error, OSError):
+                raise said or WireError(f"the handover to decode broke: {error}") from error
             raise
-        return sent
+        return HandedOver(sent=sent, computed_at=computed_at)
+
+    @torch.inference_mode()
+    def _compute(self, prompts: Sequence[list[int]], sender: Sender, *, overlap: bool) -> float:
+        """Run the prompts and give the sender each layer; returns when the last one was done."""
+        ids_BT = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(tokens, dtype=torch.long) for tokens in prompts], batch_first=True
+        ).to(self.model.device)
+        held = []
+        for layer, view in generate.prefill(self.model, ids_BT, self.plan.gates):
+            if self.control is not None:
+                self.control.check()
+            if overlap:
+                sender.put(layer, view)
+            else:
+                held.append((layer, view))
+        if self.model.device.type == "cuda":
+            torch.cuda.current_stream(self.model.device).synchronize()
+        computed_at = time.monotonic()
+        for layer, view in held:
+            sender.put(layer, view)
+        return computed_at
+
+    def _refusal(self) -> Refused | None:
+        """Why decode closed the stream in the middle of a frame, if it said so."""
+        assert self.stream is not None
+        try:
+            self.stream.settimeout(0)
+            read_answer(self.stream)
+        except Refused as said:
+            return said
+        except (WireError, OSError):
+            pass
+        return None
 
 
 def load(control: Control, folder: str) -> PrefillProcess:

@@ -1,7 +1,8 @@
 """Decode's side of the handover: takes frames of expected requests from a stream.
 
-A frame is taken only for a request that the session announced, with the layout that the plan gives
-for its token count, and only if its hash fits. Anything else is refused with a reason, and its
+A frame is taken only for requests that the session announced, with the layout that the plan gives
+for their token counts, and only if its hashes fit. One thread reads and compares hashes; another
+decodes what came while later layers are under way. Anything else is refused with a reason, and its
 stream is closed; the session then gives both stages a new one. There is no port or path at which
 anybody else could speak to decode.
 """
@@ -12,26 +13,26 @@ import contextlib
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from pdtrim.errors import WireError
-from pdtrim.kv.frame import Layout, SentLayer
-from pdtrim.kv.wire import FrameReader, send_answer
+from pdtrim.kv.frame import HEAD, Layout, Opening, SentLayer, check_opening
+from pdtrim.kv.wire import PART_TIMEOUT_S, FrameReader, RawPart, send_answer
 from pdtrim.plan import PrunePlan
 from pdtrim.runtime.control import words_of
+from pdtrim.runtime.line import Line
 
-FRAME_TIMEOUT_S = 120.0
 DRAIN_S = 5.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Arrived:
-    """One request's KV cache."""
+    """One request's KV cache, and the bytes that crossed the socket for it."""
 
-    layers: dict[int, SentLayer]
-    frame_bytes: int
+    layers: dict[int, SentLayer] = field(default_factory=dict)
+    frame_bytes: int = HEAD.size
 
 
 class Receiver:
@@ -97,17 +98,44 @@ class Receiver:
         opening = frame.opening()
         if opening is None:
             return False
-        with self.lock:
-            tokens = self.expected.get(opening.request)
-        if tokens is None:
-            raise WireError("no such request is expected here")
-        stream.settimeout(FRAME_TIMEOUT_S)
-        layers = frame.body(opening, Layout.of(self.plan, self.dtype, tokens))
+        stream.settimeout(PART_TIMEOUT_S)
+        layouts = self._layouts(frame, opening)
+        batch = {request: Arrived() for request in layouts}
+
+        def decode(request: bytes, part: RawPart) -> None:
+            batch[request].layers[part.entry.layer] = part.decode()
+            batch[request].frame_bytes += part.count
+
+        decoding = Line(decode)
+        try:
+            for slot in range(len(self.plan.sent_layers)):
+                for request, layout in layouts.items():
+                    decoding.put(request, frame.part(layout.entries[slot], layout))
+        finally:  # what an earlier layer fails at comes before what is wrong with a later one
+            decoding.finish()
         stream.settimeout(None)
         with self.lock:
-            if self.expected.pop(opening.request, None) is not None:
-                self.arrived[opening.request] = Arrived(layers=layers, frame_bytes=frame.count)
+            for request, arrived in batch.items():
+                if self.expected.pop(request, None) is not None:
+                    self.arrived[request] = arrived
         return True
+
+    def _layouts(self, frame: FrameReader, opening: Opening) -> dict[bytes, Layout]:
+        """What the requests of a frame must look like, by their heads, which are read."""
+        layouts: dict[bytes, Layout] = {}
+        while True:
+            with self.lock:
+                tokens = self.expected.get(opening.request)
+            if tokens is None or opening.request in layouts:
+                raise WireError("no such request is expected here")
+            layouts[opening.request] = Layout.of(self.plan, self.dtype, tokens)
+            check_opening(opening, layouts[opening.request])
+            if not opening.more:
+                return layouts
+            following, more = frame.opening(), opening.more - 1
+            if following is None or following.more != more:
+                raise WireError(f"a frame whose heads do not count down: {more} should follow")
+            opening = following
 
     @staticmethod
     def _refuse(stream: socket.socket, reason: str) -> None:

@@ -40,6 +40,8 @@ class Generation:
     Attributes:
         tokens: generated ids, the stop token included if one was met.
         kv_bytes: bytes of its handover that crossed the socket.
+        exposed_handover: seconds from the end of prefill's last layer to the moment in which
+            decode could run; the same for all prompts of a batch.
         stopped: whether a stop token ended it.
     """
 
@@ -47,15 +49,22 @@ class Generation:
     text: str = ""
     prompt_tokens: int = 0
     kv_bytes: int = 0
+    exposed_handover: float = 0.0
     stopped: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds and bytes of the last batch."""
+    """Seconds and bytes of the last batch.
+
+    Attributes:
+        handover_s: from the end of prefill's last layer to decode's word that all has come.
+        exposed_handover: from there to the moment in which decode could run.
+    """
 
     prefill_s: float
     handover_s: float
+    exposed_handover: float
     decode_s: float
     cache_bytes: int
 
@@ -69,6 +78,8 @@ class Session:
     Args:
         folder: holds ``prefill`` and ``decode``.
         patience: how long to wait for a process that does not answer.
+        overlap: hand over each layer while prefill computes the next ones; else all of them behind
+            the last one, to compare with.
 
     Raises:
         ModelError: no such checkpoints.
@@ -76,13 +87,16 @@ class Session:
         RuntimeFailure: a process did not start.
     """
 
-    def __init__(self, folder: str | Path, *, patience: Patience | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, *, patience: Patience | None = None, overlap: bool = True
+    ) -> None:
         folder = Path(folder)
         configs, self.plan = read_pair(folder)
         config = configs["decode"]
         self.max_tokens = int(config.get("max_position_embeddings") or 1 << 20)
         self.vocab_size = int(config["vocab_size"])
         self.folder = folder
+        self.overlap = overlap
         self.timing: Timing | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._linked = False
@@ -164,8 +178,10 @@ class Session:
             rows, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stops
         ):
             results[row].tokens.append(token)
+        assert self.timing is not None
         for result, size in zip(results, self.kv_bytes, strict=True):
             result.kv_bytes = size
+            result.exposed_handover = self.timing.exposed_handover
             result.stopped = bool(result.tokens) and result.tokens[-1] in stops
             if any(isinstance(p, str) for p in given):
                 result.text = str(self.tokenizer.decode(result.tokens, skip_special_tokens=True))
@@ -201,6 +217,7 @@ class Session:
         self.timing = Timing(
             prefill_s=self._prefilled["prefill_s"],
             handover_s=self._prefilled["handover_s"],
+            exposed_handover=event["ready_at"] - self._prefilled["computed_at"],
             decode_s=event["decode_s"],
             cache_bytes=event["cache_bytes"],
         )
@@ -250,13 +267,19 @@ class Session:
             for request, row in zip(requests, rows, strict=True)
         ]
         if not self._linked:
-            for stage, end in zip(self._stages, socket.socketpair(), strict=True):
+            for stage, end in zip(self._stages, self._link(), strict=True):
                 stage.event(stage.order("link", give=end))
         self._linked = False  # until all frames are through: there may be half a one on it
         self.decode.event(self.decode.order("expect", requests=requests))
-        self._prefilled = self.prefill.event(self.prefill.order("prefill", requests=prompts))
+        self._prefilled = self.prefill.event(
+            self.prefill.order("prefill", requests=prompts, overlap=self.overlap)
+        )
         self._linked = True
         return requests
+
+    def _link(self) -> tuple[socket.socket, socket.socket]:
+        """Prefill's and decode's end of a new stream."""
+        return socket.socketpair()
 
     def _stops(self, stop_ids: Sequence[int] | None) -> list[int]:
         given = self.stop_ids if stop_ids is None else stop_ids
