@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from pdtrim.verbs.plan import PlanConfig, make_plan
     from pdtrim.verbs.roi import RoiConfig, estimate_roi
     from pdtrim.verbs.serve import serve_pair
+    from pdtrim.verbs.watch import WatchConfig, watch_log, watch_requests
 
 __all__ = [
     "AblationConfig",
@@ -81,6 +82,7 @@ __all__ = [
     "TrainConfig",
     "TrimPlan",
     "Trimmed",
+    "WatchConfig",
     "assess",
     "bench_codecs",
     "bench_forward",
@@ -104,6 +106,8 @@ __all__ = [
     "serve_pair",
     "sweep_kv",
     "train",
+    "watch_log",
+    "watch_requests",
 ]
 
 _HOMES = {
@@ -158,6 +162,9 @@ _HOMES = {
     "run_demo": "pdtrim.demo",
     "serve_pair": "pdtrim.verbs.serve",
     "sweep_kv": "pdtrim.verbs.measure",
+    "WatchConfig": "pdtrim.verbs.watch",
+    "watch_log": "pdtrim.verbs.watch",
+    "watch_requests": "pdtrim.verbs.watch",
 }
 
 
