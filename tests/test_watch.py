@@ -1,5 +1,8 @@
 """Replayed requests: what is measured, which are picked, what is told of them, and drift."""
 
+import difflib
+import inspect
+import itertools
 import json
 import threading
 import urllib.request
@@ -13,6 +16,7 @@ from typer.testing import CliRunner
 from helpers import make_plan, tiny_model
 from pdtrim.bundle import TrimPlan
 from pdtrim.cli import app
+from pdtrim.demo import _squad
 from pdtrim.errors import ModelError, PdtrimError
 from pdtrim.evaluate.handover import loopback_bytes
 from pdtrim.evaluate.quality import measure_quality
@@ -302,3 +306,25 @@ def test_an_old_log_is_left_out_without_backlog(plan, tmp_path):
         watch_log(plan, log, replace(CONFIG, backlog=False, port=0), say=said.append, wait=look)
     assert 'watch_requests_total{plan="' in pages[0] and "} 0.0" in pages[0]
     assert "drift is not tested" in said[1]
+
+
+@pytest.mark.slow
+def test_english_that_turns_into_code_is_drift_of_a_real_model(smollm2, smollm2_folder, tmp_path):
+    """A plan that lost prefill blocks, judged on English: other English is borne, code is not."""
+    plan = make_plan(smollm2, Gates.removing(30, prefill={9, 13, 17, 21, 25}))
+    plan.save(tmp_path / "plan.json")
+    config = replace(CONFIG, model=str(smollm2_folder), answer_tokens=32, worse=1.2)
+    texts = [text[:500] for text in itertools.islice(_squad(), 100)]
+
+    def rows(found, hour):
+        return [{"prompt": text, "time": hour * HOUR} for text in found]
+
+    judged = write(tmp_path / "judged", rows(texts[:25], 0))
+    reference = tmp_path / "reference.json"
+    reference.write_text(json.dumps(watch_requests(tmp_path / "plan.json", judged, config)))
+    source = inspect.getsource(difflib)
+    code = [source[at : at + 500] for at in range(0, 25 * 500, 500)]
+    log = write(tmp_path / "log", [*rows(texts[50:75], 0), *rows(code, 1)])
+    config = replace(config, reference=str(reference))
+    found = watch_requests(tmp_path / "plan.json", log, config)
+    assert [hour["drift"] for hour in found["hours"]] == [False, True], found["hours"]

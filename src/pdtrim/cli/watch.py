@@ -58,7 +58,7 @@ def watch(
 
 def _table(found: dict[str, Any]) -> Table:
     table = Table(title="by the hour, UTC", title_justify="left", box=None)
-    table.add_column("hour")
+    table.add_column("hour", no_wrap=True)
     for name in ("requests", "KL", "agreement", "KV bytes a token", "p", "drift"):
         table.add_column(name, justify="right", no_wrap=True)
     for hour in found["hours"]:

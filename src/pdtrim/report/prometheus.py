@@ -6,8 +6,12 @@ ended; a gauge that nothing is known of has no sample.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from http.server import HTTPServer
-from typing import TYPE_CHECKING
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.watch import Hour, Watch
@@ -26,6 +30,17 @@ OF_AN_HOUR = {
     "drift": "1 if the last hour calls for a new plan, else 0.",
 }
 """Names behind ``pdtrim:watch_``, and what they are."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = 30
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing of who asks."""
 
 
 class WatchMetrics:
@@ -97,13 +112,22 @@ class WatchMetrics:
         Raises:
             PdtrimError: the address cannot be had.
         """
-        from prometheus_client import start_http_server
-
         try:
-            server, _ = start_http_server(port, addr=host, registry=self.registry)
+            server = make_server(host, port, self._answer, _Server, _Handler)
         except OSError as error:
-            raise PdtrimError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+            raise PdtrimError(f"cannot listen on {host}:{port}: {error}") from error
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         return server, f"http://{host}:{server.server_port}/metrics"
+
+    def _answer(self, environ: dict[str, Any], start: Callable[..., Any]) -> list[bytes]:
+        """Plain text, whatever is asked for.
+
+        In OpenMetrics prometheus-client (0.26) writes underscores for the colons of names.
+        """
+        found = environ["PATH_INFO"] == "/metrics"
+        kind = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")]
+        start("200 OK" if found else "404 Not Found", kind)
+        return [self.text().encode() if found else b"the metrics are on /metrics\n"]
 
     def _gauges(self) -> dict[str, tuple[str, float | None]]:
         hour, expected = self.hour, self.watch.expected
