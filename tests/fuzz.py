@@ -49,6 +49,7 @@ from pdtrim.kv.wire import FrameReader
 from pdtrim.kvfit.policy import parse_policy
 from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates, LayerKV, PrunePlan
+from pdtrim.reading.requests import RequestLog
 from pdtrim.reading.text import clean
 
 SECONDS = 20
@@ -384,6 +385,35 @@ class Texts:
             clean(text).encode()  # no half surrogate goes on
 
 
+class Requests:
+    """Logs of requests, of both forms; a line that is none is passed over."""
+
+    share = 10
+
+    def __init__(self, folder):
+        self.path, self.tokenizer = folder / "requests.log", words()
+        rows = [
+            {"prompt": "w1 w2 Grüße", "answer": "w3", "time": 1764230400.5, "id": "r1"},
+            {"prompt": [3, 4, 5], "answer": [6], "time": "2026-11-27T10:00:00Z"},
+        ]
+        vllm = (
+            "DEBUG 11-27 15:19:48 [logger.py:55] Request cmpl-a-0 details: prompt: None,"
+            " prompt_token_ids: [56, 51], prompt_embeds shape: None."
+        )
+        self.data = "".join(f"{json.dumps(row)}\n" for row in rows).encode() + f"{vllm}\n".encode()
+
+    def __call__(self, rng):
+        data = damaged(self.data, rng)
+        yield data
+        self.path.write_bytes(data)
+        for request in RequestLog(self.path).read(last=True):
+            for part in (request and request.prompt, request and request.answer):
+                if isinstance(part, str):
+                    encode(self.tokenizer, part, 64)
+                elif part is not None:
+                    same(all(type(i) is int and i >= 0 for i in part), True)
+
+
 class Policies:
     """KV policies, codecs and budgets as a user writes them."""
 
@@ -411,7 +441,20 @@ class Policies:
             parse_policy(text)
 
 
-TARGETS = (Frames, Plans, Blocks, Pairs, Models, Ggufs, Journals, Kept, Results, Texts, Policies)
+TARGETS = (
+    Frames,
+    Plans,
+    Blocks,
+    Pairs,
+    Models,
+    Ggufs,
+    Journals,
+    Kept,
+    Results,
+    Texts,
+    Requests,
+    Policies,
+)
 
 
 def words():

@@ -1,11 +1,15 @@
 """Replayed requests: what is measured, which are picked, what is told of them, and drift."""
 
+import calendar
 import difflib
+import heapq
 import inspect
 import itertools
 import json
+import textwrap
 import threading
 import urllib.request
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -311,7 +315,7 @@ def test_an_old_log_is_left_out_without_backlog(plan, tmp_path):
 @pytest.mark.slow
 def test_english_that_turns_into_code_is_drift_of_a_real_model(smollm2, smollm2_folder, tmp_path):
     """A plan that lost prefill blocks, judged on English: other English is borne, code is not."""
-    plan = make_plan(smollm2, Gates.removing(30, prefill={9, 13, 17, 21, 25}))
+    plan = make_plan(smollm2, Gates.removing(30, prefill=range(20, 26)))
     plan.save(tmp_path / "plan.json")
     config = replace(CONFIG, model=str(smollm2_folder), answer_tokens=32, worse=1.2)
     texts = [text[:500] for text in itertools.islice(_squad(), 100)]
@@ -322,8 +326,12 @@ def test_english_that_turns_into_code_is_drift_of_a_real_model(smollm2, smollm2_
     judged = write(tmp_path / "judged", rows(texts[:25], 0))
     reference = tmp_path / "reference.json"
     reference.write_text(json.dumps(watch_requests(tmp_path / "plan.json", judged, config)))
-    source = inspect.getsource(difflib)
-    code = [source[at : at + 500] for at in range(0, 25 * 500, 500)]
+    sources = [
+        inspect.getsource(module) for module in (calendar, difflib, heapq, textwrap, zipfile)
+    ]
+    code = [
+        source[at : at + 500] for source in sources for at in range(2000, 2000 + 5 * 1500, 1500)
+    ]
     log = write(tmp_path / "log", [*rows(texts[50:75], 0), *rows(code, 1)])
     config = replace(config, reference=str(reference))
     found = watch_requests(tmp_path / "plan.json", log, config)
