@@ -1,12 +1,9 @@
 """Replayed requests: what is measured, which are picked, what is told of them, and drift."""
 
-import calendar
 import difflib
-import heapq
 import inspect
 import itertools
 import json
-import textwrap
 import threading
 import urllib.request
 import zipfile
@@ -317,22 +314,20 @@ def test_english_that_turns_into_code_is_drift_of_a_real_model(smollm2, smollm2_
     """A plan that lost prefill blocks, judged on English: other English is borne, code is not."""
     plan = make_plan(smollm2, Gates.removing(30, prefill=range(20, 26)))
     plan.save(tmp_path / "plan.json")
-    config = replace(CONFIG, model=str(smollm2_folder), answer_tokens=32, worse=1.2)
-    texts = [text[:500] for text in itertools.islice(_squad(), 100)]
+    config = replace(
+        CONFIG, model=str(smollm2_folder), answer_tokens=32, worse=1.2, false_alarms=0.01
+    )
+    texts = [text[:400] for text in itertools.islice(_squad(), 100)]
 
     def rows(found, hour):
         return [{"prompt": text, "time": hour * HOUR} for text in found]
 
-    judged = write(tmp_path / "judged", rows(texts[:25], 0))
+    judged = write(tmp_path / "judged", rows(texts[:20], 0))
     reference = tmp_path / "reference.json"
     reference.write_text(json.dumps(watch_requests(tmp_path / "plan.json", judged, config)))
-    sources = [
-        inspect.getsource(module) for module in (calendar, difflib, heapq, textwrap, zipfile)
-    ]
-    code = [
-        source[at : at + 500] for source in sources for at in range(2000, 2000 + 5 * 1500, 1500)
-    ]
-    log = write(tmp_path / "log", [*rows(texts[50:75], 0), *rows(code, 1)])
+    sources = [inspect.getsource(module)[20_000:] for module in (difflib, zipfile)]
+    code = [source[at : at + 400] for source in sources for at in range(0, 10 * 800, 800)]
+    log = write(tmp_path / "log", [*rows(texts[50:70], 0), *rows(code, 1)])
     config = replace(config, reference=str(reference))
     found = watch_requests(tmp_path / "plan.json", log, config)
     assert [hour["drift"] for hour in found["hours"]] == [False, True], found["hours"]
