@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from fuzz_targets import REPOSITORY, TARGETS
+from fuzz_texts import TEXTS
 from pdtrim.errors import PdtrimError
 
 SECONDS = 20
@@ -74,7 +75,7 @@ def fuzz(inputs, seed, *, names=(), failures=None, say=print):
     """Try so many inputs over all targets; returns counts by target and the failures."""
     folder = Path(tempfile.mkdtemp(prefix="pdtrim-fuzz-"))
     counts, failed = {}, []
-    kinds = [kind for kind in TARGETS if not names or kind.__name__.lower() in names]
+    kinds = [kind for kind in TARGETS + TEXTS if not names or kind.__name__.lower() in names]
     shares = sum(kind.share for kind in kinds)
     try:
         for kind in kinds:

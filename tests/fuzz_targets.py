@@ -5,10 +5,6 @@ then reads them. For what carries a hash (frames, ranges, pairs, blocks, journal
 result must be what was written, bit by bit: anything else is a change that was accepted.
 """
 
-import contextlib
-import csv
-import gzip
-import io
 import json
 import socket
 from pathlib import Path
@@ -19,10 +15,8 @@ from gguf_files import write_gguf
 from helpers import first_last, frame_of, make_plan, tiny_model, words
 from mutations import damaged, damaged_json
 from pdtrim.bundle import TrimPlan, export
-from pdtrim.calibration.sources import read_documents
-from pdtrim.calibration.tokens import encode
 from pdtrim.engines.ranges import Form
-from pdtrim.errors import PdtrimError, WireError
+from pdtrim.errors import WireError
 from pdtrim.evaluate.compare.records import Comparison
 from pdtrim.evaluate.result import Result
 from pdtrim.exported import check_base, load_pair
@@ -33,10 +27,8 @@ from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.frame import Layout, SentLayer, check_opening
 from pdtrim.kv.groups import HeadGroup
 from pdtrim.kv.wire import FrameReader
-from pdtrim.kvfit.policy import parse_policy
 from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates, LayerKV, PrunePlan
-from pdtrim.reading.text import clean
 
 REPOSITORY = Path(__file__).parent.parent
 SETTINGS = {"model": "m", "seed": 1}
@@ -337,62 +329,14 @@ class Results:
         kind.load(self.path)
 
 
-class Texts:
-    """Calibration texts of every form, and prompts."""
-
-    share = 20
-
-    def __init__(self, folder):
-        self.folder, self.tokenizer = folder, words()
-        texts = ["w1 w2 w3", "w4\nw5", "[/INST] w6", "Grüße, 世界", '"quoted", w7']
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        table = io.StringIO()
-        csv.writer(table).writerows([["id", "text"], *([str(i), t] for i, t in enumerate(texts))])
-        self.files = {
-            "a.txt": "\n\n".join(texts).encode(),
-            "a.jsonl": lines.encode(),
-            "a.JSON": json.dumps([{"text": text} for text in texts]).encode(),
-            "a.csv": table.getvalue().encode(),
-            "a.jsonl.gz": gzip.compress(lines.encode()),
-        }
-
-    def __call__(self, rng):
-        name = rng.choice(list(self.files))
-        kinds = (damaged, damaged_json) if name == "a.JSON" else (damaged,)
-        data = rng.choice(kinds)(self.files[name], rng)
-        yield name.encode() + b"\n" + data
-        path = self.folder / name
-        path.write_bytes(data)
-        for text in read_documents(str(path)):
-            encode(self.tokenizer, text, 64)
-            clean(text).encode()  # no half surrogate goes on
-
-
-class Policies:
-    """KV policies, codecs and budgets as a user writes them."""
-
-    share = 15
-    TEXTS = (
-        "full+int4:group=64,rotate=true",
-        "streaming:first=4,last=256+fp8",
-        "snapkv:share=0.5,window=16+entropy:k_step=0.4",
-        "budget:compression=5.25,codecs=packed",
-        "first_last:first=4,last=9,layers=2+lossless",
-    )
-
-    def __call__(self, rng):
-        data = damaged(rng.choice(self.TEXTS).encode(), rng)
-        yield data
-        text = data.decode("utf-8", "surrogateescape")
-        with contextlib.suppress(PdtrimError):
-            codec = parse_codec(text)
-            same(codec.model_validate(codec.model_dump()), codec)
-        policy = parse_policy(text)
-        same(parse_policy(policy.text), policy)
-
-    def __init__(self, folder):
-        for text in self.TEXTS:
-            parse_policy(text)
-
-
-TARGETS = (Frames, Plans, Blocks, Pairs, Models, Ggufs, Journals, Kept, Results, Texts, Policies)
+TARGETS = (
+    Frames,
+    Plans,
+    Blocks,
+    Pairs,
+    Models,
+    Ggufs,
+    Journals,
+    Kept,
+    Results,
+)

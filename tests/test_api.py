@@ -78,6 +78,7 @@ OF_VERBS = {
     "eval": {"pair"},
     "roi": {"pair"},
     "serve": {"dry_run"},
+    "watch": {"target", "log", "once"},
 }
 WITHOUT_RECORD = {"demo", "export", "generate", "inspect"}
 

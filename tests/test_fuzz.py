@@ -5,11 +5,12 @@ import pytest
 import fuzz
 from fuzz import try_one
 from fuzz_targets import TARGETS, AcceptedError
+from fuzz_texts import TEXTS
 
 SHORT = 25
 
 
-@pytest.mark.parametrize("kind", TARGETS, ids=lambda kind: kind.__name__.lower())
+@pytest.mark.parametrize("kind", TARGETS + TEXTS, ids=lambda kind: kind.__name__.lower())
 def test_damaged_inputs_are_refused_or_read_and_never_taken_for_sound(kind, tmp_path):
     target = kind(tmp_path)
     for i in range(SHORT):

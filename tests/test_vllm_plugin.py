@@ -8,13 +8,14 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
+import prometheus_client
 
 from helpers import first_last, make_plan, tiny_model
 from pdtrim.bundle import export
 from pdtrim.engines.vllm import blocks, compat
 from pdtrim.engines.vllm.attention import compact, trimmed_backend
 from pdtrim.engines.vllm.cache import TrimmedManager, TrimmedSpec, register
-from pdtrim.engines.vllm.metrics import HANDOVER, Stats
+from pdtrim.engines.vllm.metrics import HANDOVER, Metrics, Stats
 from pdtrim.engines.vllm.scheduler import handover_problem
 from pdtrim.engines.vllm.stage import check_config, prefill_to_decode
 from pdtrim.errors import PlanError
@@ -301,3 +302,24 @@ def test_a_kv_gates_write_survives_compilation():
     ours, theirs = getattr(torch.ops.vllm, blocks.OP), torch.ops.vllm.unified_kv_cache_update
     assert blocks.OP in run(lambda k, v, out: ours(k, v, out, name))
     assert "unified_kv_cache_update" not in run(lambda k, v, out: theirs(k, v, name))
+
+
+@pytest.mark.parametrize("cache, size", [("auto", 4), ("bfloat16", 2)])
+def test_the_page_has_the_bytes_of_a_token(pair, cache, size):
+    """Three of four layers travel; keys and values of two heads of 8 channels."""
+    config = config_of(pair)
+    config.model_config.dtype, config.cache_config.cache_dtype = torch.float32, cache
+    made = {}
+
+    class Noted:
+        def __init__(self, name, **how):
+            self.labels = lambda *values: self
+            made[name] = self
+
+        def set(self, value):
+            self.value = value
+
+    kinds = {kind: Noted for kind in (prometheus_client.Gauge, prometheus_client.Counter)}
+    kinds[prometheus_client.Histogram] = Noted
+    Metrics(config, kinds, ["model_name"], {0: ["m"]})
+    assert made["pdtrim:kv_bytes_per_token"].value == 3 * 2 * 2 * 8 * size

@@ -73,6 +73,15 @@ def test_the_installed_command_prints_its_help(site):
     assert "Usage: pdtrim" in shown and "compare" in shown
 
 
+def test_the_installed_package_has_what_was_measured(site):
+    code = (
+        "from pdtrim.cost.kept import codec_files, kept_names\n"
+        "print(*kept_names('h100_sxm'), *(x.source for x in codec_files((), 'h100_sxm')))"
+    )
+    shown = run(sys.executable, "-c", code, cwd=site, PYTHONPATH=str(site))
+    assert "llama-3.1-8b" in shown and "codecs_202611/bench_256_3824_128.json" in shown
+
+
 def test_the_installed_package_runs_the_readmes_snippet(site, tiny_folder, tmp_path):
     (snippet,) = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     model = tmp_path / "model"

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from cost_files import codec_data, pair_metrics, plan_data, prometheus, times_data, write
 from pdtrim.cli import app
 from pdtrim.cost import worth
-from pdtrim.cost.metrics import read_servers
+from pdtrim.cost.metrics import parse, read_servers
 from pdtrim.errors import PdtrimError
 from pdtrim.verbs.assess import AssessConfig, assess
 from pdtrim.verbs.roi import RoiConfig, estimate_roi
@@ -161,6 +161,49 @@ def test_a_short_prompt_on_a_fast_link_is_not_to_be_pruned(files, tmp_path):
     assert sum(part["share"] for part in found["parts"]) == pytest.approx(1)
 
 
+RECORDED = [str(Path(__file__).parent / "recorded" / f"{x}.prom") for x in ("prefill", "decode")]
+
+
+def test_recorded_pages_of_a_served_pair_are_read():
+    """18 requests, and one that decode refused: vLLM says it was scheduled hours before it came."""
+    pages = [parse(Path(place).read_text(encoding="utf-8"), place) for place in RECORDED]
+    assert pages[1].mean("vllm:request_queue_time_seconds") < -100
+    seen = read_servers(RECORDED)
+    assert (seen.prompt, seen.model) == (1875 / 18, "m")
+    assert seen.answer == pytest.approx(288 / 19)
+    assert seen.sent_bytes == 7225344 / 18
+    assert seen.handover_s == pytest.approx(0.19131 / 18, rel=1e-3)
+    parts = (seen.queue_s, seen.prefill_s, seen.handover_s, seen.decode_s)
+    assert min(parts) > 0
+    # what both servers measured from a request's arrival to its end, HTTP and tokens beside
+    first, second = (page.mean("vllm:e2e_request_latency_seconds") for page in pages)
+    assert 0.9 * (first + second) < sum(parts) < first + second
+
+
+def test_recorded_pages_are_assessed(files):
+    found = assess(config_of(files), metrics=RECORDED)
+    shares = {part["part"]: part["share"] for part in found["parts"]}
+    assert shares["decode"] > 0.5 > shares["prefill"] > shares["handover"] > 0
+    assert found["link_gbit_s"] == pytest.approx(7225344 / 18 * 8 / found_handover(found) / 1e9)
+
+
+def found_handover(found):
+    return next(p["seconds"] for p in found["parts"] if p["part"] == "handover")
+
+
+def test_a_prefill_server_that_refused_keeps_its_sum(tmp_path):
+    """Its queue's time is below 0, and what is missing there is prefill's."""
+    places = pair_metrics(tmp_path)
+    refused = prometheus(
+        vllm__request_queue_time_seconds=-999.9, vllm__request_prefill_time_seconds=1000.4,
+        vllm__request_decode_time_seconds=0.0, vllm__request_prompt_tokens=4000,
+        vllm__request_generation_tokens=1,
+    )  # fmt: skip
+    Path(places[0]).write_text(refused)
+    seen = read_servers(places)
+    assert seen.prefill_s == pytest.approx(0.5) and seen.queue_s == pytest.approx(0.05)
+
+
 SPOILED = {
     "not metrics": ("what { is this", "no Prometheus text"),
     "nothing of vLLM": ("up 1\n", "no metrics of vLLM"),
@@ -227,7 +270,9 @@ def test_the_commands_of_the_docs_have_options_that_exist():
     text = text.replace("\\\n", " ")
     commands = typer.main.get_command(app).commands
     lines = [line.split() for line in text.splitlines() if line.startswith("pdtrim ")]
-    assert {words[1] for words in lines} == {"assess", "plan", "eval", "roi", "export", "serve"}
+    assert {words[1] for words in lines} == {
+        "assess", "plan", "eval", "roi", "export", "serve", "watch",
+    }  # fmt: skip
     for words in lines:
         known = {name for option in commands[words[1]].params for name in option.opts}
         assert {word for word in words if word.startswith("-")} <= known, words

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from pdtrim.verbs.plan import make_plan
     from pdtrim.verbs.roi import estimate_roi
     from pdtrim.verbs.serve import serve_pair
+    from pdtrim.verbs.watch import watch_log, watch_requests
 
 __all__ = [
     "PdtrimError",
@@ -62,6 +63,8 @@ __all__ = [
     "run_demo",
     "serve_pair",
     "sweep_kv",
+    "watch_log",
+    "watch_requests",
 ]
 
 _HOMES = {
@@ -85,6 +88,8 @@ _HOMES = {
     "run_demo": "pdtrim.demo",
     "serve_pair": "pdtrim.verbs.serve",
     "sweep_kv": "pdtrim.verbs.measure",
+    "watch_log": "pdtrim.verbs.watch",
+    "watch_requests": "pdtrim.verbs.watch",
 }
 
 

@@ -20,6 +20,7 @@ from pdtrim.verbs.assess import AssessConfig
 from pdtrim.verbs.distill import TrainConfig
 from pdtrim.verbs.plan import PlanConfig
 from pdtrim.verbs.roi import RoiConfig
+from pdtrim.verbs.watch import WatchConfig
 
 __all__ = [
     "AblationConfig",
@@ -37,4 +38,5 @@ __all__ = [
     "SweepConfig",
     "TrainConfig",
     "TransferConfig",
+    "WatchConfig",
 ]

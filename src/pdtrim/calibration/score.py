@@ -14,11 +14,13 @@ class Score:
         recall: what answers lost (``calibration/recall.py``), nats a token; None where it is not
             measured.
         weight: of recall in the loss.
+        kls: of each sequence, where they are kept.
     """
 
     kl: float
     recall: float | None = None
     weight: float = 0.0
+    kls: tuple[float, ...] = ()
 
     @property
     def loss(self) -> float:

@@ -9,9 +9,8 @@ from pdtrim.cost.pair import PairCost
 from pdtrim.cost.times import StageTimes
 from pdtrim.errors import PdtrimError
 
-STAGES = Path(__file__).parent / "measured" / "stages_202611"
-CODECS = Path(__file__).parents[3] / "benchmarks" / "codec_h100_202611"
-"""In a checkout only; who has the wheel alone names files."""
+MEASURED = Path(__file__).parent / "measured"
+STAGES, CODECS = MEASURED / "stages_202611", MEASURED / "codecs_202611"
 CODECS_SYSTEM = "h100"
 AICONFIGURATOR = "aiconfigurator:"
 

@@ -3,6 +3,12 @@
 Read from files, or from loopback. A server whose requests end after one token is prefill. vLLM's
 queue time of a decode server ends when the request is scheduled, which is behind the handover:
 what is left of it without the handover is the queue.
+
+vLLM (0.32) counts a request that ends before it is scheduled, such as one that is refused, as
+scheduled at 0 on the machine's clock: hours are taken from the queue's time and given to
+prefill's. Their sum is right. So of a decode server only the sum is read, and its first step taken
+to last as long as a later one; of a prefill server whose queue time is below 0, all of it counts as
+prefill's.
 """
 
 from __future__ import annotations
@@ -98,14 +104,17 @@ def read_servers(places: Sequence[str]) -> Seen:
             f"no handover is counted among {', '.join(places)}: neither {OWN} nor {XFER} has a"
             " count"
         )
-    waited = _need(decode, QUEUE)
+    answer, steps = _need(decode, ANSWER), _need(decode, DECODE)
+    step = steps / (answer - 1) if answer > 1 else 0.0
+    waited = _need(decode, QUEUE) + _need(decode, PREFILL) - step
+    queue = max(0.0, _need(prefill, QUEUE))
     return Seen(
-        queue_s=_need(prefill, QUEUE) + max(0.0, waited - handover),
-        prefill_s=_need(prefill, PREFILL),
+        queue_s=queue + max(0.0, waited - handover),
+        prefill_s=_need(prefill, QUEUE) + _need(prefill, PREFILL) - queue,
         handover_s=handover,
-        decode_s=_need(decode, PREFILL) + _need(decode, DECODE),
+        decode_s=steps + step,
         prompt=_need(prefill, PROMPT),
-        answer=_need(decode, ANSWER),
+        answer=answer,
         sent_bytes=_mean(decode, BYTES),
         model=next((server.model for server in servers if server.model), None),
         source=", ".join(places),

@@ -137,7 +137,7 @@ def trained_plan(plan: PrunePlan, trained: Trained) -> TrimPlan:
     stands_for |= {("decode", made.layer): made.merged for made in trained.merged}
     before = plan.provenance.distillation
     text = trained.text if before == "none" else f"{before}; {trained.text}"
-    origin = plan.provenance.model_copy(update={"distillation": text})
+    origin = plan.provenance.model_copy(update={"distillation": text, "held_out": None})
     made = plan.model_copy(update={"gates": trained.gates, "provenance": origin})
     return TrimPlan.of(made, trained.blocks, merged=stands_for)
 

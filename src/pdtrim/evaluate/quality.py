@@ -30,10 +30,16 @@ ROWS = 4  # sequences run together
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Per-sequence means over continuation tokens, nats a token."""
+    """Per-sequence means over continuation tokens, nats a token.
+
+    Attributes:
+        same_n: the share of tokens whose likeliest one is the dense model's; None where it was not
+            kept.
+    """
 
     kl_n: Tensor
     nll_n: Tensor
+    same_n: Tensor | None = None
 
     @property
     def kl(self) -> float:
@@ -74,7 +80,7 @@ def measure_quality(
     for name, variant in variants.items():
         if variant.pair.decode.config.vocab_size != dense.config.vocab_size:
             raise PlanError(f"'{name}' and the dense model have different vocabularies")
-    rows: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in variants}
+    rows: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in variants}
     alike: dict[tuple[int, int, Gates], dict[str, HandoverPolicy]] = {}
     first: dict[tuple[int, int, Gates], Trimmed] = {}
     for name, variant in variants.items():  # those that share a prefill run it once
@@ -92,8 +98,9 @@ def measure_quality(
                     advance(len(part))
     return {
         name: Quality(
-            kl_n=finite(torch.cat([k for k, _ in parts]), f"the KL of '{name}'"),
-            nll_n=finite(torch.cat([n for _, n in parts]), f"the NLL of '{name}'"),
+            kl_n=finite(torch.cat([k for k, _, _ in parts]), f"the KL of '{name}'"),
+            nll_n=finite(torch.cat([n for _, n, _ in parts]), f"the NLL of '{name}'"),
+            same_n=torch.cat([s for _, _, s in parts]),
         )
         for name, parts in rows.items()
     }
@@ -101,13 +108,15 @@ def measure_quality(
 
 def _compare(
     dense: Model, dense_BCE: Tensor, variant: Trimmed, y_BCE: Tensor, batch: Batch
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """KL, NLL and agreement of each sequence, ``[B]``."""
     B, C = batch.continuation_BC.shape
     columns = (dense_BCE.flatten(0, 1), y_BCE.flatten(0, 1), batch.continuation_BC.flatten())
-    kl, nll = [], []
+    kl, nll, same = [], [], []
     for dense_RE, y_RE, target_R in zip(*(c.split(HEAD_ROWS) for c in columns), strict=True):
         logp_RV = F.log_softmax(dense.head(dense_RE), -1, dtype=torch.float32)
         logq_RV = F.log_softmax(variant.pair.decode.head(y_RE), -1, dtype=torch.float32)
         kl.append((logp_RV.exp() * (logp_RV - logq_RV)).sum(-1))
         nll.append(-logq_RV.gather(-1, target_R[:, None])[:, 0])
-    return tuple(torch.cat(x).view(B, C).mean(1).cpu() for x in (kl, nll))  # type: ignore[return-value]
+        same.append((logp_RV.argmax(-1) == logq_RV.argmax(-1)).float())
+    return tuple(torch.cat(x).view(B, C).mean(1).cpu() for x in (kl, nll, same))  # type: ignore[return-value]

@@ -207,7 +207,7 @@ def _judged(made: TrimPlan, problem: Problem) -> PrunePlan:
     weight = problem.target.recall if sequence_tokens(text) >= LEAST else None
     judge = HeldOut(problem.model, text, weight=weight, seed=problem.target.seed)
     score = judge.score(Trimmed.of(plan, made.pair(problem.model)))
-    held_out = HeldOutScore(kl=score.kl, recall=score.recall)
+    held_out = HeldOutScore(kl=score.kl, recall=score.recall, kls=score.kls)
     return plan.model_copy(
         update={"provenance": plan.provenance.model_copy(update={"held_out": held_out})}
     )

@@ -31,6 +31,9 @@ MAX_PLAN_BYTES = 16 * 2**20
 MAX_LAYERS, MAX_HEAD_DIM = 4096, 4096
 """Far beyond any model; a plan that claims more is damaged, and must not cost memory."""
 
+MAX_HELD_OUT = 100_000
+"""Sequences of held-out text whose KL a plan keeps at most."""
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -94,10 +97,12 @@ class HeldOutScore(Frozen):
     Attributes:
         kl: KL of continuation tokens.
         recall: NLL of answers that need the prompt.
+        kls: of each sequence, for a test of drift; empty in plans from before they were kept.
     """
 
     kl: float
     recall: float | None = None
+    kls: tuple[float, ...] = Field(default=(), max_length=MAX_HELD_OUT)
 
 
 class Provenance(Frozen):
@@ -106,7 +111,8 @@ class Provenance(Frozen):
     Attributes:
         search_kl, search_recall: of the blocks found, on the text that steered the search.
         recall_weight: of recall beside KL in what was minimised.
-        held_out: of the finished pair; None in plans from before it was measured.
+        held_out: of the finished pair; None in plans from before it was measured, and of pairs
+            that were trained since.
     """
 
     method: str

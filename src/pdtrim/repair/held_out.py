@@ -55,12 +55,13 @@ class HeldOut:
             teacher.kl(decode, self._stream(trimmed, part, trace))
             for teacher, part, trace in zip(self.teachers, self.parts, self.traces, strict=True)
         ]
-        kl = float(finite(torch.cat(kl_B), "the KL of a repair").mean())
+        kl_n = finite(torch.cat(kl_B), "the KL of a repair")
+        kl, kls = float(kl_n.mean()), tuple(kl_n.tolist())
         if self.weight is None:
-            return Score(kl=kl)
+            return Score(kl=kl, kls=kls)
         recall_n = lost(self._answers(trimmed), self.dense_B)
         recall = float(finite(recall_n, "the recall of a repair").mean())
-        return Score(kl=kl, recall=recall, weight=self.weight)
+        return Score(kl=kl, recall=recall, weight=self.weight, kls=kls)
 
     def _answers(self, trimmed: Trimmed) -> torch.Tensor:
         """NLL of all rows' answers."""

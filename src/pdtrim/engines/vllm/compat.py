@@ -36,7 +36,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import (
     NixlPromMetrics,
 )
 from vllm.model_executor.layers.attention import Attention
-from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, direct_register_custom_op
+from vllm.utils.torch_utils import (
+    LayerNameType,
+    _encode_layer_name,
+    direct_register_custom_op,
+    kv_cache_dtype_str_to_dtype,
+)
 from vllm.v1.attention.backend import subclass_attention_backend
 from vllm.v1.core.sched.output import KVConnectorBlockState
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -70,6 +75,7 @@ __all__ = [
     "check",
     "create_metric_per_engine",
     "direct_register_custom_op",
+    "kv_cache_dtype_str_to_dtype",
     "subclass_attention_backend",
 ]
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from pdtrim.engines.pages import page_bytes
 from pdtrim.engines.vllm.compat import (
     NixlKVConnectorStats,
     NixlPromMetrics,
     create_metric_per_engine,
+    kv_cache_dtype_str_to_dtype,
 )
+from pdtrim.engines.vllm.stage import Served
 
 SENT, SKIPPED_LAYER, SKIPPED_TOKEN, SKIPPED_CODEC, HANDOVER, LOCAL, REFUSED = (
     "pdtrim_bytes_sent",
@@ -97,6 +100,14 @@ class Metrics(NixlPromMetrics):
                 for engine, values in per_engine_labelvalues.items()
             }
         self._seconds = create_metric_per_engine(seconds, per_engine_labelvalues)
+        size = self._gauge_cls(
+            name="pdtrim:kv_bytes_per_token",
+            documentation="Bytes that a token takes in decode's KV cache.",
+            multiprocess_mode="mostrecent",
+            labelnames=labelnames,
+        )
+        for gauge in create_metric_per_engine(size, per_engine_labelvalues).values():
+            gauge.set(_bytes_per_token(vllm_config))
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Count what a worker or scheduler noted."""
@@ -106,3 +117,11 @@ class Metrics(NixlPromMetrics):
                 metric[engine_idx].inc(value)
         for value in transfer_stats_data[HANDOVER]:
             self._seconds[engine_idx].observe(value)
+
+
+def _bytes_per_token(vllm_config: Any) -> int:
+    """Of the layers that decode reads; pages that vLLM pads a cache with are not counted."""
+    model = vllm_config.model_config
+    plan = Served.of(model.hf_config).plan
+    dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model)
+    return page_bytes(plan, 1, dtype.itemsize) * len(plan.sent_layers)
