@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from pdtrim.verbs.export import export_pair
     from pdtrim.verbs.measure import measure_sensitivity, run_ablation, sweep_kv
     from pdtrim.verbs.plan import PlanConfig, make_plan
+    from pdtrim.verbs.report import ReportConfig, write_report
     from pdtrim.verbs.roi import RoiConfig, estimate_roi
     from pdtrim.verbs.serve import serve_pair
 
@@ -71,6 +72,7 @@ __all__ = [
     "PlanConfig",
     "PrunePlan",
     "Quality",
+    "ReportConfig",
     "RoiConfig",
     "Sampling",
     "ServeConfig",
@@ -104,6 +106,7 @@ __all__ = [
     "serve_pair",
     "sweep_kv",
     "train",
+    "write_report",
 ]
 
 _HOMES = {
@@ -112,6 +115,8 @@ _HOMES = {
     "bench_forward": "pdtrim.bench.forward",
     "evaluate_text": "pdtrim.evaluate.run",
     "AssessConfig": "pdtrim.verbs.assess",
+    "ReportConfig": "pdtrim.verbs.report",
+    "write_report": "pdtrim.verbs.report",
     "RoiConfig": "pdtrim.verbs.roi",
     "assess": "pdtrim.verbs.assess",
     "estimate_roi": "pdtrim.verbs.roi",
