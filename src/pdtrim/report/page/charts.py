@@ -15,7 +15,7 @@ KL_FLOOR = 1e-4
 LEVELS = 8
 """Of colour in a heat map."""
 CELL, ROW, NAMES = 26.0, 30.0, 96.0
-LINE, WORDS = 24.0, 230.0
+LINE, WORDS = 24.0, 260.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,15 @@ class Tick:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A point, by the number of its row; ``best`` if no other has both less KL and fewer bytes."""
+    """A point, by the number of its row; ``best`` if no other has both less KL and fewer bytes.
+
+    Attributes:
+        below: whether its number stands below it, as every second one does.
+    """
 
     x: float
     y: float
+    below: bool
     number: int
     best: bool
     title: str
@@ -118,10 +123,12 @@ def scatter(sent: Sequence[Sent]) -> Scatter | None:
     xs = _log_scale([b for _, b, _ in shown], LEFT, WIDTH - RIGHT)
     ys = _log_scale([kl for _, _, kl in shown], HEIGHT - BOTTOM, TOP)
     best = best_rows(sent)
+    below = sorted(best, key=lambda i: sent[i].sent_bytes)[1::2]
     marks = [
         Mark(
             x=xs.at(size),
             y=ys.at(kl),
+            below=i in below,
             number=i + 1,
             best=i in best,
             title=f"{i + 1}: {sent[i].name}, {size / 1e6:.2f} MB, KL {sent[i].kl:.4f}",
@@ -205,9 +212,9 @@ class _Log:
         return self.start + share * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """1, 2 and 5 times powers of ten; powers alone where there are many."""
+        """1, 2 and 5 times powers of ten; powers alone over more than two of them."""
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        factors = (1, 2, 5) if len(powers) < 4 else (1,)
+        factors = (1, 2, 5) if self.high < 100 * self.low else (1,)
         values = [float(f"{factor}e{power}") for power in powers for factor in factors]
         return [value for value in values if self.low <= value <= self.high]
 
