@@ -48,7 +48,7 @@ def ablation(path: str, data: Any) -> Run:
     )
     facts = (("model", found.model), *machine(found.versions, found.host))
     known = tuple((name, value or "not recorded") for name, value in facts)
-    command = "pdtrim ablate MODEL -o FOLDER"
+    command = "pdtrim ablate MODEL --text FILE -o FOLDER"
     return Run(
         source=Source(path=path, kind="ablate", facts=known, command=command), tables=(table,)
     )

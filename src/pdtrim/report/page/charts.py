@@ -28,15 +28,10 @@ class Tick:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A point, by the number of its row; ``best`` if no other has both less KL and fewer bytes.
-
-    Attributes:
-        below: whether its number stands below it, as every second one does.
-    """
+    """A point, by the number of its row; ``best`` if no other has both less KL and fewer bytes."""
 
     x: float
     y: float
-    below: bool
     number: int
     best: bool
     title: str
@@ -123,12 +118,10 @@ def scatter(sent: Sequence[Sent]) -> Scatter | None:
     xs = _log_scale([b for _, b, _ in shown], LEFT, WIDTH - RIGHT)
     ys = _log_scale([kl for _, _, kl in shown], HEIGHT - BOTTOM, TOP)
     best = best_rows(sent)
-    below = sorted(best, key=lambda i: sent[i].sent_bytes)[1::2]
     marks = [
         Mark(
             x=xs.at(size),
             y=ys.at(kl),
-            below=i in below,
             number=i + 1,
             best=i in best,
             title=f"{i + 1}: {sent[i].name}, {size / 1e6:.2f} MB, KL {sent[i].kl:.4f}",

@@ -25,7 +25,10 @@ def text_result(path: str, data: Any) -> Run:
     if answers:
         kind, command = "demo", "pdtrim demo -o FOLDER"
     elif any(row.settings == "dense" for row in result.rows):
-        kind, command = "kv-sweep", f"pdtrim kv-sweep {shlex.quote(p.model)} -o FOLDER"
+        kind, command = (
+            "kv-sweep",
+            f"pdtrim kv-sweep {shlex.quote(p.model)} --text {many} -o FOLDER",
+        )
     else:
         kind, command = "eval", f"pdtrim eval PLAN --text {many} -o RESULT"
     facts = (
