@@ -3,10 +3,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fuzz lint clean
+.PHONY: demo report test fuzz lint clean
 
 demo: .venv/installed
 	$(BIN)/pdtrim demo -o out/demo
+
+# One page of the committed benchmarks; make report REPORT="plan.json roi.json" is one of other runs.
+REPORT := \
+	benchmarks/compare_smollm2_202611/20 benchmarks/compare_smollm2_202611/33 \
+	benchmarks/kv_smollm2_202611 benchmarks/pruning_smollm2_202611/blocks.md \
+	benchmarks/pruning_smollm2_202611/ablation.json \
+	benchmarks/pruning_smollm2_202611/whole_validation.json \
+	benchmarks/transfer_h100_202611/stages benchmarks/transfer_h100_202611/transfer \
+	benchmarks/codec_h100_202611/bench_256_3824_128.json benchmarks/handover_vllm_202611
+report: .venv/installed
+	$(BIN)/pdtrim report $(REPORT) -o out/report.html
 
 test: .venv/installed-test
 	$(BIN)/ruff check .

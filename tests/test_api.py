@@ -76,6 +76,7 @@ OF_VERBS = {
     "bench-codec": {"torch_path"},
     "distill": {"plan_file"},
     "eval": {"pair"},
+    "report": {"runs"},
     "roi": {"pair"},
     "serve": {"dry_run"},
     "watch": {"target", "log", "once"},

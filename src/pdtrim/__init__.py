@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pdtrim.verbs.export import export_pair
     from pdtrim.verbs.measure import measure_sensitivity, run_ablation, sweep_kv
     from pdtrim.verbs.plan import make_plan
+    from pdtrim.verbs.report import write_report
     from pdtrim.verbs.roi import estimate_roi
     from pdtrim.verbs.serve import serve_pair
     from pdtrim.verbs.watch import watch_log, watch_requests
@@ -65,6 +66,7 @@ __all__ = [
     "sweep_kv",
     "watch_log",
     "watch_requests",
+    "write_report",
 ]
 
 _HOMES = {
@@ -90,6 +92,7 @@ _HOMES = {
     "sweep_kv": "pdtrim.verbs.measure",
     "watch_log": "pdtrim.verbs.watch",
     "watch_requests": "pdtrim.verbs.watch",
+    "write_report": "pdtrim.verbs.report",
 }
 
 

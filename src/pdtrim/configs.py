@@ -19,6 +19,7 @@ from pdtrim.stage.sampling import Sampling
 from pdtrim.verbs.assess import AssessConfig
 from pdtrim.verbs.distill import TrainConfig
 from pdtrim.verbs.plan import PlanConfig
+from pdtrim.verbs.report import ReportConfig
 from pdtrim.verbs.roi import RoiConfig
 from pdtrim.verbs.watch import WatchConfig
 
@@ -30,6 +31,7 @@ __all__ = [
     "EvalConfig",
     "ForwardConfig",
     "PlanConfig",
+    "ReportConfig",
     "RoiConfig",
     "Sampling",
     "SensitivityConfig",

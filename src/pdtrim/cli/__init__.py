@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from rich.text import Text
 
-from pdtrim.cli import bench, compare, make, measure, run, serve, watch, worth
+from pdtrim.cli import bench, compare, make, measure, report, run, serve, watch, worth
 from pdtrim.cli.common import err
 from pdtrim.errors import PdtrimError, one_line
 
@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prune a language model separately for prefill and for decode, and run the pair.",
 )
-for verbs in (make, run, serve, measure, compare, bench, worth, watch):
+for verbs in (make, run, serve, measure, compare, bench, worth, report, watch):
     app.add_typer(verbs.app)
 
 
