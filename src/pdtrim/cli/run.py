@@ -81,7 +81,8 @@ def _say_timing(session: Any, as_json: bool) -> None:
         t = session.timing
         err.print(
             f"prefill {t.prefill_s:.2f} s, handover {sum(session.kv_bytes):,} bytes in"
-            f" {t.handover_s * 1000:.1f} ms, decode {t.decode_s:.2f} s with"
+            f" {t.handover_s * 1000:.1f} ms ({t.exposed_handover * 1000:.1f} ms of it behind"
+            f" prefill), decode {t.decode_s:.2f} s with"
             f" {t.cache_bytes / 2**20:.1f} MiB of KV cache",
             style="dim",
         )
