@@ -164,13 +164,21 @@ def started(system: System, folder: Path, options: argparse.Namespace) -> list[P
         prefill_args=("--load-format", "dummy", *options.stage_arg),
         decode_args=("--load-format", "dummy", *options.stage_arg),
     )
-    made = processes(config, free_port=free_port)
+    made = [uncached(process) for process in processes(config, free_port=free_port)]
     if system.ours:
         return made
     servers = [stock(process, folder / "decode", system) for process in made[:2]]
     if system.pd:
         return [*servers, made[2]]
     return servers[1:]  # both stages are whole
+
+
+def uncached(process: Process) -> Process:
+    """Without a prefix cache: the load generator sends one of its prompts twice."""
+    flag = "--no-enable-prefix-caching"
+    if process.name == "router" or flag in process.command:
+        return process
+    return replace(process, command=(*process.command, flag))
 
 
 def stock(process: Process, dense: Path, system: System) -> Process:
@@ -188,9 +196,6 @@ def stock(process: Process, dense: Path, system: System) -> Process:
             del words[at : at + 2]
     if system.page:
         words += ["--block-size", str(system.page)]
-    # random prompts share nothing: what a prefix cache would save is not measured
-    if "--no-enable-prefix-caching" not in words:
-        words.append("--no-enable-prefix-caching")
     return replace(process, command=tuple(words))
 
 
