@@ -15,7 +15,7 @@ REPORT := \
 	benchmarks/pruning_smollm2_202611/ablation.json \
 	benchmarks/pruning_smollm2_202611/whole_validation.json \
 	benchmarks/transfer_h100_202611/stages benchmarks/transfer_h100_202611/transfer \
-	benchmarks/codec_h100_202611/bench_256_3824_128.json benchmarks/handover_vllm_202611
+	src/pdtrim/cost/measured/codecs_202611/bench_256_3824_128.json benchmarks/handover_vllm_202611
 report: .venv/installed
 	$(BIN)/pdtrim report $(REPORT) -o out/report.html
 

@@ -33,6 +33,9 @@ def write_report(
         out: the file, which is replaced.
         config: :class:`ReportConfig` if not given.
 
+    Returns:
+        The page's path.
+
     Raises:
         PdtrimError: a run that is missing, damaged, too large or not understood, which is named;
             or ``out`` cannot be written.

@@ -142,6 +142,9 @@ def watch_log(
         row: takes each hour that has ended.
         wait: called between two looks with ``config.every``; what it raises ends the watch.
 
+    Returns:
+        None, once ``wait`` is interrupted.
+
     Raises:
         PdtrimError: as :func:`watch_requests`, or the address cannot be had.
     """
