@@ -116,10 +116,12 @@ class Form:
             at += data.numel()
         end = _words(at) * WORD
         room[at:end].zero_()
-        table = torch.tensor(sizes, dtype=torch.int64)
-        room[HEAD.size : self.start].view(torch.int64).copy_(table)
+        # pinned and not waited for: an engine goes on with the next step while this one runs
+        opening = torch.empty(self.start, dtype=torch.uint8, pin_memory=room.is_cuda)
         head = HEAD.pack(nonce, self.prompt_tokens, end - HEAD.size, 0)
-        room[: HEAD.size].copy_(torch.frombuffer(bytearray(head), dtype=torch.uint8))
+        opening[: HEAD.size] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+        opening[HEAD.size :].view(torch.int64).copy_(torch.tensor(sizes, dtype=torch.int64))
+        room[: self.start].copy_(opening, non_blocking=True)
         # on the device: prefill need not wait for its own encoding
         room[HEAD.size - WORD : HEAD.size].view(torch.int64).copy_(checksum(room[HEAD.size : end]))
         return end

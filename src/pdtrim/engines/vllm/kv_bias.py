@@ -53,7 +53,8 @@ class StageBias:
         k_GMD, v_GMD = kv
         device = k_GMD.device
         start, stop = (page * self.block_size for page in part.hole)
-        at_M = torch.cat((torch.arange(start), torch.arange(stop, tokens))).to(device)
+        runs = ((0, start), (stop, tokens))
+        at_M = torch.cat([torch.arange(*run, device=device) for run in runs])
         heads = len(k_GMD)
         group = HeadGroup(
             heads=tuple(range(heads)),
@@ -61,8 +62,10 @@ class StageBias:
             v_BgMD=v_GMD[None],
             positions_BgM=at_M.expand(1, heads, -1),
         )
-        there = KVBias(k_GD=bias.k_GD.to(device), v_GD=bias.v_GD.to(device))
-        moved = move(there, group, self._table(tokens, device))
+        if bias.k_GD.device != device:  # once: a copy from the host waits for the GPU
+            bias = KVBias(k_GD=bias.k_GD.to(device), v_GD=bias.v_GD.to(device))
+            self.by_layer[part.layer] = bias
+        moved = move(bias, group, self._table(tokens, device))
         return moved.k_BgMD[0], moved.v_BgMD[0]
 
     def _table(self, tokens: int, device: torch.device) -> Table:
