@@ -22,7 +22,7 @@ import pytest
 
 from helpers import make_plan
 from pdtrim.bundle import TrimPlan
-from pdtrim.evaluate.watch import Sampling, Watch
+from pdtrim.evaluate.watch import Sample, Watch
 from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates
 from pdtrim.report.prometheus import WatchMetrics
@@ -70,7 +70,7 @@ def plan(tmp_path_factory, tiny_folder):
 @pytest.fixture(scope="module")
 def known(plan, tiny_folder):
     """Names that a pair on vLLM, ``pdtrim watch`` and the rules make."""
-    sampling = Sampling(share=1, seed=0, per_hour=1, prompt_tokens=9, answer_tokens=9)
+    sampling = Sample(share=1, seed=0, per_hour=1, prompt_tokens=9, answer_tokens=9)
     model = load_model(str(tiny_folder), dtype="float32")
     watch = Watch(TrimPlan.open(plan), model, sampling, None, worse=1, false_alarms=0.1)
     pages = [*(path.read_text() for path in RECORDED), WatchMetrics(watch).text()]

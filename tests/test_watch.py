@@ -21,7 +21,7 @@ from pdtrim.demo import _squad
 from pdtrim.errors import ModelError, PdtrimError
 from pdtrim.evaluate.handover import loopback_bytes
 from pdtrim.evaluate.quality import measure_quality
-from pdtrim.evaluate.watch import Sampling
+from pdtrim.evaluate.watch import Sample
 from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates, HeldOutScore
 from pdtrim.reading.requests import Request
@@ -117,7 +117,7 @@ def test_the_same_requests_are_picked_whenever_the_log_is_read():
     keys = [Request(key=b"%d" % i, prompt=(1,)) for i in range(4000)]
 
     def picked(seed, share):
-        sampling = Sampling(share=share, seed=seed, per_hour=9, prompt_tokens=9, answer_tokens=9)
+        sampling = Sample(share=share, seed=seed, per_hour=9, prompt_tokens=9, answer_tokens=9)
         return {i for i, request in enumerate(keys) if sampling.picks(request)}
 
     assert picked(0, 0.1) == picked(0, 0.1) < picked(0, 0.3)

@@ -14,6 +14,12 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Part(BaseModel):
+    """A record of some keys of a file that another program, or another version, wrote."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
 def first_problem(error: ValidationError) -> str:
     """The first of pydantic's complaints, on one line."""
     problem = error.errors()[0]

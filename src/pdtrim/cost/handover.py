@@ -15,30 +15,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from pdtrim.cost.pair import PairCost
 from pdtrim.cost.times import Shape
 from pdtrim.errors import PdtrimError
 from pdtrim.reading.json_text import read_json
-from pdtrim.records import first_problem, shortened
+from pdtrim.records import Part, first_problem, shortened
 
 MAX_BYTES = 4 * 2**20
 
 
-class _Speed(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+class CodecSpeed(Part):
+    """A codec's row in a file of ``pdtrim bench-codec``, its speeds of raw bytes."""
+
     codec: str
     compression: float = Field(gt=0)
     encode_gb_s: float = Field(gt=0)
     decode_gb_s: float = Field(gt=0)
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+class _File(Part):
     raw_bytes: int = Field(gt=0)
     hardware: str = Field(max_length=500)
-    codecs: tuple[_Speed, ...] = Field(max_length=1000)
+    codecs: tuple[CodecSpeed, ...] = Field(max_length=1000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class CodecFile:
     source: str
     hardware: str
     raw_bytes: int
-    speeds: dict[str, _Speed]
+    speeds: dict[str, CodecSpeed]
 
     @classmethod
     def load(cls, path: str | Path, *, source: str | None = None) -> CodecFile:
@@ -135,7 +135,7 @@ def handover(
     )
 
 
-def _speed(codec: str, raw: float, files: Sequence[CodecFile]) -> tuple[CodecFile, _Speed]:
+def _speed(codec: str, raw: float, files: Sequence[CodecFile]) -> tuple[CodecFile, CodecSpeed]:
     having = [file for file in files if codec in file.speeds]
     if not having:
         where = ", ".join(file.source for file in files) or "no file for this system"

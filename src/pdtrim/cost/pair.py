@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pdtrim.errors import PlanError
 from pdtrim.reading.json_text import read_json
-from pdtrim.records import first_problem, shortened
+from pdtrim.records import Part, first_problem, shortened
 
 MAX_BYTES = 32 * 2**20
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -24,34 +24,30 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """Parameters of a codec that its short name leaves out."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class _Gates(_Part):
+class _Gates(Part):
     prefill_attention: tuple[Literal["full", "kv", "off"], ...] = Field(max_length=4096)
     prefill_mlp: tuple[bool, ...]
     decode_attention: tuple[bool, ...]
     decode_mlp: tuple[bool, ...]
 
 
-class _Rule(_Part):
+class _Rule(Part):
     selector: dict[str, Any] = Field(default_factory=lambda: {"name": "full"})
     codec: dict[str, Any] = Field(default_factory=lambda: {"name": "raw"})
 
 
-class _Model(_Part):
+class _Model(Part):
     name: str
     num_layers: int = Field(gt=0, le=4096)
     num_kv_heads: int = Field(gt=0, le=4096)
     head_dim: int = Field(gt=0, le=4096)
 
 
-class _Made(_Part):
+class _Made(Part):
     wall_s: float = Field(default=0.0, ge=0)
 
 
-class _Plan(_Part):
+class _Plan(Part):
     schema_id: Literal["pdtrim.plan/1"] = Field(alias="schema")
     model: _Model
     gates: _Gates

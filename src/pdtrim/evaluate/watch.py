@@ -60,7 +60,7 @@ class Expected:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sample:
     """Which requests are replayed.
 
     Attributes:
@@ -144,7 +144,7 @@ class Watch:
         self,
         trim: TrimPlan,
         model: Model,
-        sampling: Sampling,
+        sampling: Sample,
         expected: Expected | None,
         *,
         worse: float,

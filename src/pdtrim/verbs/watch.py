@@ -172,7 +172,7 @@ def _made(
     target: str | Path, log: str | Path, config: WatchConfig, *, end: bool
 ) -> tuple[Watch, RequestLog]:
     from pdtrim.bundle import TrimPlan
-    from pdtrim.evaluate.watch import Expected, Sampling, Watch
+    from pdtrim.evaluate.watch import Expected, Sample, Watch
     from pdtrim.exported import base_model
     from pdtrim.reading.requests import RequestLog
 
@@ -181,7 +181,7 @@ def _made(
     expected = Expected.of(trim) if config.reference is None else _read(config.reference, trim)
     requests = RequestLog(log, end=end)
     model = base_model(trim.plan, source=config.model, dtype=config.dtype, device=config.device)
-    sampling = Sampling(
+    sampling = Sample(
         share=config.share,
         seed=config.seed,
         per_hour=config.per_hour,

@@ -66,32 +66,27 @@ def trimmed_backend(backend: type) -> type:
                 vllm_config.scheduler_config.max_num_seqs,
                 vllm_config.compilation_config.max_cudagraph_capture_size or 0,
             )
-            self._table_RP: Tensor | None = None
-            self._lengths_R: Tensor | None = None
+            self._stays: tuple[Tensor, Tensor] | None = None
 
         def build(
             self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
         ) -> Any:
             common = common_attn_metadata
-            table_RP, lengths_R = compact(
+            made = compact(
                 common.block_table_tensor,
                 common.seq_lens,
                 self.kv_cache_spec.block_size,
                 nulls=self._nulls,
             )
-            # other groups share the tensors that came
-            common = common.replace(
-                block_table_tensor=self._kept("_table_RP", table_RP),
-                seq_lens=self._kept("_lengths_R", lengths_R),
+            if self._stays is None:
+                table_RP, lengths_R = (x.new_zeros(self._rows, *x.shape[1:]) for x in made)
+                self._stays = table_RP, lengths_R
+            table_RP, lengths_R = (
+                stays[: len(x)].copy_(x) for stays, x in zip(self._stays, made, strict=True)
             )
+            # other groups share the tensors that came
+            common = common.replace(block_table_tensor=table_RP, seq_lens=lengths_R)
             return super().build(0, common, fast_build)
-
-        def _kept(self, name: str, made: Tensor) -> Tensor:
-            """The same values in the rows of a tensor that stays."""
-            if getattr(self, name) is None:
-                setattr(self, name, made.new_zeros(self._rows, *made.shape[1:]))
-            rows: Tensor = getattr(self, name)[: len(made)]
-            return rows.copy_(made)
 
     return subclass_attention_backend("Trimmed", backend, TrimmedBuilder)
 

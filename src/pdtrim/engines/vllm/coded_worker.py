@@ -73,7 +73,8 @@ class CodedWorker(Worker):
         # first: what follows exports the agent with the memory that it knows
         self.nixl_wrapper.register_memory(descs, backends=self.nixl_backends)
         self._registered_descs.append(descs)
-        self._warm()
+        if self._staging.is_cuda:
+            self._warm()
         super().register_kv_caches(kv_caches)
         payload = self.xfer_handshake_metadata
         meta = msgspec.msgpack.decode(payload.agent_metadata_bytes, type=NixlAgentMetadata)

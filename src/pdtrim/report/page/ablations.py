@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
+from pdtrim.records import Part
 from pdtrim.report.page.record import Run, Source, Table
 from pdtrim.report.page.results import machine
 
 
-class _Cell(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+class _Cell(Part):
     group: str
     name: str
     seed: int
@@ -19,11 +19,10 @@ class _Cell(BaseModel):
     removed: str
 
 
-class _Ablation(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+class _Ablation(Part):
     model: str = "not recorded"
-    versions: dict[str, str] = {}
-    host: dict[str, str | int] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
+    host: dict[str, str | int] = Field(default_factory=dict)
     cells: tuple[_Cell, ...]
 
 

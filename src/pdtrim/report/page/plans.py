@@ -8,20 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from pdtrim.errors import PdtrimError
-from pdtrim.plan import STAGES, PrunePlan
-from pdtrim.reading.json_text import read_bytes, read_json
+from pdtrim.exported import plan_of
+from pdtrim.plan import PrunePlan
+from pdtrim.reading.json_text import read_bytes
 from pdtrim.report.page.record import HeatMap, Run, Source, Stages
 
-MAX_CONFIG_BYTES = 32 * 2**20
 MAX_TABLE_BYTES = 2**20
 MOST_BLOCKS, MOST_WAYS = 512, 16
 UNITS = {"recall": "NLL above dense, nats an answer"}
 KL = "KL, nats a token"
 
 
-def plan(path: str, data: Any, *, kind: str = "plan") -> Run:
-    """Of ``pdtrim.plan/1``, from a plan file or a pair."""
-    made = PrunePlan.from_json(data, source=path)
+def plan(path: str, data: Any) -> Run:
+    """Of ``pdtrim.plan/1``."""
+    return _run(path, PrunePlan.from_json(data, source=path), kind="plan")
+
+
+def _run(path: str, made: PrunePlan, *, kind: str) -> Run:
     gates, p = made.gates, made.provenance
     sent: dict[str, list[int]] = {}
     for layer in made.sent_layers:
@@ -63,19 +66,9 @@ def pair(folder: Path) -> Run:
     """Of an exported pair's folder.
 
     Raises:
-        PdtrimError: a stage's config holds no plan, or the two hold different ones.
+        PdtrimError: a stage's config was altered, or the two are not of one export.
     """
-    plans = []
-    for stage in STAGES:
-        config = folder / stage / "config.json"
-        data = read_json(config, limit=MAX_CONFIG_BYTES)
-        entry = data.get("pdtrim") if isinstance(data, dict) else None
-        if not isinstance(entry, dict) or "plan" not in entry:
-            raise PdtrimError(f"{config} was not exported by pdtrim: give a plan or a pair")
-        plans.append(entry["plan"])
-    if plans[0] != plans[1]:
-        raise PdtrimError(f"{folder}: prefill and decode hold different plans: export again")
-    return plan(str(folder), plans[0], kind="export")
+    return _run(str(folder), plan_of(folder), kind="export")
 
 
 def sensitivity(files: dict[str, Path], path: str) -> Run:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from pdtrim.cost.worth import HOURS_A_YEAR
 from pdtrim.errors import PdtrimError
+from pdtrim.records import Part
 from pdtrim.report.page.record import Case, Run, Savings, Source, Table
 
 CLOSED = "gpu_hour"
@@ -33,11 +34,7 @@ LABELS = (
 )
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class _Side(_Part):
+class _Side(Part):
     model_config = ConfigDict(frozen=True, extra="allow")
     reached: bool
     reason: str | None = None
@@ -49,11 +46,11 @@ class _Side(_Part):
         return found if isinstance(found, int | float) else None
 
 
-class _Saving(_Part):
+class _Saving(Part):
     work_cost: float = Field(ge=0)
 
 
-class _Row(_Part):
+class _Row(Part):
     input: str
     low: float | None
     high: float | None
@@ -61,7 +58,7 @@ class _Row(_Part):
     high_reason: str = ""
 
 
-class _Roi(_Part):
+class _Roi(Part):
     pair: str
     system: str
     inputs: dict[str, float]

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from pdtrim.cost.handover import CodecSpeed
+from pdtrim.records import Part
 from pdtrim.report.page.record import Run, Sent, Source, Table
+from pdtrim.report.page.results import machine
 
 MEASURED = "measured"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class _Times(_Part):
+class _Times(Part):
     median: float = Field(ge=0)
 
 
-class _Move(_Part):
+class _Move(Part):
     link: str
     name: str
     bytes: float = Field(ge=0)
@@ -27,7 +26,7 @@ class _Move(_Part):
     decode_s: _Times
 
 
-class _Transfer(_Part):
+class _Transfer(Part):
     shape: str
     tokens: int
     hardware: str
@@ -37,7 +36,7 @@ class _Transfer(_Part):
     rows: tuple[_Move, ...]
 
 
-class _Stage(_Part):
+class _Stage(Part):
     stage: Literal["prefill", "decode"]
     removed: int
     seconds: _Times
@@ -45,7 +44,7 @@ class _Stage(_Part):
     flops_faster: float
 
 
-class _Stages(_Part):
+class _Stages(Part):
     shape: str
     tokens: int
     hardware: str
@@ -54,21 +53,14 @@ class _Stages(_Part):
     rows: tuple[_Stage, ...]
 
 
-class _Speed(_Part):
-    codec: str
-    compression: float = Field(gt=0)
-    encode_gb_s: float = Field(gt=0)
-    decode_gb_s: float = Field(gt=0)
-
-
-class _Codecs(_Part):
+class _Codecs(Part):
     raw_bytes: int = Field(gt=0)
     hardware: str
     dtype: str
-    codecs: tuple[_Speed, ...]
+    codecs: tuple[CodecSpeed, ...]
 
 
-class _Pull(_Part):
+class _Pull(Part):
     prompt_tokens: int
     connector: str
     bytes: float
@@ -77,7 +69,7 @@ class _Pull(_Part):
     transfer_s: float
 
 
-class _Pulls(_Part):
+class _Pulls(Part):
     versions: dict[str, str]
     host: dict[str, str | int]
     rows: tuple[_Pull, ...]
@@ -154,8 +146,6 @@ def stages(path: str, data: Any) -> Run:
 
 def pulls(path: str, data: Any) -> Run:
     """Of a handover's measurement on vLLM."""
-    from pdtrim.report.page.results import machine
-
     found = _Pulls.model_validate(data)
     rows = [
         (
