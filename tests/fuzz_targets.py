@@ -52,6 +52,13 @@ def equal(found, wanted):
             raise AcceptedError(f"'{name}' of a damaged payload was accepted")
 
 
+def one_damaged(files, rng):
+    """One of some files and its bytes, damaged; of JSON also in what it says."""
+    path = rng.choice(list(files))
+    kinds = (damaged, damaged_json) if path.suffix == ".json" else (damaged,)
+    return path, rng.choice(kinds)(files[path], rng)
+
+
 class Frames:
     """Frames over a socket, and staged ranges of vLLM."""
 
@@ -183,8 +190,8 @@ class Pairs:
         model.tokenizer = words()
         plan = make_plan(model, Gates.removing(4, prefill={1}))
         self.folder = export(plan, model, folder / "pair")
-        self.files = sorted(path for path in self.folder.rglob("*.*") if path.is_file())
-        self.data = {path: path.read_bytes() for path in self.files}
+        files = sorted(path for path in self.folder.rglob("*.*") if path.is_file())
+        self.data = {path: path.read_bytes() for path in files}
         self.wanted = self._read()
 
     def _read(self):
@@ -197,9 +204,7 @@ class Pairs:
         }
 
     def __call__(self, rng):
-        path = rng.choice(self.files)
-        kinds = (damaged, damaged_json) if path.suffix == ".json" else (damaged,)
-        data = rng.choice(kinds)(self.data[path], rng)
+        path, data = one_damaged(self.data, rng)
         yield path.name.encode() + b"\n" + data
         path.write_bytes(data)
         try:
@@ -219,13 +224,11 @@ class Models:
         self.folder = folder / "model"
         tiny_model("qwen2", layers=2, vocab_size=64).network.save_pretrained(self.folder)
         words().save_pretrained(self.folder)
-        self.files = sorted(path for path in self.folder.iterdir() if path.is_file())
-        self.data = {path: path.read_bytes() for path in self.files}
+        files = sorted(path for path in self.folder.iterdir() if path.is_file())
+        self.data = {path: path.read_bytes() for path in files}
 
     def __call__(self, rng):
-        path = rng.choice(self.files)
-        kinds = (damaged, damaged_json) if path.suffix == ".json" else (damaged,)
-        data = rng.choice(kinds)(self.data[path], rng)
+        path, data = one_damaged(self.data, rng)
         yield path.name.encode() + b"\n" + data
         path.write_bytes(data)
         try:
