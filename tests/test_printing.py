@@ -91,6 +91,8 @@ def test_a_hostile_path_is_one_line_with_what_was_asked(verb, tmp_path, monkeypa
         "ablate": ["--text", "a.txt", "-o", tmp_path / "o"],
         "compare": ["-o", tmp_path / "o", "--methods", "none"],
         "sensitivity": ["-o", tmp_path / "o"],
+        "report": ["-o", tmp_path / "o.html"],
+        "watch": [tmp_path / "log.jsonl"],
         "roi": [
             *("--isl", "80", "--osl", "20", "--rate", "5", "--ttft", "1", "--tpot", "1"),
             *("--link-gbit-s", "9", "--gpu-hour", "2"),
