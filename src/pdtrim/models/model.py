@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from pdtrim.errors import ModelError
 from pdtrim.finite import finite
 from pdtrim.models.block import Block, Rope
+from pdtrim.models.emulated import quicken
 from pdtrim.models.families import family_of
 from pdtrim.models.rope import check_rope
 from pdtrim.plan import BaseModelRef
@@ -67,6 +68,7 @@ class Model:
     ) -> None:
         family = family_of(network.config)
         check_rope(network.config, f"'{name}'")
+        quicken(network)
         modules = list(network.model.layers)
         layers = tuple(range(len(modules))) if layers is None else layers
         assert len(layers) == len(modules)

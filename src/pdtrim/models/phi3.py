@@ -8,9 +8,9 @@ a narrower block, since it cuts the fused rows where the config's head counts sa
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from pdtrim.models.block import Block, Made, Projection
+from pdtrim.models.emulated import linear
 from pdtrim.models.mistral import MistralBlock
 
 QKV = "self_attn.qkv_proj"
@@ -31,5 +31,5 @@ class Phi3Block(MistralBlock):
 
     def _heads(self, made: Made, norm: str | None, h_BTE: Tensor) -> Tensor:
         del norm
-        x_BTF = F.linear(h_BTE, self.matrix(made).weight[self.span(made)])
+        x_BTF = linear(h_BTE, self.matrix(made).weight[self.span(made)])
         return x_BTF.unflatten(-1, (-1, self.attention.head_dim)).transpose(1, 2)

@@ -5,7 +5,8 @@ Query t sees keys 0 .. S - T + t: exactly the prompt keys that travelled, and th
 On a CPU in bf16, torch's fused kernel reaches a fraction of the speed of plain matrix products
 (54 against 900 GFLOP/s on two AVX512-BF16 cores), so there the scores are computed in query tiles
 that fit the cache and stop at the diagonal. Autograd goes through them too, six times as fast as
-through the fused kernel (256 queries, 511 keys). Everywhere else the fused kernel is used.
+through the fused kernel (256 queries, 511 keys). Everywhere else the fused kernel is used, in fp32
+where the CPU has no instructions for bf16.
 
 Shapes: B batch, H query heads, G KV heads, R = H / G, T queries, S keys, D head width.
 """
@@ -15,6 +16,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pdtrim.models.emulated import emulated
 
 TILE_SCORES = 2_000_000
 """Scores held at once by the tiled kernel: 4 MB of bf16, about a last-level cache share."""
@@ -38,8 +41,10 @@ def attend(
     queries, keys = q_BHTD.shape[2], k_BGSD.shape[2]
     if queries == 0:
         return q_BHTD
-    slow_fused = q_BHTD.device.type == "cpu" and q_BHTD.dtype == torch.bfloat16
-    if slow_fused:
+    if emulated(q_BHTD):
+        wide = (tensor.float() for tensor in (q_BHTD, k_BGSD, v_BGSD))
+        return attend(*wide, scale=scale, allowed_BTS=allowed_BTS).to(q_BHTD.dtype)
+    if q_BHTD.device.type == "cpu" and q_BHTD.dtype == torch.bfloat16:
         return _tiled(q_BHTD * scale, k_BGSD, v_BGSD, allowed_BTS)
     causal = allowed_BTS is None and queries == keys
     mask = None
