@@ -56,6 +56,7 @@ class Fleet:
     tpot_s: float
     queue_s: float
     prefill_s: float
+    front_s: float
     handover_s: float
     handover_bytes: float
     decode_kv_bytes: float
@@ -133,6 +134,7 @@ def size_fleet(service: Service, load: Load, targets: Targets, *, seed: int = 0)
         tpot_s=waits.tpot,
         queue_s=waits.prefill + waits.link + waits.decode,
         prefill_s=service.prefill_s(prompt),
+        front_s=service.times.front(prompt),
         handover_s=moved.seconds,
         handover_bytes=moved.sent_bytes,
         decode_kv_bytes=service.kv_bytes(prompt, answer) * waits.batch,

@@ -257,5 +257,8 @@ def _sources(service: Service, load: Load, config: RoiConfig) -> dict[str, str]:
         "GPUs": fleet,
         "batch": f"formula: most within --tpot and {config.memory_use:.0%} of the GPU's memory",
         "money": "formula: GPUs x 8760 h x --gpu-hour",
+        "energy": "none: give --gpu-watts"
+        if config.gpu_watts is None
+        else "formula: GPUs x 8760 h x --gpu-watts, whatever they do",
         "work": work,
     }

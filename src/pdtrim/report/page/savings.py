@@ -27,6 +27,7 @@ LABELS = (
     ("TTFT, mean, s", "ttft_s", 1.0, ".3f"),
     ("in queues, s", "queue_s", 1.0, ".3f"),
     ("in prefill, s", "prefill_s", 1.0, ".3f"),
+    ("outside the GPUs, s", "front_s", 1.0, ".3f"),
     ("in the handover, s", "handover_s", 1.0, ".4f"),
     ("handover, MB a prompt", "handover_bytes", 1e6, ",.1f"),
     ("TPOT, mean, s", "tpot_s", 1.0, ".4f"),
