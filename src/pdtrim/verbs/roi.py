@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,8 +122,8 @@ def estimate_roi(pair: str | Path, config: RoiConfig) -> dict[str, Any]:
         pair: a plan file, or an exported pair's folder.
 
     Returns:
-        Plain data: ``inputs`` and ``sources``, ``dense`` and ``pruned`` (seconds, bytes, GPUs,
-        money a year), ``saving`` with its break-even, and ``sensitivity``, the yearly saving with
+        Plain data: ``inputs``, ``options`` (what else was set), ``sources``, ``dense`` and
+        ``pruned`` (seconds, bytes, GPUs, money a year), ``saving`` with its break-even, and ``sensitivity``, the yearly saving with
         each input a quarter lower and higher.
 
     Raises:
@@ -162,6 +162,7 @@ def estimate_roi(pair: str | Path, config: RoiConfig) -> dict[str, Any]:
         "pair": str(pair),
         "system": config.system,
         "inputs": known,
+        "options": _options(config, known),
         "sources": _sources(service, load, config),
         **{name: one.to_json(gpu_hour, config.gpu_watts) for name, one in sides.items()},
         "saving": {
@@ -235,6 +236,13 @@ def _scaled(load: Load, inputs: dict[str, float]) -> Load:
         answers=tuple(max(1, round(n * answer)) for n in load.answers),
         rate=inputs["rate"],
     )
+
+
+def _options(config: RoiConfig, inputs: dict[str, float]) -> dict[str, Any]:
+    """What was set beside the pair, the system, the trace and the inputs."""
+    said = {*inputs, "system", "trace"}
+    values = {f.name: (getattr(config, f.name), f.default) for f in fields(config)}
+    return {name: v for name, (v, usual) in values.items() if name not in said and v != usual}
 
 
 def _difference(dense: Fleet | None, pruned: Fleet | None) -> int | None:
