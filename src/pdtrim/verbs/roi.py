@@ -123,8 +123,8 @@ def estimate_roi(pair: str | Path, config: RoiConfig) -> dict[str, Any]:
 
     Returns:
         Plain data: ``inputs``, ``options`` (what else was set), ``sources``, ``dense`` and
-        ``pruned`` (seconds, bytes, GPUs, money a year), ``saving`` with its break-even, and ``sensitivity``, the yearly saving with
-        each input a quarter lower and higher.
+        ``pruned`` (seconds, bytes, GPUs, money a year), ``saving`` with its break-even, and
+        ``sensitivity``, the yearly saving with each input a quarter lower and higher.
 
     Raises:
         PdtrimError: an unreadable file, a missing number, or something that is not measured.
