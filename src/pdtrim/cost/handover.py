@@ -144,7 +144,7 @@ def handover(
         coded = coding(codec, raw, layers, files)
         encode, decode = encode + coded.encode_s, decode + coded.decode_s
         sent_bytes += raw / coded.compression
-        sources[coded.source] = None
+        sources[f"{codec}: {coded.source}"] = None
     if link.bytes_per_token is not None:
         sent_bytes = link.bytes_per_token * tokens
         sources["bytes sent: --kv-bytes-per-token"] = None
@@ -193,8 +193,9 @@ def coding(codec: str, raw: float, layers: int, files: Sequence[CodecFile]) -> C
         encode_s=layers * _on_line(points, [speed.encode_gb_s for speed in speeds], layer),
         decode_s=layers * _on_line(points, [speed.decode_gb_s for speed in speeds], layer),
         compression=speeds[-1].compression,
-        source=f"{codec}: "
-        + ", ".join(f"{file.source} ({file.hardware}, {file.raw_bytes:,} bytes)" for file in read),
+        source=", ".join(
+            f"{file.source} ({file.hardware}, {file.raw_bytes:,} bytes)" for file in read
+        ),
     )
 
 
