@@ -10,6 +10,8 @@ demo: .venv/installed
 
 # One page of the committed benchmarks; make report REPORT="plan.json roi.json" is one of other runs.
 REPORT := \
+	benchmarks/predicted_202611/roi.json benchmarks/predicted_202611/pruned.json \
+	benchmarks/answers_smollm2_202611/quality.json \
 	benchmarks/compare_smollm2_202611/20 benchmarks/compare_smollm2_202611/33 \
 	benchmarks/kv_smollm2_202611 benchmarks/pruning_smollm2_202611/blocks.md \
 	benchmarks/pruning_smollm2_202611/ablation.json \

@@ -91,13 +91,18 @@ def test_eval_gives_the_same_quality_for_the_plan_and_its_pair(made, tiny_text):
     )  # fmt: skip
     by_plan = json.loads(pdtrim("eval", made / "plan.json", *options).stdout)
     out = made / "result.json"
-    by_pair = json.loads(pdtrim("eval", made / "pair", *options, "-o", out).stdout)
+    asked = ("--ask", "w1 w2 w3", "-o", out)
+    by_pair = json.loads(pdtrim("eval", made / "pair", *options, *asked).stdout)
     assert [row["name"] for row in by_plan["rows"]] == ["dense", "pdtrim"]
     for a, b in zip(by_plan["rows"], by_pair["rows"], strict=True):
         for key in ("kl", "nll", "kv_bytes", "kv_compression", "prefill_flops_ratio"):
             assert a[key] == pytest.approx(b[key], abs=1e-6)
     assert by_pair["rows"][1]["kl"] > 1e-4 and by_pair["rows"][1]["kv_compression"] > 1.5
     assert Result.load(out).provenance.sequences == 6
+    prompt = ("--prompt", "w1 w2 w3", "--max-new-tokens", 80)
+    real = json.loads(pdtrim("generate", made / "pair", *prompt, "--json").stdout)[0]["text"]
+    assert by_pair["rows"][1]["answer"] == real != by_pair["rows"][0]["answer"]
+    assert by_plan["rows"][0]["answer"] is None
 
 
 def test_bench_prints_a_ratio(tiny_folder):
@@ -140,6 +145,7 @@ MISTAKES = {
     "no pair": (("generate", "nowhere", "--prompt", "x"), "no prefill checkpoint"),
     "temperature": (("generate", "PAIR", "--prompt", "x", "--temperature", "-1"), "temperature"),
     "suite": (("eval", "PLAN", "--text", "TEXT", "--suite", "x"), "unknown suite"),
+    "ask": (("eval", "PLAN", "--tasks", "piqa", "--ask", "x"), "--ask goes with --text"),
     "limit": (("eval", "PLAN", "--text", "TEXT", "--limit", "0"), "at least 1"),
     "length": (("eval", "PLAN", "--text", "TEXT", "--prompt-tokens", "900000"), "tokens"),
     "full folder": (("export", "PLAN", "-o", "HERE", "--dtype", "float32"), "already holds"),

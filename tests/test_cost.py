@@ -10,7 +10,7 @@ import pytest
 
 from cost_files import LAYERS, SHAPE, codec_file, plan_data, service, times, times_data, write
 from pdtrim.cost.fleet import Targets, Unreachable, best_batch, size_fleet
-from pdtrim.cost.handover import handover
+from pdtrim.cost.handover import CodecFile, Link, coding, handover
 from pdtrim.cost.kept import codec_files, kept_names, stage_times
 from pdtrim.cost.load import Load, read_trace
 from pdtrim.cost.pair import PairCost, codec_name, read_pair
@@ -82,17 +82,43 @@ def test_without_parts_only_a_whole_stage_has_a_time(tmp_path):
 def test_a_handover_encodes_sends_and_decodes(tmp_path):
     shape, files = Shape(**SHAPE), [codec_file(tmp_path), codec_file(tmp_path, 10**9)]
     pair = read_pair(write(tmp_path / "p.json", plan_data()))
-    ask = {"itemsize": 2, "link_gbit_s": 8.0, "files": files}
+    ask = {"itemsize": 2, "link": Link(gbit_s=8.0), "files": files}
     made = handover(pair, shape, 1000, **ask)
     raw = LAYERS * 1000 * 2 * 2 * 16 * 2
     assert made.raw_bytes == raw and made.sent_bytes == raw / 4
     assert made.seconds == pytest.approx(raw / 10e9 + raw / 4 / 1e9 + raw / 20e9)
-    assert "codec1000000.json" in made.sources[0]  # the nearer in size
-    assert handover(pair, shape, 1000, **ask, bytes_per_token=7).sent_bytes == 7000
+    assert "codec1000000.json" in made.sources[0]
+    told = Link(gbit_s=8.0, bytes_per_token=7)
+    assert handover(pair, shape, 1000, **{**ask, "link": told}).sent_bytes == 7000
     plain = handover(PairCost.dense(LAYERS), shape, 1000, **{**ask, "files": []})
     assert plain.seconds == pytest.approx(raw / 1e9)
+    paged = Link(gbit_s=8.0, page_tokens=16, page_s=1e-5)
+    posted = handover(PairCost.dense(LAYERS), shape, 1000, **{**ask, "link": paged})
+    assert posted.held_s == posted.post_s == pytest.approx(LAYERS * 63 * 1e-5)
+    assert posted.seconds == pytest.approx(raw / 1e9 + posted.post_s)
+    assert handover(pair, shape, 1000, **{**ask, "link": paged}).post_s == 0  # one read
     with pytest.raises(PdtrimError, match="codec 'int4' is not measured"):
         handover(pair, shape, 1000, **{**ask, "files": []})
+
+
+def test_launches_of_a_codec_count_once_a_layer(tmp_path):
+    """At two sizes a layer's time is on their line; a layer of 0 bytes takes 1 ms in, 2 ms out."""
+
+    def file(size):
+        speed = {"codec": "int4", "compression": 4.0}
+        speed["encode_gb_s"] = size / (1e-3 + size / 1e12) / 1e9
+        speed["decode_gb_s"] = size / (2e-3 + size / 5e11) / 1e9
+        data = {"raw_bytes": size, "hardware": "a test's machine", "codecs": [speed]}
+        return CodecFile.load(write(tmp_path / f"{size}.json", data))
+
+    files = [file(10**9), file(10**7), file(10**8)]
+    for layer in (10**6, 3 * 10**7, 3 * 10**8, 10**10):
+        made = coding("int4", 8 * layer, 8, files)
+        assert made.encode_s == pytest.approx(8 * (1e-3 + layer / 1e12))
+        assert made.decode_s == pytest.approx(8 * (2e-3 + layer / 5e11))
+    assert "/100000000.json" in made.source and "/1000000000.json" in made.source
+    once = coding("int4", 8 * 10**7, 8, files[1:2])
+    assert once.encode_s == pytest.approx(8 * (1e-3 + 1e-5))
 
 
 LOAD = Load(prompts=(1000,), answers=(100,), rate=40.0, source="test")
@@ -114,6 +140,27 @@ def test_an_overlap_hides_its_share_of_the_handover_from_the_first_token(tmp_pat
     shown = size_fleet(service(tmp_path, dense=True, gbit_s=0.5), LOAD, targets)
     half = size_fleet(service(tmp_path, dense=True, gbit_s=0.5, overlap=0.5), LOAD, targets)
     assert shown.ttft_s - half.ttft_s == pytest.approx(shown.handover_s / 2)
+
+
+def test_what_is_outside_the_gpus_delays_the_first_token_and_takes_no_server(tmp_path):
+    own, targets = service(tmp_path, dense=True), Targets(ttft=0.3, tpot=0.01)
+    slow = replace(own, times=times(front_s=0.02, front_token_s=1e-5))
+    before, after = (size_fleet(one, LOAD, targets) for one in (own, slow))
+    assert after.gpus == before.gpus
+    assert after.ttft_s - before.ttft_s == pytest.approx(0.02 + 1000 * 1e-5)
+
+
+def test_posting_pages_holds_up_the_batch_that_decodes(tmp_path):
+    plain = service(tmp_path, dense=True)
+    paged = service(tmp_path, dense=True, page_s=1e-5)
+    held = LAYERS * 63 * 1e-5  # 1,000 tokens in pages of 16
+    more = paged.token_s(4, 1000, 100) - plain.token_s(4, 1000, 100)
+    assert more == pytest.approx(4 * held / 100)
+    load, targets = replace(LOAD, rate=1.0), Targets(ttft=5.0, tpot=0.01)
+    slow, fast = (size_fleet(one, load, targets) for one in (paged, plain))
+    assert slow.tpot_s > fast.tpot_s and slow.ttft_s > fast.ttft_s + held
+    coded = service(tmp_path, page_s=1e-5)
+    assert coded.handover(1000).post_s == 0
 
 
 def test_targets_that_one_request_misses_are_out_of_reach(tmp_path):
@@ -232,7 +279,7 @@ def test_the_kept_times_are_whole_and_found_by_the_plan(tmp_path):
         stage_times(None, "h100_sxm", replace(pair, layers=27))
     with pytest.raises(PdtrimError, match="not on --system"):
         stage_times(str(write(tmp_path / "t.json", times_data())), "h100_sxm", None)
-    assert len(codec_files((), "h100_sxm")) == 1 and codec_files((), "b200_sxm") == []
+    assert len(codec_files((), "h100_sxm")) == 2 and codec_files((), "b200_sxm") == []
 
 
 def test_the_kept_times_are_what_aiconfigurator_gives():

@@ -10,7 +10,7 @@ yaml = pytest.importorskip("yaml")
 DEPLOY = Path(__file__).parents[1] / "deploy"
 ITEMS = [
     item
-    for file in sorted(DEPLOY.glob("kubernetes/*.yaml"))
+    for file in sorted(DEPLOY.glob("kubernetes/*.yaml")) + sorted(DEPLOY.glob("watch/*.yaml"))
     for item in yaml.safe_load_all(file.read_text())
 ]
 DEPLOYMENTS = {i["metadata"]["name"].removeprefix("pdtrim-"): i for i in ITEMS
@@ -18,6 +18,7 @@ DEPLOYMENTS = {i["metadata"]["name"].removeprefix("pdtrim-"): i for i in ITEMS
 POLICIES = [item["spec"] for item in ITEMS if item["kind"] == "NetworkPolicy"]
 COMPOSE = yaml.safe_load((DEPLOY / "docker-compose.yaml").read_text())["services"]
 NAMES = ("prefill", "decode", "router")
+PODS = (*NAMES, "watch")
 KEY_OF = {"prefill": "VLLM_API_KEY", "decode": "VLLM_API_KEY", "router": "OPENAI_API_KEY"}
 
 
@@ -27,7 +28,7 @@ def pod_of(name):
     return pod, container
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PODS)
 def test_a_pod_is_restricted(name):
     """As the Pod Security Standard of that name demands, and a little more."""
     pod, container = pod_of(name)
@@ -44,13 +45,15 @@ def test_a_pod_is_restricted(name):
     assert not any("hostPath" in volume for volume in pod["volumes"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PODS)
 def test_what_a_pod_writes_has_a_bounded_place(name):
     pod, container = pod_of(name)
     volumes = {v["name"]: v for v in pod["volumes"]}
     mounts = {m["mountPath"]: m for m in container["volumeMounts"]}
-    wanted = {"/tmp"} if name == "router" else {"/tmp", "/cache", "/dev/shm"}
-    assert wanted == mounts.keys() - {"/pair"}
+    wanted = {"/tmp"} if name in ("router", "watch") else {"/tmp", "/cache", "/dev/shm"}
+    assert wanted == {path for path, mount in mounts.items() if not mount.get("readOnly")}
+    claims = [v["persistentVolumeClaim"] for v in pod["volumes"] if "persistentVolumeClaim" in v]
+    assert all(claim["readOnly"] is True for claim in claims)
     assert all("sizeLimit" in volumes[mounts[path]["name"]]["emptyDir"] for path in wanted)
     home = next(e["value"] for e in container["env"] if e["name"] == "HOME")
     assert home in wanted
@@ -59,14 +62,17 @@ def test_what_a_pod_writes_has_a_bounded_place(name):
 
 
 def test_images_are_named_by_one_digest_that_must_be_filled_in():
-    (kustomization,) = (item for item in ITEMS if item["kind"] == "Kustomization")
-    (image,) = kustomization["images"]
-    zeros = "sha256:" + "0" * 64
-    assert image["digest"] == zeros
-    for name in NAMES:
-        assert pod_of(name)[1]["image"] == f"{image['name']}@{zeros}"
-    files = {path.name for path in DEPLOY.glob("kubernetes/*.yaml")} - {"kustomization.yaml"}
-    assert set(kustomization["resources"]) == files
+    zeros, named = "sha256:" + "0" * 64, set()
+    for folder in ("kubernetes", "watch"):
+        kustomization = yaml.safe_load((DEPLOY / folder / "kustomization.yaml").read_text())
+        (image,) = kustomization["images"]
+        assert image["digest"] == zeros
+        named.add(image["name"])
+        files = {path.name for path in DEPLOY.glob(f"{folder}/*.yaml")} - {"kustomization.yaml"}
+        assert set(kustomization["resources"]) == files
+    (image,) = named
+    for name in PODS:
+        assert pod_of(name)[1]["image"] == f"{image}@{zeros}"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,13 +103,13 @@ def lets(labels, direction, other, port):
 
 
 def test_nobody_speaks_but_who_must():
-    pods = {name: DEPLOYMENTS[name]["spec"]["template"]["metadata"]["labels"] for name in NAMES}
+    pods = {name: DEPLOYMENTS[name]["spec"]["template"]["metadata"]["labels"] for name in PODS}
     pods |= {"client": {"pdtrim-client": "true"}, "stranger": {"app": "other"}}
-    ports = (22, 5600, 5601, 5699, 8000, 29000)
+    ports = (22, 5600, 5601, 5699, 8000, 9109, 29000)
     found = {
         (source, target, port)
         for source, labels in pods.items()
-        for target in NAMES
+        for target in PODS
         for port in ports
         if lets(labels, "Egress", pods[target], port)
         and lets(pods[target], "Ingress", labels, port)
@@ -115,7 +121,26 @@ def test_nobody_speaks_but_who_must():
         *(("decode", "prefill", port) for port in (5600, 5601, 5699)),
         *(("prefill", "decode", port) for port in (5601, 5699)),
     }
-    assert not lets(pods["prefill"], "Egress", {"app": "other"}, 443), "nothing is sent home"
+    for name in ("prefill", "watch"):
+        assert not lets(pods[name], "Egress", {"app": "other"}, 443), "nothing is sent home"
+
+
+def test_prometheus_finds_the_watch_and_is_let_in():
+    """By both files: the policy's port is the monitor's, and the pod's."""
+    kinds = {item["kind"]: item for item in ITEMS if item.get("metadata", {}).get("name") ==
+             "pdtrim-watch"}  # fmt: skip
+    (endpoint,) = kinds["PodMonitor"]["spec"]["podMetricsEndpoints"]
+    _, container = pod_of("watch")
+    ports = {p["name"]: p["containerPort"] for p in container["ports"]}
+    (rule,) = kinds["NetworkPolicy"]["spec"]["ingress"]
+    (peer,) = rule["from"]
+    assert peer.keys() == {"namespaceSelector", "podSelector"}, "both, of one peer"
+    assert rule["ports"] == [{"protocol": "TCP", "port": ports[endpoint["port"]]}]
+    labels = kinds["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert kinds["PodMonitor"]["spec"]["selector"]["matchLabels"] == labels
+    assert kinds["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == labels
+    assert kinds["Deployment"]["spec"]["selector"]["matchLabels"] == labels
+    assert kinds["Deployment"]["spec"]["replicas"] == 1
 
 
 @pytest.mark.parametrize("name", ["prefill", "decode"])

@@ -1,11 +1,15 @@
 """The deploy files run what ``pdtrim serve`` runs. No vLLM here."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
+import typer
 
+from pdtrim.cli import app
 from pdtrim.runtime.start import python_module
+from pdtrim.verbs.watch import WatchConfig
 from serving import commands, export_tiny, flags
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
@@ -76,6 +80,26 @@ def test_compose_runs_what_serve_runs(pair):
         assert service["environment"]["VLLM_NIXL_SIDE_CHANNEL_PORT"] == str(5600 + number)
         (device,) = service["deploy"]["resources"]["reservations"]["devices"]
         assert device["device_ids"] == [str(number)]
+
+
+def test_the_watch_is_the_verb_with_options_that_it_has():
+    """Its arguments become the record, which accepts them, and its port is the pod's."""
+    (found,) = read_yaml("watch/watch.yaml")[0]["spec"]["template"]["spec"]["containers"]
+    assert found["command"] == ["python3", "-P", "-m", "pdtrim"]
+    verb, pair, log, *words = found["args"]
+    command = typer.main.get_command(app).commands[verb]
+    given = command.make_context(verb, [pair, log, *words]).params
+    fields = {field.name for field in dataclasses.fields(WatchConfig)}
+    config = WatchConfig(**{name: value for name, value in given.items() if name in fields})
+    config.check()
+    assert (str(given["target"]), str(given["log"])) == (pair, log) and not given["once"]
+    mounts = {mount["mountPath"] for mount in found["volumeMounts"]}
+    assert {pair, str(Path(log).parent), config.model} < mounts
+    (port,) = found["ports"]
+    assert port["containerPort"] == config.port
+    assert config.host == "0.0.0.0", "its pod alone; the policy says who comes"
+    for probe in ("startupProbe", "readinessProbe"):
+        assert found[probe]["httpGet"] == {"path": "/metrics", "port": port["name"]}
 
 
 def test_kubernetes_runs_what_serve_runs(manifests, pair):

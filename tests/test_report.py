@@ -128,6 +128,17 @@ def test_a_simulated_point_has_the_gpus_that_roi_saved(tmp_path):
     assert any(case.gpus for case in made.cases)
 
 
+def test_the_page_says_the_command_that_makes_its_roi(tmp_path):
+    data = roi_data(tmp_path)
+    words = reading.read_run(str(write(tmp_path / "roi.json", json.dumps(data)))).source.command
+    for option in (
+        "--isl 1000", "--link-gbit-s 1", "--gpu-watts 700", "--kv-bytes-per-token 100",
+        f"--stages {tmp_path / 'times.json'}", f"--codecs {tmp_path / 'codec.json'}",
+    ):  # fmt: skip
+        assert option in words, option
+    assert "--quantile" not in words and words.endswith("--json > ROI")
+
+
 def test_a_way_is_best_if_none_is_better_in_both():
     points = ((8, 0.0), (2, 0.02), (3, 0.03), (3, 0.01), (3, 0.01))
     sent = [Sent(name="", sent_bytes=b, kl=kl) for b, kl in points]

@@ -155,8 +155,10 @@ class TrimPlan:
         A folder that holds something else is left alone.
 
         Raises:
-            PlanError: as :meth:`pair`, or a folder that is in use.
+            PlanError: as :meth:`pair`, an exported pair, or a folder that is in use.
         """
+        if self.exported is not None:
+            raise PlanError(f"{self.exported} is an exported pair: copy the folder instead")
         return write_pair(self.pair(model), self.plan, Path(folder))
 
 

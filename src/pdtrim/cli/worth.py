@@ -29,6 +29,7 @@ ROWS = (
     ("TTFT, mean, s", "ttft_s", "{:.3f}", SIMULATED),
     ("- in queues, s", "queue_s", "{:.3f}", SIMULATED),
     ("- in prefill, s", "prefill_s", "{:.3f}", STAGES),
+    ("- outside the GPUs, s", "front_s", "{:.3f}", STAGES),
     ("- in the handover, s", "handover_s", "{:.4f}", CODECS),
     ("handover, MB a prompt", "handover_bytes", "MB", CODECS),
     ("TPOT, mean, s", "tpot_s", "{:.4f}", STAGES),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pdtrim.cost.handover import CodecFile
+from pdtrim.cost.handover import CodecFile, coding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class Request:
         queue_s: None where nothing says it.
         gpu_prefill_s, gpu_decode_s: GPU time, shared with the batch; None where it is not known.
         raw_bytes: that a handover sends now.
+        layers: that they are of; 1, as if coded at once, where nothing says it.
         link_gbit_s: of the link, or what the handovers reached.
     """
 
@@ -32,6 +33,7 @@ class Request:
     handover_s: float
     decode_s: float
     raw_bytes: float | None
+    layers: int = 1
     link_gbit_s: float | None
     gpu_prefill_s: float | None = None
     gpu_decode_s: float | None = None
@@ -126,17 +128,15 @@ def levers(
 def _codec_savings(
     request: Request, codecs: Sequence[CodecFile]
 ) -> dict[str, tuple[float, float, str]]:
-    """Seconds saved, compression and source by codec; of several files the nearest in size."""
+    """Seconds saved, compression and source by codec."""
     size, link = request.raw_bytes, request.link_gbit_s
     if size is None or link is None:
         return {}
     found: dict[str, tuple[float, float, str]] = {}
-    for file in sorted(codecs, key=lambda file: -abs(file.raw_bytes - size)):  # the nearest last
-        for name, speed in file.speeds.items():
-            wire = size * (1 - 1 / speed.compression) * 8 / (link * 1e9)
-            coding = size / speed.encode_gb_s + size / speed.decode_gb_s
-            source = f"{file.source} ({file.hardware})"
-            found[name] = wire - coding / 1e9, speed.compression, source
+    for name in sorted({name for file in codecs for name in file.speeds}):
+        made = coding(name, size, request.layers, codecs)
+        wire = size * (1 - 1 / made.compression) * 8 / (link * 1e9)
+        found[name] = wire - made.encode_s - made.decode_s, made.compression, made.source
     return found
 
 

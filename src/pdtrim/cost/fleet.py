@@ -1,18 +1,20 @@
 """How many servers of each stage a load needs, and what it then waits for.
 
 A request passes three lines: prefill servers (a prompt at a time, encoding included), their links,
-and the places in decode's batches. Arrivals are random; the smallest fleet whose simulated time to
-the first token meets its target at the asked quantile is taken.
+and the places in decode's batches, whose steps last longer the more sequences there are. Arrivals
+are random; the smallest fleet whose simulated time to the first token meets its target at the asked
+quantile is taken.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from pdtrim.cost.load import Load
-from pdtrim.cost.queueing import poisson_arrivals, quantile, station
+from pdtrim.cost.load import Load, Requests
+from pdtrim.cost.queueing import quantile, station
 from pdtrim.cost.service import Service
 from pdtrim.errors import PdtrimError
 
@@ -54,6 +56,7 @@ class Fleet:
     tpot_s: float
     queue_s: float
     prefill_s: float
+    front_s: float
     handover_s: float
     handover_bytes: float
     decode_kv_bytes: float
@@ -66,11 +69,22 @@ class Fleet:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Waits:
+class Waits:
+    """What requests saw of a fleet.
+
+    Attributes:
+        prefill, link, decode: mean seconds in each line.
+        ttft: seconds to the first token, of each request.
+        tpot: mean seconds a token after it.
+        batch: mean sequences of a decode server.
+    """
+
     prefill: float
     link: float
     decode: float
     ttft: list[float]
+    tpot: float
+    batch: float
 
 
 def size_fleet(service: Service, load: Load, targets: Targets, *, seed: int = 0) -> Fleet:
@@ -86,7 +100,9 @@ def size_fleet(service: Service, load: Load, targets: Targets, *, seed: int = 0)
     assert load.rate is not None
     rate, prompt, answer = load.rate, load.mean_prompt, load.mean_answer
     rows, place_s = best_batch(service, prompt, answer, targets)
-    alone = Simulation(service, load, rows, place_s, seed)
+    busy = rate * (place_s + service.prefill_s(prompt))
+    count = min(MOST_REQUESTS, max(REQUESTS, int(20 * busy)))
+    alone = Simulation(service, load.drawn(count, random.Random(seed)), rows, warm=count // 10)
     prefill = int(rate * alone.prefill_mean) + 1
     decode = int(rate * place_s / rows) + 1
     if quantile(alone.empty(), targets.quantile) > targets.ttft:
@@ -105,23 +121,23 @@ def size_fleet(service: Service, load: Load, targets: Targets, *, seed: int = 0)
             prefill += max(1, prefill // 50)
         else:
             decode += max(1, decode // 50)
-    moved, batch = service.handover(prompt), _in_flight(service, rate / decode, rows, load)
-    gpus = service.times.gpus
+    moved, gpus = service.handover(prompt), service.times.gpus
     return Fleet(
         prefill_gpus=prefill * gpus,
         decode_gpus=decode * gpus,
         prefill_load=rate * alone.prefill_mean / prefill,
         decode_load=rate * place_s / rows / decode,
         batch_limit=rows,
-        batch=batch,
+        batch=waits.batch,
         ttft_s=sum(waits.ttft) / len(waits.ttft),
         ttft_quantile_s=reached,
-        tpot_s=service.step_s(batch, prompt, answer / 2),
+        tpot_s=waits.tpot,
         queue_s=waits.prefill + waits.link + waits.decode,
         prefill_s=service.prefill_s(prompt),
+        front_s=service.times.front(prompt),
         handover_s=moved.seconds,
         handover_bytes=moved.sent_bytes,
-        decode_kv_bytes=service.kv_bytes(prompt, answer) * batch,
+        decode_kv_bytes=service.kv_bytes(prompt, answer) * waits.batch,
         goodput_per_gpu=rate / ((prefill + decode) * gpus),
     )
 
@@ -131,85 +147,86 @@ def best_batch(
 ) -> tuple[int, float]:
     """The batch that serves most within the TPOT target, and the seconds a place in it is taken.
 
-    Decoding another request's cache holds up the whole batch, once for each of its places.
-
     Raises:
         Unreachable: a batch of one misses the target.
         PdtrimError: beyond what is measured.
     """
-    unpack = service.handover(prompt).decode_s
     most = min(service.rows_in_memory(prompt, answer, targets.memory_use), service.times.most_rows)
     best: tuple[int, float] | None = None
     for rows in range(1, most + 1):
-        place_s = answer * service.step_s(rows, prompt, answer / 2) + rows * unpack
+        place_s = answer * service.token_s(rows, prompt, answer)
         if place_s / answer > targets.tpot:
             continue
         if best is None or rows / place_s > best[0] / best[1]:
             best = rows, place_s
     if best is None:
-        step = service.step_s(1, prompt, answer / 2)
+        step, held = service.step_s(1, prompt, answer / 2), service.handover(prompt).held_s
         raise Unreachable(
-            f"{service.pair.source}: a token takes {step:.3g} s in a batch of one, and decoding a"
-            f" cache {unpack:.3g} s, more than --tpot {targets.tpot:g} allows"
+            f"{service.pair.source}: a token takes {step:.3g} s in a batch of one, and taking a"
+            f" cache in {held:.3g} s, more than --tpot {targets.tpot:g} allows"
         )
     return best
 
 
-def _in_flight(service: Service, rate: float, most: int, load: Load) -> float:
-    """Sequences that one decode server has at a time: arrivals times the time they stay."""
-    rows = 1.0
-    for _ in range(60):
-        step = service.step_s(rows, load.mean_prompt, load.mean_answer / 2)
-        rows += 0.5 * (min(max(rate * load.mean_answer * step, 1.0), most) - rows)
-    return rows
-
-
 class Simulation:
-    """One draw of requests, run through fleets of any size."""
+    """One run of requests through fleets of any size.
 
-    def __init__(self, service: Service, load: Load, rows: int, place_s: float, seed: int) -> None:
-        assert load.rate is not None
-        rng = random.Random(seed)
+    Args:
+        rows: places of a decode server.
+        warm: requests at the start that do not count.
+    """
+
+    def __init__(self, service: Service, requests: Requests, rows: int, *, warm: int = 0) -> None:
         prefill_s, moved = cache(service.prefill_s), cache(service.handover)
-        busy = load.rate * (place_s + service.prefill_s(load.mean_prompt))
-        count = min(MOST_REQUESTS, max(REQUESTS, int(20 * busy)))
-        self.warm = count // 10
-        drawn = load.drawn(count, rng)
-        self.rows = rows
-        self.arrivals = poisson_arrivals(load.rate, count, rng)
-        self.prefill = [prefill_s(p) + moved(p).encode_s for p, _ in drawn]
-        self.wire = [moved(p).wire_s for p, _ in drawn]
-        self.decode = [place_s * a / load.mean_answer for _, a in drawn]
-        first = service.step_s(rows, load.mean_prompt, load.mean_answer / 2)
-        hidden = service.link.overlap
+        self.service, self.rows, self.warm = service, rows, warm
+        self.arrivals, lengths, count = requests.at, requests.lengths, len(requests.at)
+        self.prompt, self.answer = (sum(column) / count for column in zip(*lengths, strict=True))
+        place_s = self.answer * service.token_s(rows, self.prompt, self.answer)
+        self.prefill = [prefill_s(p) + moved(p).encode_s for p, _ in lengths]
+        self.wire = [moved(p).wire_s for p, _ in lengths]
+        self.decode = [place_s * a / self.answer for _, a in lengths]
+        hidden, front = service.link.overlap, service.times.front
         self.rest = [
-            moved(p).decode_s + first - min(hidden * moved(p).seconds, prefill_s(p))
-            for p, _ in drawn
+            front(p) + moved(p).held_s - min(hidden * moved(p).seconds, prefill_s(p))
+            for p, _ in lengths
         ]
         self.prefill_mean = sum(self.prefill) / count
 
     def empty(self) -> list[float]:
         """Seconds to the first token where nobody waits."""
+        first = self.service.step_s(1, self.prompt, self.answer / 2)
         parts = zip(self.prefill, self.wire, self.rest, strict=True)
-        return [sum(part) for part in parts]
+        return [sum(part) + first for part in parts]
 
-    def run(self, prefill: int, decode: int) -> _Waits:
+    def run(self, prefill: int, decode: int) -> Waits:
         """What the requests see of a fleet of so many servers."""
         begun = station(self.arrivals, self.prefill, prefill)
         done = [at + s for at, s in zip(begun, self.prefill, strict=True)]
         sent = station(done, self.wire, prefill)
         there = [at + s for at, s in zip(sent, self.wire, strict=True)]
         placed = station(there, self.decode, decode * self.rows)
+        batch = self._batch(len(there) / max(there) / decode)
+        token = self.service.token_s(batch, self.prompt, self.answer)
         late = slice(self.warm, None)
 
-        def wait(starts: list[float], since: list[float]) -> float:
+        def wait(starts: list[float], since: Sequence[float]) -> float:
             pairs = list(zip(starts, since, strict=True))[late]
             return sum(start - before for start, before in pairs) / len(pairs)
 
         ends = zip(placed, self.rest, self.arrivals, strict=True)
-        return _Waits(
+        return Waits(
             prefill=wait(begun, self.arrivals),
             link=wait(sent, done),
             decode=wait(placed, there),
-            ttft=[at + rest - came for at, rest, came in ends][late],
+            ttft=[at + rest + token - came for at, rest, came in ends][late],
+            tpot=token,
+            batch=batch,
         )
+
+    def _batch(self, rate: float) -> float:
+        """Sequences that one decode server has at a time: arrivals times the time they stay."""
+        rows = 1.0
+        for _ in range(60):
+            stay = self.answer * self.service.token_s(rows, self.prompt, self.answer)
+            rows += 0.5 * (min(max(rate * stay, 1.0), self.rows) - rows)
+        return rows

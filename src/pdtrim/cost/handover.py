@@ -1,15 +1,20 @@
 """The time and the bytes of a handover: encode, send, decode, by measured codec speeds.
 
 ``pdtrim bench-codec`` writes what is read here: a codec's compression, and raw bytes a second in
-each direction, at one size of cache. Of several files the one whose size is nearest counts.
+each direction, at one size of cache. Layers are coded one by one. Measured at two sizes or more, a
+layer's time is on the line through the two that lie around its own, so that launches count once a
+layer; measured at one, it is proportional.
 
-A handover of B raw bytes takes ``B / encode + bytes sent / link + B / decode``. Layers that travel
-raw are neither encoded nor decoded. What is hidden behind prefill is the user's to say.
+A handover takes ``encoding + bytes sent / link + posting + decoding``. Layers that travel raw are
+neither encoded nor decoded, but every page of them is posted, by decode's own thread. What is
+hidden behind prefill is the user's to say.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +82,7 @@ class Handover:
 
     encode_s: float
     wire_s: float
+    post_s: float
     decode_s: float
     sent_bytes: float
     raw_bytes: float
@@ -85,7 +91,31 @@ class Handover:
     @property
     def seconds(self) -> float:
         """One after the other."""
-        return self.encode_s + self.wire_s + self.decode_s
+        return self.encode_s + self.wire_s + self.held_s
+
+    @property
+    def held_s(self) -> float:
+        """That decode answers nobody."""
+        return self.post_s + self.decode_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """What lies between the stages.
+
+    Attributes:
+        gbit_s: of each prefill server.
+        overlap: the share of a handover that is hidden behind its prefill.
+        bytes_per_token: that travel, where the user knows better than the plan.
+        page_tokens: of a page; each page of a raw layer is posted for itself.
+        page_s: seconds that posting one takes.
+    """
+
+    gbit_s: float
+    overlap: float = 0.0
+    bytes_per_token: float | None = None
+    page_tokens: int = 16
+    page_s: float = 0.0
 
 
 def handover(
@@ -94,40 +124,34 @@ def handover(
     tokens: float,
     *,
     itemsize: int,
-    link_gbit_s: float,
+    link: Link,
     files: Sequence[CodecFile],
-    bytes_per_token: float | None = None,
 ) -> Handover:
     """What handing over a prompt of ``tokens`` takes.
-
-    Args:
-        bytes_per_token: that travel, where the user knows; the codecs' time is still theirs.
 
     Raises:
         PdtrimError: a codec that none of the files has.
     """
     layer_bytes = shape.layer_pairs * itemsize
-    by_codec: dict[str, float] = {}
-    for sent in pair.sent:
-        kept = sent.kept(tokens) * layer_bytes
-        by_codec[sent.codec] = by_codec.get(sent.codec, 0.0) + kept
-    encode = decode = sent_bytes = 0.0
-    sources: list[str] = []
-    for codec, raw in by_codec.items():
+    encode = decode = sent_bytes = pages = 0.0
+    sources: dict[str, None] = {}
+    for (codec, kept), layers in Counter((s.codec, s.kept(tokens)) for s in pair.sent).items():
+        raw = layers * kept * layer_bytes
         if codec == "raw":
             sent_bytes += raw
+            pages += layers * math.ceil(kept / link.page_tokens)
             continue
-        file, speed = _speed(codec, raw, files)
-        encode += raw / (speed.encode_gb_s * 1e9)
-        decode += raw / (speed.decode_gb_s * 1e9)
-        sent_bytes += raw / speed.compression
-        sources.append(f"{codec}: {file.source} ({file.hardware}, {file.raw_bytes:,} bytes)")
-    if bytes_per_token is not None:
-        sent_bytes = bytes_per_token * tokens
-        sources.append("bytes sent: --kv-bytes-per-token")
+        coded = coding(codec, raw, layers, files)
+        encode, decode = encode + coded.encode_s, decode + coded.decode_s
+        sent_bytes += raw / coded.compression
+        sources[f"{codec}: {coded.source}"] = None
+    if link.bytes_per_token is not None:
+        sent_bytes = link.bytes_per_token * tokens
+        sources["bytes sent: --kv-bytes-per-token"] = None
     return Handover(
         encode_s=encode,
-        wire_s=sent_bytes * 8 / (link_gbit_s * 1e9),
+        wire_s=sent_bytes * 8 / (link.gbit_s * 1e9),
+        post_s=pages * link.page_s,
         decode_s=decode,
         sent_bytes=sent_bytes,
         raw_bytes=len(pair.sent) * layer_bytes * tokens,
@@ -135,13 +159,50 @@ def handover(
     )
 
 
-def _speed(codec: str, raw: float, files: Sequence[CodecFile]) -> tuple[CodecFile, CodecSpeed]:
-    having = [file for file in files if codec in file.speeds]
+@dataclass(frozen=True, kw_only=True)
+class Coding:
+    """Seconds of one cache through a codec, in both directions."""
+
+    encode_s: float
+    decode_s: float
+    compression: float
+    source: str
+
+
+def coding(codec: str, raw: float, layers: int, files: Sequence[CodecFile]) -> Coding:
+    """What ``raw`` bytes of so many layers take.
+
+    Raises:
+        PdtrimError: none of the files has the codec.
+    """
+    having = sorted(
+        (file for file in files if codec in file.speeds), key=lambda file: file.raw_bytes
+    )
     if not having:
         where = ", ".join(file.source for file in files) or "no file for this system"
         raise PdtrimError(
             f"codec '{shortened(codec)}' is not measured ({where}): run 'pdtrim bench-codec"
             f" --codec {shortened(codec)} --json' there and give its output with --codecs"
         )
-    nearest = min(having, key=lambda file: abs(math.log(file.raw_bytes / max(raw, 1.0))))
-    return nearest, nearest.speeds[codec]
+    layer, sizes = raw / layers, [file.raw_bytes for file in having]
+    above = min(max(bisect_left(sizes, layer), 1), len(sizes) - 1)
+    read = having[max(above - 1, 0) : above + 1]
+    speeds = [file.speeds[codec] for file in read]
+    points = [file.raw_bytes for file in read]
+    return Coding(
+        encode_s=layers * _on_line(points, [speed.encode_gb_s for speed in speeds], layer),
+        decode_s=layers * _on_line(points, [speed.decode_gb_s for speed in speeds], layer),
+        compression=speeds[-1].compression,
+        source=", ".join(
+            f"{file.source} ({file.hardware}, {file.raw_bytes:,} bytes)" for file in read
+        ),
+    )
+
+
+def _on_line(sizes: list[int], gb_s: list[float], layer: float) -> float:
+    """Seconds of a layer on the line through one or two measured sizes."""
+    seconds = [size / (speed * 1e9) for size, speed in zip(sizes, gb_s, strict=True)]
+    if len(sizes) == 1 or sizes[0] == sizes[1]:
+        return layer * seconds[-1] / sizes[-1]
+    slope = max(0.0, (seconds[1] - seconds[0]) / (sizes[1] - sizes[0]))
+    return max(0.0, seconds[0] + slope * (layer - sizes[0]))

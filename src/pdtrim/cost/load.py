@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pdtrim.cost.queueing import poisson_arrivals
 from pdtrim.errors import PdtrimError
 from pdtrim.reading.json_text import parse_json, read_bytes
 from pdtrim.records import MOST_TOKENS
@@ -45,9 +47,24 @@ class Load:
         """Tokens."""
         return sum(self.answers) / len(self.answers)
 
-    def drawn(self, count: int, rng: random.Random) -> list[tuple[int, int]]:
-        """Tokens of the prompt and of the answer of ``count`` requests."""
-        return rng.choices(tuple(zip(self.prompts, self.answers, strict=True)), k=count)
+    def drawn(self, count: int, rng: random.Random) -> Requests:
+        """So many of the requests, at random times of the load's rate."""
+        assert self.rate is not None
+        lengths = rng.choices(tuple(zip(self.prompts, self.answers, strict=True)), k=count)
+        return Requests(at=poisson_arrivals(self.rate, count, rng), lengths=lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requests:
+    """One run of a load.
+
+    Attributes:
+        at: seconds at which each request comes, growing.
+        lengths: tokens of its prompt and of its answer.
+    """
+
+    at: Sequence[float]
+    lengths: Sequence[tuple[int, int]]
 
 
 def read_trace(path: str | Path, rate: float | None = None) -> Load:

@@ -31,9 +31,8 @@ QUEUE, PREFILL, DECODE = (
     f"vllm:request_{part}_time_seconds" for part in ("queue", "prefill", "decode")
 )
 PROMPT, ANSWER = "vllm:request_prompt_tokens", "vllm:request_generation_tokens"
-OWN, POST, XFER = (
-    "pdtrim:handover_seconds", "vllm:nixl_post_time_seconds", "vllm:nixl_xfer_time_seconds",
-)  # fmt: skip
+OWN, XFER = "pdtrim:handover_seconds", "vllm:nixl_xfer_time_seconds"
+"""NIXL's transfer time counts from before it posts: its post time is a part of it."""
 BYTES = "vllm:nixl_bytes_transferred"
 
 
@@ -97,8 +96,7 @@ def read_servers(places: Sequence[str]) -> Seen:
         )
     handover = _mean(decode, OWN)
     if handover is None:
-        parts = _mean(decode, POST), _mean(decode, XFER)
-        handover = None if None in parts else sum(part or 0.0 for part in parts)
+        handover = _mean(decode, XFER)
     if handover is None:
         raise PdtrimError(
             f"no handover is counted among {', '.join(places)}: neither {OWN} nor {XFER} has a"

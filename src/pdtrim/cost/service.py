@@ -11,25 +11,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pdtrim.cost.handover import CodecFile, Handover, handover
+from pdtrim.cost.handover import CodecFile, Handover, Link, handover
 from pdtrim.cost.pair import PairCost
 from pdtrim.cost.times import StageTimes
 from pdtrim.errors import PdtrimError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Link:
-    """What lies between the stages.
-
-    Attributes:
-        gbit_s: of each prefill server.
-        overlap: the share of a handover that is hidden behind its prefill.
-        bytes_per_token: that travel, where the user knows better than the plan.
-    """
-
-    gbit_s: float
-    overlap: float = 0.0
-    bytes_per_token: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +49,14 @@ class Service:
         own = sum(times.step(rows, at, "attention_s") * n for at, n in contexts.items())
         return whole - attention - mlp + (own + mlp * pair.decode_mlp) / layers
 
+    def token_s(self, rows: float, prompt: float, answer: float) -> float:
+        """Of one token, halfway through its answer, in a batch that takes its handovers in.
+
+        A handover holds the whole batch up, and each of its places is filled once an answer.
+        """
+        held = rows * self.handover(prompt).held_s / answer
+        return self.step_s(rows, prompt, answer / 2) + held
+
     def handover(self, prompt: float) -> Handover:
         """Of one prompt."""
         return handover(
@@ -71,9 +64,8 @@ class Service:
             self.times.model,
             prompt,
             itemsize=self.times.itemsize,
-            link_gbit_s=self.link.gbit_s,
+            link=self.link,
             files=self.codecs,
-            bytes_per_token=self.link.bytes_per_token,
         )
 
     def kv_bytes(self, prompt: float, answer: float) -> float:

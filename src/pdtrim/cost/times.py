@@ -98,6 +98,8 @@ class StageTimes(Frozen):
         gpus: that one server has (tensor parallel).
         gpu_memory_bytes: of one GPU.
         itemsize: bytes of one number in weights and cache.
+        front_s, front_token_s: what a request spends outside the GPUs until its first token, and
+            for each token of its prompt (HTTP, router, tokenizers, polling); 0 if not measured.
     """
 
     schema_id: Literal["pdtrim.stage-times/1"] = Field(alias="schema")
@@ -107,6 +109,8 @@ class StageTimes(Frozen):
     gpu_memory_bytes: int = Field(gt=0, le=2**50)
     itemsize: int = Field(default=2, ge=1, le=4)
     model: Shape
+    front_s: float = Field(default=0.0, ge=0)
+    front_token_s: float = Field(default=0.0, ge=0)
     prefill: tuple[PrefillRow, ...] = Field(min_length=2, max_length=10_000)
     decode: tuple[DecodeRow, ...] = Field(min_length=4, max_length=10_000)
 
@@ -141,6 +145,10 @@ class StageTimes(Frozen):
     def most_rows(self) -> int:
         """Sequences of the largest measured batch."""
         return self.rows[-1]
+
+    def front(self, tokens: float) -> float:
+        """Seconds of a prompt outside the GPUs."""
+        return self.front_s + self.front_token_s * tokens
 
     def prompt(self, tokens: float, part: str = "seconds") -> float:
         """Seconds of one prompt, or of a part of it.

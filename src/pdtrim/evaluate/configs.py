@@ -61,9 +61,11 @@ class EvalConfig(_Sequences):
         limit: sequences (16 if not given), or items of a task (all).
         suite: with kv, also what decode still retrieves from the prompt.
         probes: probes of each of the suite's tasks.
+        ask: beside text, a prompt that the dense model and the pair answer, for report; both are
+            exported to a temporary folder.
 
     Raises:
-        PdtrimError: a number out of range, or an unknown suite.
+        PdtrimError: a number out of range, an unknown suite, or a prompt beside tasks.
     """
 
     text: str | None = None
@@ -75,8 +77,11 @@ class EvalConfig(_Sequences):
     limit: int | None = None
     suite: str | None = None
     probes: int = 20
+    ask: str | None = None
 
     def __post_init__(self) -> None:
+        if self.ask is not None and self.tasks:
+            raise PdtrimError("--ask goes with --text, not with --tasks")
         if min(self.prompt_tokens, self.continuation_tokens, self.sequences, self.probes) < 1:
             raise PdtrimError(
                 "prompt tokens, continuation tokens, limit and probes must be at least 1"

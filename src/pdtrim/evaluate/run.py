@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pdtrim.bundle import TrimPlan
 from pdtrim.calibration.batches import text_batch
+from pdtrim.evaluate.answers import answers_to
 from pdtrim.evaluate.configs import EvalConfig
 from pdtrim.evaluate.handover import measured_plan_bytes
 from pdtrim.evaluate.kv_suite import KvSuiteConfig, run_suite
@@ -51,6 +52,10 @@ def evaluate_text(
     variants = {"dense": Trimmed.dense(dense), name: Trimmed.of(plan, trim.pair(dense))}
     qualities = measure_quality(dense, variants, batch, progress=progress)
     metrics = _retrieval(variants, config, progress)
+    answers: dict[str, str] = {}
+    if config.ask is not None:
+        trims = {"dense": TrimPlan.dense(dense), name: trim}
+        answers = answers_to(config.ask, trims, dense, progress)
     sizes = _bytes(trim, dense, batch[:WIRE_PROMPTS], progress)
     rows = tuple(
         make_row(
@@ -61,6 +66,7 @@ def evaluate_text(
             lengths=config.lengths,
             kv_bytes=size,
             dense_kv_bytes=sizes[0],
+            answer=answers.get(row),
             metrics=metrics[row],
         )
         for row, row_plan, size in zip(("dense", name), (None, plan), sizes, strict=True)

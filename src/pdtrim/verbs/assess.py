@@ -156,6 +156,7 @@ def _of_trace(trace: str, config: AssessConfig) -> Request:
         handover_s=moved.seconds,
         decode_s=place_s,
         raw_bytes=moved.sent_bytes,
+        layers=service.times.model.layers,
         link_gbit_s=config.link_gbit_s,
         gpu_prefill_s=sum(lengths) / len(lengths) * gpus,
         gpu_decode_s=place_s / rows * gpus,
@@ -177,6 +178,7 @@ def _of_metrics(places: Sequence[str], config: AssessConfig) -> tuple[Request, s
 
     seen = read_servers(places)
     gpu: tuple[float | None, float | None] = (None, None)
+    layers = 1
     sources = dict.fromkeys(("queue", "prefill", "handover", "decode"), seen.source)
     if config.stages is not None and config.tpot is not None:
         load = Load(
@@ -188,6 +190,7 @@ def _of_metrics(places: Sequence[str], config: AssessConfig) -> tuple[Request, s
         service = _dense(replace(config, link_gbit_s=config.link_gbit_s or 1.0))
         rows, place_s = _places(service, load, config)
         gpu = service.prefill_s(load.mean_prompt), place_s / rows
+        layers = service.times.model.layers
         sources["GPU time"] = f"{service.times.source}, at the pair's mean lengths"
     link = config.link_gbit_s or _reached(seen)
     sources["link"] = "--link-gbit-s" if config.link_gbit_s else f"bytes / time, {seen.source}"
@@ -197,6 +200,7 @@ def _of_metrics(places: Sequence[str], config: AssessConfig) -> tuple[Request, s
         handover_s=seen.handover_s,
         decode_s=seen.decode_s,
         raw_bytes=seen.sent_bytes,
+        layers=layers,
         link_gbit_s=link,
         gpu_prefill_s=gpu[0],
         gpu_decode_s=gpu[1],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ class RoiConfig:
         link_gbit_s: speed of each prefill server's link to decode, in Gbit/s.
         gpu_hour: price of a GPU for an hour, in your currency.
         overlap: share of a handover that is hidden behind its prefill; vLLM's pull hides none.
+        page_tokens: tokens of a page; vLLM's default is 16.
+        page_us: microseconds that decode takes to post one page of a layer that travels raw.
         memory_use: share of a GPU's memory for weights and cache; 0.9 is vLLM's default.
         work_cost: price of the work to prune; the plan's search at gpu_hour if not given.
         gpu_watts: power that one GPU draws, for energy; none is reported if not given.
@@ -55,6 +57,8 @@ class RoiConfig:
     link_gbit_s: float | None = None
     gpu_hour: float | None = None
     overlap: float = 0.0
+    page_tokens: int = 16
+    page_us: float = 0.0
     memory_use: float = 0.9
     work_cost: float | None = None
     gpu_watts: float | None = None
@@ -74,7 +78,7 @@ class RoiConfig:
         need_positive(
             isl=self.isl, osl=self.osl, rate=self.rate, ttft=self.ttft, tpot=self.tpot,
             link_gbit_s=self.link_gbit_s, gpu_hour=self.gpu_hour, gpu_watts=self.gpu_watts,
-            kv_bytes_per_token=self.kv_bytes_per_token,
+            kv_bytes_per_token=self.kv_bytes_per_token, page_tokens=self.page_tokens,
         )  # fmt: skip
         for name in ("ttft", "tpot", "link_gbit_s", "gpu_hour"):
             if getattr(self, name) is None:
@@ -86,8 +90,10 @@ class RoiConfig:
                 raise PdtrimError(f"--{name} {getattr(self, name):g}: give a share up to 1")
         if not 0 < self.memory_use <= 1:
             raise PdtrimError(f"--memory-use {self.memory_use:g}: give a share up to 1")
-        if self.work_cost is not None and not 0 <= self.work_cost < float("inf"):
-            raise PdtrimError(f"--work-cost {self.work_cost:g}: give a number of 0 or more")
+        for name in ("work_cost", "page_us"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < float("inf"):
+                option = f"--{name.replace('_', '-')} {value:g}"
+                raise PdtrimError(f"{option}: give a number of 0 or more")
 
     def load(self) -> Load:
         """The requests.
@@ -116,9 +122,9 @@ def estimate_roi(pair: str | Path, config: RoiConfig) -> dict[str, Any]:
         pair: a plan file, or an exported pair's folder.
 
     Returns:
-        Plain data: ``inputs`` and ``sources``, ``dense`` and ``pruned`` (seconds, bytes, GPUs,
-        money a year), ``saving`` with its break-even, and ``sensitivity``, the yearly saving with
-        each input a quarter lower and higher.
+        Plain data: ``inputs``, ``options`` (what else was set), ``sources``, ``dense`` and
+        ``pruned`` (seconds, bytes, GPUs, money a year), ``saving`` with its break-even, and
+        ``sensitivity``, the yearly saving with each input a quarter lower and higher.
 
     Raises:
         PdtrimError: an unreadable file, a missing number, or something that is not measured.
@@ -156,6 +162,7 @@ def estimate_roi(pair: str | Path, config: RoiConfig) -> dict[str, Any]:
         "pair": str(pair),
         "system": config.system,
         "inputs": known,
+        "options": _options(config, known),
         "sources": _sources(service, load, config),
         **{name: one.to_json(gpu_hour, config.gpu_watts) for name, one in sides.items()},
         "saving": {
@@ -180,6 +187,8 @@ def _service(cost: PairCost, config: RoiConfig) -> Service:
             gbit_s=config.link_gbit_s,
             overlap=config.overlap,
             bytes_per_token=config.kv_bytes_per_token,
+            page_tokens=config.page_tokens,
+            page_s=config.page_us / 1e6,
         ),
         codecs=codec_files(config.codecs, config.system),
     )
@@ -229,6 +238,13 @@ def _scaled(load: Load, inputs: dict[str, float]) -> Load:
     )
 
 
+def _options(config: RoiConfig, inputs: dict[str, float]) -> dict[str, Any]:
+    """What was set beside the pair, the system, the trace and the inputs."""
+    said = {*inputs, "system", "trace"}
+    values = {f.name: (getattr(config, f.name), f.default) for f in fields(config)}
+    return {name: v for name, (v, usual) in values.items() if name not in said and v != usual}
+
+
 def _difference(dense: Fleet | None, pruned: Fleet | None) -> int | None:
     return None if dense is None or pruned is None else dense.gpus - pruned.gpus
 
@@ -245,9 +261,12 @@ def _sources(service: Service, load: Load, config: RoiConfig) -> dict[str, str]:
         "lengths": load.source,
         "rate": "--rate" if config.rate is not None else load.source,
         "codecs": "; ".join(moved.sources) or "none: raw cache",
-        "link": "formula: bytes / --link-gbit-s",
+        "link": "formula: bytes / --link-gbit-s, and pages x --page-us",
         "GPUs": fleet,
         "batch": f"formula: most within --tpot and {config.memory_use:.0%} of the GPU's memory",
         "money": "formula: GPUs x 8760 h x --gpu-hour",
+        "energy": "none: give --gpu-watts"
+        if config.gpu_watts is None
+        else "formula: GPUs x 8760 h x --gpu-watts, whatever they do",
         "work": work,
     }

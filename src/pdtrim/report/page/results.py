@@ -22,7 +22,7 @@ def text_result(path: str, data: Any) -> Run:
     answers = [(row.name, row.answer) for row in result.rows if row.answer is not None]
     lengths = f"--prompt-tokens {p.prompt_tokens} --continuation-tokens {p.continuation_tokens}"
     many = f"{shlex.quote(p.text)} {lengths} --limit {p.sequences}"
-    if answers:
+    if answers and any(row.settings for row in result.rows):
         kind, command = "demo", "pdtrim demo -o FOLDER"
     elif any(row.settings == "dense" for row in result.rows):
         kind, command = (
@@ -30,7 +30,8 @@ def text_result(path: str, data: Any) -> Run:
             f"pdtrim kv-sweep {shlex.quote(p.model)} --text {many} -o FOLDER",
         )
     else:
-        kind, command = "eval", f"pdtrim eval PLAN --text {many} -o RESULT"
+        asked = " --ask PROMPT" if answers else ""
+        kind, command = "eval", f"pdtrim eval PLAN --text {many}{asked} -o RESULT"
     facts = (
         *_model(p.model, p.model_fingerprint, p.dtype),
         ("text", f"{p.sequences} sequences of {p.text}"),

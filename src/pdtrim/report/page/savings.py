@@ -27,6 +27,7 @@ LABELS = (
     ("TTFT, mean, s", "ttft_s", 1.0, ".3f"),
     ("in queues, s", "queue_s", 1.0, ".3f"),
     ("in prefill, s", "prefill_s", 1.0, ".3f"),
+    ("outside the GPUs, s", "front_s", 1.0, ".3f"),
     ("in the handover, s", "handover_s", 1.0, ".4f"),
     ("handover, MB a prompt", "handover_bytes", 1e6, ",.1f"),
     ("TPOT, mean, s", "tpot_s", 1.0, ".4f"),
@@ -62,6 +63,7 @@ class _Roi(Part):
     pair: str
     system: str
     inputs: dict[str, float]
+    options: dict[str, float | str | tuple[str, ...]] = Field(default_factory=dict)
     sources: dict[str, str]
     dense: _Side
     pruned: _Side
@@ -85,6 +87,8 @@ def roi(path: str, data: Any) -> Run:
         if traced and name in ("isl", "osl"):
             continue
         words += ["--" + name.replace("_", "-"), f"{value:g}"]
+    for name, given_value in found.options.items():
+        words += ["--" + name.replace("_", "-"), _word(given_value)]
     cells = [
         (label, *(_cell(side.value(key), unit, form) for side in sides.values()))
         for label, key, unit, form in LABELS
@@ -110,6 +114,12 @@ def roi(path: str, data: Any) -> Run:
             sources=tuple(found.sources.items()),
         ),
     )
+
+
+def _word(value: float | str | tuple[str, ...]) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _cell(value: float | None, unit: float, form: str) -> str:
