@@ -57,8 +57,8 @@ class StageBias:
         k_GMD, v_GMD = kv
         device = k_GMD.device
         start, stop = (page * self.block_size for page in part.hole)
-        runs = ((0, start), (stop, tokens))
-        at_M = torch.cat([torch.arange(*run, device=device) for run in runs])
+        at = torch.arange(tokens, device=device)
+        at_M = torch.cat((at[:start], at[stop:]))  # a short prompt ends before the hole's place
         heads = len(k_GMD)
         group = HeadGroup(
             heads=tuple(range(heads)),

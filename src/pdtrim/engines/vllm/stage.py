@@ -44,10 +44,7 @@ class Served:
     @property
     def whole(self) -> bool:
         """Whether all blocks of the checkpoint are whole ones of the dense model."""
-        widths = self.plan.widths
-        return self.plan.gates.blocks(self.stage) == len(self.layers) and (
-            widths is None or not any(widths.of(self.stage))
-        )
+        return self.plan.whole_blocks(self.stage) == len(self.layers)
 
 
 def slot_of(name: str) -> int:
