@@ -1,12 +1,11 @@
 """Narrower blocks: vLLM's projections and attentions of as many heads and neurons as a stage keeps.
 
 vLLM allots a cache to attentions of different head counts by itself, and gives each its own
-metadata. Two things are done to the weights on their way in, both exact. Prefill holds the KV heads
-that decode keeps before its others, each with its query heads, so that what decode reads of a page
-is the page's beginning, in one descriptor. And an MLP's neurons are filled up with zeros to a
-multiple of :data:`ALIGN`: GPUs' fast kernels want rows of whole words.
-
-Shapes: E hidden width.
+metadata. Two things are done to the weights on their way in; they change the order of sums and
+nothing else. Prefill holds the KV heads that decode keeps before its others, each with its query
+heads, so that what decode reads of a page is the page's beginning, in one descriptor. And an MLP's
+neurons are filled up with zeros to a multiple of :data:`ALIGN`, which is 128 bytes of a 16-bit type:
+where rows begin on such borders, GPUs multiply matrices by their fast kernels.
 """
 
 from __future__ import annotations
