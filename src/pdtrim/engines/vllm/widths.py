@@ -4,8 +4,8 @@ vLLM allots a cache to attentions of different head counts by itself, and gives 
 metadata. Two things are done to the weights on their way in; they change the order of sums and
 nothing else. Prefill holds the KV heads that decode keeps before its others, each with its query
 heads, so that what decode reads of a page is the page's beginning, in one descriptor. And an MLP's
-neurons are filled up with zeros to a multiple of :data:`ALIGN`, which is 128 bytes of a 16-bit type:
-where rows begin on such borders, GPUs multiply matrices by their fast kernels.
+neurons are filled up with zeros to a multiple of :data:`ALIGN`, 128 bytes of a 16-bit type: where
+rows begin on such borders, GPUs multiply matrices by their fast kernels.
 """
 
 from __future__ import annotations
