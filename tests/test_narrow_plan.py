@@ -23,7 +23,6 @@ from narrow_models import (
 )
 from pdtrim.bundle import export
 from pdtrim.calibration.batches import Calibration
-from pdtrim.engines.pages import check_servable
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.quality import Quality
 from pdtrim.evaluate.result import make_row
@@ -206,6 +205,10 @@ def test_the_picture_shows_what_is_kept(model):
     assert ["0", "3", "of", "4", neurons[0], "2", "of", "4", "41"] in lines
     assert ["1", "4", "of", "4", "all", "2", "of", "4", "36"] in lines
     assert ["2", "2", "of", "4", neurons[2], "1", "of", "4", "24"] in lines
+    assert [line[2:] for line in lines if "attention," in line] == [
+        ["attention,", "0", "whole", "blocks", "of", "4"],  # of the first and last, both narrower
+        ["attention,", "0", "whole", "blocks", "of", "4"],
+    ]
     plain = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     plain.print(picture(make_plan(model, GATES[0])))
     assert "narrower" not in plain.export_text()
@@ -240,9 +243,3 @@ def test_a_method_may_find_widths_and_their_biases(model, tmp_path):
     with pytest.raises(PlanError, match="method 'given': layer 0: 'duo' numbers all") as error:
         Given(bare).plan(model, text, duo)
     assert "\n" not in str(error.value)
-
-
-def test_vllm_needs_whole_blocks(model):
-    check_servable(make_plan(model, GATES[0]), block_size=16)
-    with pytest.raises(PlanError, match="vLLM stages need whole blocks"):
-        check_servable(narrow_plan(model), block_size=16)

@@ -4,6 +4,7 @@ import pytest
 
 from helpers import first_last, make_plan, tiny_model
 from pdtrim.engines.pages import (
+    bytes_sent,
     check_servable,
     hole_of,
     padding,
@@ -37,8 +38,9 @@ def test_bytes_sent_are_pages_of_the_layers_that_decode_reads():
     kv = (first_last(16, 16), LayerKV(), first_last(1, 1), LayerKV())
     plan = make_plan(model, gates, kv, block_size=16)
     # 100 tokens fill 7 pages; layer 0 drops pages 1 .. 4 of them, layer 2 sends nothing
-    assert pages_sent(plan, 100, 16) == (7 - 4) + 7 + 7
-    assert page_bytes(plan, 16, 2) == 2 * 2 * 8 * 16 * 2
+    assert [pages_sent(plan, layer, 100, 16) for layer in plan.sent_layers] == [7 - 4, 7, 7]
+    assert page_bytes(plan, 0, 16, 2) == 2 * 2 * 8 * 16 * 2
+    assert bytes_sent(plan, 100, 16, 2) == (3 + 7 + 7) * 2 * 2 * 8 * 16 * 2
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import vllm_servers
-from pdtrim.engines.pages import page_bytes, pages_sent
+from pdtrim.engines.pages import bytes_sent
 from pdtrim.engines.ranges import Form
 from pdtrim.engines.vllm.coded import TICKET
 from pdtrim.exported import load_pair
@@ -73,7 +73,7 @@ def test_tokens_are_the_simulators_and_bytes_one_range_a_prompt(pair, servers):
     assert sent < sum(form.most for form in forms)  # a bound: lengths of entropy's vary
     assert sent == decode.metric("pdtrim:kv_bytes_sent_total")
     assert decode.metric("vllm:nixl_num_descriptors_sum") == len(LENGTHS)
-    raw = sum(pages_sent(plan, n, BLOCK) for n in LENGTHS) * page_bytes(plan, BLOCK, DTYPE.itemsize)
+    raw = sum(bytes_sent(plan, n, BLOCK, DTYPE.itemsize) for n in LENGTHS)
     assert decode.metric("pdtrim:kv_bytes_skipped_total", reason="codec") == raw - sent > 0
     until(lambda: idle(source, decode))
 

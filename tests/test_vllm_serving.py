@@ -22,7 +22,7 @@ pytest.importorskip("vllm")
 from helpers import first_last, make_plan
 from pdtrim.bundle import export
 from pdtrim.engines.config import ServeConfig
-from pdtrim.engines.pages import page_bytes, pages_sent
+from pdtrim.engines.pages import bytes_sent, page_bytes
 from pdtrim.engines.vllm.launch import free_port, processes
 from pdtrim.exported import load_pair
 from pdtrim.kv.policy import HandoverPolicy
@@ -83,12 +83,12 @@ def test_tokens_are_the_simulators_and_bytes_the_plans(servers, simulated):
         if not agree(simulated, prompt_of(n), tokens_of(answer))
     ]
     assert not wrong
-    page = page_bytes(plan, BLOCK, DTYPE.itemsize)
-    planned = sum(pages_sent(plan, n, BLOCK) for n in LENGTHS) * page
+    planned = sum(bytes_sent(plan, n, BLOCK, DTYPE.itemsize) for n in LENGTHS)
     until(lambda: sum(d.metric("pdtrim:handover_seconds_count") for d in decodes) >= len(LENGTHS))
     sent = sum(d.metric("vllm:nixl_bytes_transferred_sum") for d in decodes) - sum(before)
     assert sent == planned == sum(d.metric("pdtrim:kv_bytes_sent_total") for d in decodes)
     whole = sum(-(-n // BLOCK) for n in LENGTHS) * len(plan.sent_layers)
+    page = page_bytes(plan, 0, BLOCK, DTYPE.itemsize)
     skipped = sum(d.metric("pdtrim:kv_bytes_skipped_total", reason="token") for d in decodes)
     assert skipped == whole * page - planned > 0
     until(lambda: idle(*servers[:-1]))

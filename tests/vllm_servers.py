@@ -23,7 +23,7 @@ import torch
 
 import pdtrim
 from helpers import first_last, make_plan, tiny_model
-from pdtrim.bundle import export
+from pdtrim.bundle import TrimPlan
 from pdtrim.engines.base import Process
 from pdtrim.engines.config import ServeConfig
 from pdtrim.engines.vllm.launch import free_port, processes
@@ -70,23 +70,17 @@ LENGTHS = (1, 2, 31, 32, 33, 34, 64, 65, 82, 83, 84, 96, 97, 114, 115, 129, 300,
 """Prompts at the edges of pages, and where the hole of RULE opens and grows."""
 
 
-def tiny_pair(folder, tokenizer, kv, family="qwen3", **changes):
-    """A random model of eight blocks under GATES, exported."""
-    made = tiny_model(
-        family,
-        layers=8,
-        vocab_size=64,
-        hidden_size=128,
-        intermediate_size=96,
-        head_dim=32,
-        max_position_embeddings=1024,
-        **changes,
-    )
+def tiny_pair(folder, tokenizer, kv, family="qwen3", *, widths=None, blocks=None, **changes):
+    """A random model of eight blocks under GATES, exported; the model itself is in ``m``."""
+    sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 96, "head_dim": 32}
+    made = tiny_model(family, layers=8, **sizes | {"max_position_embeddings": 1024} | changes)
     made.network.save_pretrained(folder / "m")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer / name, folder / "m")
     model = load_model(str(folder / "m"), dtype=str(DTYPE).removeprefix("torch."))
-    return export(make_plan(model, GATES, tuple(kv), block_size=BLOCK), model, folder / "pair")
+    plan = make_plan(model, GATES, tuple(kv), block_size=BLOCK)
+    plan = plan.model_copy(update={"widths": widths})
+    return TrimPlan.of(plan, blocks or {}).export(model, folder / "pair")
 
 
 def prompt_of(length, seed=0):

@@ -89,8 +89,8 @@ def _row(plan: PrunePlan, stage: Stage) -> str:
         )
         if not (a and m)
     ]
-    narrow = sum(plan.width(stage, layer) is not None for layer in range(plan.model.num_layers))
-    whole = f"{plan.gates.blocks(stage)} of {plan.model.num_layers}"
+    narrow = sum(plan.width(stage, layer) is not None for layer in plan.gates.layers(stage))
+    whole = f"{plan.whole_blocks(stage)} of {plan.model.num_layers}"
     return f"| {stage} | {whole} | {', '.join(gone) or 'none'} | {narrow or 'none'} |"
 
 

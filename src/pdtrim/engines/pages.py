@@ -13,7 +13,7 @@ from collections import Counter
 from pdtrim.errors import PlanError
 from pdtrim.kv.codecs import Raw
 from pdtrim.kv.selectors import FirstLast, Full
-from pdtrim.plan import LayerKV, PrunePlan
+from pdtrim.plan import LayerKV, PrunePlan, Stage
 
 
 def pages_of(tokens: int, block_size: int) -> int:
@@ -36,16 +36,26 @@ def hole_of(rule: LayerKV, prompt_tokens: int, block_size: int) -> tuple[int, in
     return 0, 0
 
 
-def pages_sent(plan: PrunePlan, prompt_tokens: int, block_size: int) -> int:
-    """Pages that cross the wire for a prompt, over all layers that decode reads."""
-    whole = pages_of(prompt_tokens, block_size)
-    holes = (hole_of(plan.kv[i], prompt_tokens, block_size) for i in plan.sent_layers)
-    return sum(whole - (stop - start) for start, stop in holes)
+def pages_sent(plan: PrunePlan, layer: int, prompt_tokens: int, block_size: int) -> int:
+    """Pages of a layer that decode reads which cross the wire for a prompt."""
+    start, stop = hole_of(plan.kv[layer], prompt_tokens, block_size)
+    return pages_of(prompt_tokens, block_size) - (stop - start)
 
 
-def page_bytes(plan: PrunePlan, block_size: int, itemsize: int) -> int:
-    """Bytes of a page: keys and values of one layer, all KV heads."""
-    return 2 * plan.model.num_kv_heads * plan.model.head_dim * block_size * itemsize
+def page_bytes(
+    plan: PrunePlan, layer: int, block_size: int, itemsize: int, stage: Stage = "decode"
+) -> int:
+    """Bytes of a stage's page: keys and values of one layer, all KV heads that the stage keeps."""
+    return 2 * len(plan.kv_heads(stage, layer)) * plan.model.head_dim * block_size * itemsize
+
+
+def bytes_sent(plan: PrunePlan, prompt_tokens: int, block_size: int, itemsize: int) -> int:
+    """Bytes of the pages that cross the wire for a prompt, over all layers that decode reads."""
+    return sum(
+        pages_sent(plan, layer, prompt_tokens, block_size)
+        * page_bytes(plan, layer, block_size, itemsize)
+        for layer in plan.sent_layers
+    )
 
 
 def padding(plan: PrunePlan) -> int:
@@ -68,9 +78,14 @@ def is_coded(plan: PrunePlan) -> bool:
 
 
 def check_servable(plan: PrunePlan, block_size: int) -> None:
-    """Raise PlanError unless vLLM has the plan's blocks, and pages of this size carry its KV."""
-    if plan.widths is not None:
-        raise PlanError("vLLM stages need whole blocks: run the pair with 'pdtrim generate'")
+    """Raise PlanError unless pages of this size carry the plan's KV."""
+    heads = {len(plan.kv_heads("decode", layer)) for layer in plan.sent_layers}
+    if len(heads) > 1 and len({plan.kv[layer].selector for layer in plan.sent_layers}) > 1:
+        raise PlanError(
+            f"decode keeps {min(heads)} to {max(heads)} KV heads and its layers have different"
+            " rules: vLLM's groups of layers need pages of one size; plan with one --kv rule for"
+            " all layers, or equally many KV heads"
+        )
     for layer in plan.sent_layers:
         rule = plan.kv[layer]
         if not isinstance(rule.selector, Full | FirstLast):

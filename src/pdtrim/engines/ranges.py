@@ -43,6 +43,7 @@ class Part:
         layer: in the dense model.
         hole: pages ``[start, stop)`` of the prompt that do not travel.
         tokens: M, those that do.
+        heads: G, those that decode keeps.
         most: bytes of the encoding; a bound for a codec of variable length.
     """
 
@@ -50,6 +51,7 @@ class Part:
     codec: CodecBase
     hole: tuple[int, int]
     tokens: int
+    heads: int
     most: int
 
 
@@ -58,7 +60,6 @@ class Form:
     """What the range of a prompt of a certain length must look like."""
 
     prompt_tokens: int
-    heads: int
     width: int
     dtype: torch.dtype
     parts: tuple[Part, ...]
@@ -66,23 +67,24 @@ class Form:
     @classmethod
     def of(cls, plan: PrunePlan, dtype: torch.dtype, prompt_tokens: int, block_size: int) -> Form:
         """The form of a prompt, all tokens but the last of which are handed over."""
-        heads, width = plan.model.num_kv_heads, plan.model.head_dim
+        width = plan.model.head_dim
         parts = []
         for layer in plan.sent_layers:
-            rule = plan.kv[layer]
+            rule, heads = plan.kv[layer], len(plan.kv_heads("decode", layer))
             start, stop = hole_of(rule, prompt_tokens, block_size)
             tokens = prompt_tokens - 1 - (stop - start) * block_size
             most = rule.codec.nbytes(heads, tokens, width, dtype)
             parts.append(
-                Part(layer=layer, codec=rule.codec, hole=(start, stop), tokens=tokens, most=most)
+                Part(
+                    layer=layer,
+                    codec=rule.codec,
+                    hole=(start, stop),
+                    tokens=tokens,
+                    heads=heads,
+                    most=most,
+                )
             )
-        return cls(
-            prompt_tokens=prompt_tokens,
-            heads=heads,
-            width=width,
-            dtype=dtype,
-            parts=tuple(parts),
-        )
+        return cls(prompt_tokens=prompt_tokens, width=width, dtype=dtype, parts=tuple(parts))
 
     @property
     def start(self) -> int:
@@ -137,7 +139,7 @@ class Form:
         at = self.start
         for part, size in zip(self.parts, sizes, strict=True):
             piece = staged[at : at + size].clone()  # aligned for any dtype
-            shape = (self.heads, part.tokens, self.width)
+            shape = (part.heads, part.tokens, self.width)
             yield part, *part.codec.decode(piece, *shape, self.dtype)
             at += size
 

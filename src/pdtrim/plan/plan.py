@@ -210,6 +210,13 @@ class PrunePlan(Frozen):
         """The width of a layer in a stage; None is a whole block."""
         return self.widths.of(stage)[layer] if self.widths else None
 
+    def whole_blocks(self, stage: Stage) -> int:
+        """Blocks that a stage runs as the dense model has them: both gates open, none narrower."""
+        return sum(
+            attention in ("full", True) and mlp and self.width(stage, layer) is None
+            for layer, (attention, mlp) in enumerate(zip(*self.gates.of(stage), strict=True))
+        )
+
     def kv_heads(self, stage: Stage, layer: int) -> tuple[int, ...]:
         """Dense indices of the KV heads that a stage keeps of a layer."""
         width = self.width(stage, layer)

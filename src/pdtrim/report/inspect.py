@@ -61,7 +61,7 @@ def _blocks(plan: PrunePlan) -> Table:
         for gate in attention:
             state = gate if isinstance(gate, str) else ("full" if gate else "off")
             row.append(*ATTENTION[state])
-        row.append(f"  attention, {gates.blocks(stage)} whole blocks of {gates.num_layers}")
+        row.append(f"  attention, {plan.whole_blocks(stage)} whole blocks of {gates.num_layers}")
         table.add_row(row)
         row = Text(" " * 9)
         for on in mlp:

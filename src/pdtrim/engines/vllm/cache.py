@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdtrim.engines.pages import hole, pages_of
-from pdtrim.engines.vllm.compat import AttentionSpec, FullAttentionManager, KVCacheSpecRegistry
+from pdtrim.engines.vllm.compat import (
+    AttentionSpec,
+    FullAttentionManager,
+    KVCacheSpecRegistry,
+    iter_layer_specs,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +111,16 @@ class TrimmedManager(FullAttentionManager):
         blocks.extend([*new[:start], *[self._null_block] * (stop - start), *new[start:]])
         if self._record_new_block_ids and record_for_zeroing:
             self.new_block_ids.extend(block.block_id for block in new)
+
+
+def hole_in(group_spec: Any, prompt_tokens: int) -> tuple[int, int]:
+    """Pages that a prompt does not have in a group of the cache; its layers have one rule.
+
+    Args:
+        group_spec: of one kind of layer, or of several that differ in their KV heads.
+    """
+    spec = next(iter(iter_layer_specs(group_spec)))
+    return spec.hole(prompt_tokens) if isinstance(spec, TrimmedSpec) else (0, 0)
 
 
 def register() -> None:

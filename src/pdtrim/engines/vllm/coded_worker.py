@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import torch
 
-from pdtrim.engines.pages import pages_sent
+from pdtrim.engines.pages import bytes_sent
 from pdtrim.engines.ranges import NONCE_BYTES, Form, Pool, Ticket
 from pdtrim.engines.vllm.coded import Encoded, Job, forms, staging_bytes
 from pdtrim.engines.vllm.compat import (
@@ -89,7 +89,7 @@ class CodedWorker(Worker):
         tokens = min(self.vllm_config.model_config.max_model_len, WARM_TOKENS)
         form, nonce = self._form(tokens), bytes(NONCE_BYTES)
         room = self._staging[: form.most]
-        shapes = ((2, form.heads, part.tokens, form.width) for part in form.parts)
+        shapes = ((2, part.heads, part.tokens, form.width) for part in form.parts)
         made = (torch.randn(shape, dtype=form.dtype, device=room.device) for shape in shapes)
         size = form.write(room, nonce, (tuple(kv) for kv in made))
         list(form.read(room[:size], nonce))
@@ -126,7 +126,8 @@ class CodedWorker(Worker):
             if part.hole not in pages:
                 here = self._kernel_pages([*job.pages[:start], *job.pages[stop:]])
                 pages[part.hole] = numbers(here, self._staging.device)
-            kv = gather(*self._cache_of(part.layer), pages[part.hole], part.tokens)
+            k_GMD, v_GMD = gather(*self._cache_of(part.layer), pages[part.hole], part.tokens)
+            kv = k_GMD[: part.heads], v_GMD[: part.heads]  # decode's come first (widths.py)
             yield self._bias.taken_from(part, job.tokens - 1, kv)
 
     def _kernel_pages(self, pages: list[int]) -> list[int]:
@@ -170,8 +171,7 @@ class CodedWorker(Worker):
             self._read(req_id, ticket, remote, meta.remote)
 
     def _note_coded(self, tokens: int, nbytes: int) -> None:
-        spec = self.kv_cache_config.transfer_groups[0].kv_cache_spec
-        raw = pages_sent(self.served.plan, tokens, spec.block_size) * spec.page_size_bytes
+        raw = bytes_sent(self.served.plan, tokens, self._page_tokens, self._itemsize)
         self.xfer_stats.note(SKIPPED_CODEC, max(0, raw - nbytes))
 
     def _read(self, request: str, ticket: Ticket, remote: RemotePool, source: Any) -> None:

@@ -45,7 +45,7 @@ from vllm.utils.torch_utils import (
 from vllm.v1.attention.backend import subclass_attention_backend
 from vllm.v1.core.sched.output import KVConnectorBlockState
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, iter_layer_specs
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.metrics.utils import create_metric_per_engine
 
@@ -75,6 +75,7 @@ __all__ = [
     "check",
     "create_metric_per_engine",
     "direct_register_custom_op",
+    "iter_layer_specs",
     "kv_cache_dtype_str_to_dtype",
     "subclass_attention_backend",
 ]

@@ -1,6 +1,7 @@
 """The biases of keys and values that codecs do not see, for pages as vLLM has them.
 
-They are read from the stage's own checkpoint: both stages hold the dense model's. RoPE's angles are
+They are read from the stage's own checkpoint: both stages hold the dense model's, of the KV heads
+that they keep; those that decode keeps are used. RoPE's angles are
 transformers' for the checkpoint's config, as the simulator uses them.
 
 Shapes: G KV heads, M kept tokens, D head width.
@@ -30,6 +31,9 @@ class StageBias:
         folder = Path(model.model)
         self.block_size: int = vllm_config.cache_config.block_size
         self.by_layer = read_kv_bias(folder, served.stage, rounded)
+        for layer, bias in self.by_layer.items() if served.stage == "prefill" else ():
+            sent = list(served.plan.sent_places(layer))
+            self.by_layer[layer] = KVBias(k_GD=bias.k_GD[sent], v_GD=bias.v_GD[sent])
         self._rope = stage_rope(folder, served.stage, model.dtype) if self.by_layer else None
 
     def taken_from(self, part: Part, tokens: int, kv: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -53,8 +57,8 @@ class StageBias:
         k_GMD, v_GMD = kv
         device = k_GMD.device
         start, stop = (page * self.block_size for page in part.hole)
-        runs = ((0, start), (stop, tokens))
-        at_M = torch.cat([torch.arange(*run, device=device) for run in runs])
+        at = torch.arange(tokens, device=device)
+        at_M = torch.cat((at[:start], at[stop:]))  # a short prompt ends before the hole's place
         heads = len(k_GMD)
         group = HeadGroup(
             heads=tuple(range(heads)),

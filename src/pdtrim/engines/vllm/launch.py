@@ -49,7 +49,7 @@ def check_plan(plan: PrunePlan, block_size: int) -> None:
     """Refuse a plan that vLLM cannot serve.
 
     Raises:
-        PlanError: its rules do not fit pages, its blocks are narrower, or its family is unknown.
+        PlanError: its rules do not fit pages, or its family is unknown.
     """
     check_servable(plan, block_size)
     if plan.model.family not in FAMILIES:

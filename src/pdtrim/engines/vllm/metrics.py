@@ -17,16 +17,20 @@ from pdtrim.engines.vllm.compat import (
 )
 from pdtrim.engines.vllm.stage import Served
 
-SENT, SKIPPED_LAYER, SKIPPED_TOKEN, SKIPPED_CODEC, HANDOVER, LOCAL, REFUSED = (
+SENT, SKIPPED_LAYER, SKIPPED_HEAD, SKIPPED_TOKEN, SKIPPED_CODEC, HANDOVER, LOCAL, REFUSED = (
     "pdtrim_bytes_sent",
     "pdtrim_bytes_skipped_layer",
+    "pdtrim_bytes_skipped_head",
     "pdtrim_bytes_skipped_token",
     "pdtrim_bytes_skipped_codec",
     "pdtrim_handover_seconds",
     "pdtrim_local_prefills",
     "pdtrim_refused",
 )
-KEYS = (SENT, SKIPPED_LAYER, SKIPPED_TOKEN, SKIPPED_CODEC, HANDOVER, LOCAL, REFUSED)
+KEYS = (
+    *(SENT, SKIPPED_LAYER, SKIPPED_HEAD, SKIPPED_TOKEN, SKIPPED_CODEC),
+    *(HANDOVER, LOCAL, REFUSED),
+)
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -92,6 +96,7 @@ class Metrics(NixlPromMetrics):
         }
         for key, reason in (
             (SKIPPED_LAYER, "layer"),
+            (SKIPPED_HEAD, "head"),
             (SKIPPED_TOKEN, "token"),
             (SKIPPED_CODEC, "codec"),
         ):
@@ -121,7 +126,12 @@ class Metrics(NixlPromMetrics):
 
 def _bytes_per_token(vllm_config: Any) -> int:
     """Of the layers that decode reads; pages that vLLM pads a cache with are not counted."""
-    model = vllm_config.model_config
-    plan = Served.of(model.hf_config).plan
-    dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model)
-    return page_bytes(plan, 1, dtype.itemsize) * len(plan.sent_layers)
+    plan = Served.of(vllm_config.model_config.hf_config).plan
+    itemsize = cache_itemsize(vllm_config)
+    return sum(page_bytes(plan, layer, 1, itemsize) for layer in plan.sent_layers)
+
+
+def cache_itemsize(vllm_config: Any) -> int:
+    """Bytes of a number in the KV cache."""
+    cache = vllm_config.cache_config.cache_dtype
+    return int(kv_cache_dtype_str_to_dtype(cache, vllm_config.model_config).itemsize)

@@ -1,15 +1,17 @@
 """vLLM's models, made into a stage of a plan.
 
 The model is built as vLLM builds it, with as many blocks as the checkpoint has slots. Then blocks
-whose gates are not all open are replaced by their gated form (``blocks.py``), and decode's layers
-under a ``first_last`` rule get the trimmed attention and cache (``attention.py``, ``cache.py``).
+are made as narrow as the plan has them (``widths.py``), those whose gates are not all open are
+replaced by their gated form (``blocks.py``), and decode's layers under a ``first_last`` rule get
+the trimmed attention and cache (``attention.py``, ``cache.py``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
@@ -19,6 +21,7 @@ from pdtrim.engines.vllm import blocks, compat
 from pdtrim.engines.vllm.attention import trim
 from pdtrim.engines.vllm.blocks import GatedBlock
 from pdtrim.engines.vllm.stage import Served
+from pdtrim.engines.vllm.widths import arranged, narrow
 from pdtrim.errors import PlanError
 from pdtrim.kv.selectors import FirstLast
 from pdtrim.models.families import family_named
@@ -32,9 +35,24 @@ class Staged:
         compat.check()
         served = Served.of(vllm_config.model_config.hf_config)
         layers: Any = self.model.layers  # type: ignore[attr-defined]
+        if vllm_config.quant_config is not None and not served.whole:
+            raise PlanError(
+                "a stage of partial or narrower blocks is not served quantised: drop --quantization"
+            )
+        narrow(layers, served, vllm_config)
         close_gates(layers, served, vllm_config)
         if served.stage == "decode":
             trim_layers(layers, served)
+        self._served = served
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load a checkpoint's tensors, as the stage's blocks take them."""
+        config: Any = self.config  # type: ignore[attr-defined]
+        queries = config.num_attention_heads // config.num_key_value_heads
+        made: Any = super().load_weights(  # type: ignore[misc]
+            arranged(weights, self._served, queries)
+        )
+        return set(made)
 
 
 def close_gates(blocks_L: nn.ModuleList, served: Served, vllm_config: Any) -> None:
@@ -48,10 +66,6 @@ def close_gates(blocks_L: nn.ModuleList, served: Served, vllm_config: Any) -> No
     for slot, layer in enumerate(served.layers):
         if attention[layer] in ("full", True) and mlp[layer]:
             continue
-        if vllm_config.quant_config is not None:
-            raise PlanError(
-                "a stage with closed gates is not served quantised: drop --quantization"
-            )
         whole: Any = blocks_L[slot]
         blocks_L[slot] = GatedBlock(whole, attention=attention[layer], mlp=mlp[layer], fused=fused)
         if attention[layer] in ("off", False):

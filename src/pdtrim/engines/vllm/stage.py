@@ -41,6 +41,11 @@ class Served:
         """Dense layer of each slot of the checkpoint."""
         return self.plan.gates.layers(self.stage)
 
+    @property
+    def whole(self) -> bool:
+        """Whether all blocks of the checkpoint are whole ones of the dense model."""
+        return self.plan.whole_blocks(self.stage) == len(self.layers)
+
 
 def slot_of(name: str) -> int:
     """The slot in a name such as ``model.layers.3.self_attn.attn``."""
@@ -96,6 +101,11 @@ def check_config(config: Any) -> Served:
             raise PlanError(f"pdtrim does not serve with {what}")
     if is_coded(served.plan):
         _check_coded(config)
+    if served.plan.widths is not None and parallel.tensor_parallel_size > 1:
+        raise PlanError(
+            "pdtrim does not serve narrower blocks in tensor parallel: use"
+            " --tensor-parallel-size 1, or plan whole blocks"
+        )
     hf_config = config.model_config.hf_config
     kinds = getattr(hf_config, "layer_types", None) or ()
     family = family_named(served.plan.model.family)

@@ -7,15 +7,23 @@ from typing import Any
 
 import vllm
 
-from pdtrim.engines.pages import hole_of, pages_of
-from pdtrim.engines.vllm.cache import TrimmedSpec
+from pdtrim.engines.pages import page_bytes, pages_of, pages_sent
+from pdtrim.engines.vllm.cache import hole_in
 from pdtrim.engines.vllm.compat import (
     NIXL_CONNECTOR_VERSION,
     NixlHandshakePayload,
     NixlPullConnectorWorker,
 )
-from pdtrim.engines.vllm.metrics import HANDOVER, SKIPPED_LAYER, SKIPPED_TOKEN, Stats
+from pdtrim.engines.vllm.metrics import (
+    HANDOVER,
+    SKIPPED_HEAD,
+    SKIPPED_LAYER,
+    SKIPPED_TOKEN,
+    Stats,
+    cache_itemsize,
+)
 from pdtrim.engines.vllm.stage import Served, prefill_to_decode, slot_of
+from pdtrim.plan import STAGES
 
 PROTOCOL = 3
 
@@ -41,6 +49,8 @@ class Worker(NixlPullConnectorWorker):
     ) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self.served = served
+        self._itemsize = cache_itemsize(vllm_config)
+        self._page_tokens: int = vllm_config.cache_config.block_size
         self.xfer_stats = Stats()
         self._to_fail: set[str] = set()
         self._began: dict[str, float] = {}
@@ -75,6 +85,12 @@ class Worker(NixlPullConnectorWorker):
             [renamed(name) for name in region] for region in nixl_agent_meta.region_members
         ]
         super()._align_remote_regions_by_layer(nixl_agent_meta)
+        plan, lengths = self.served.plan, nixl_agent_meta.block_lens
+        for region, (name,) in enumerate(nixl_agent_meta.region_members):
+            layer = self.served.layers[slot_of(name)]
+            made, read = (len(plan.kv_heads(stage, layer)) for stage in STAGES)
+            # of a page its beginning: the heads that decode keeps come first (widths.py)
+            lengths[region] = lengths[region] * read // made
 
     def add_remote_agent(self, nixl_agent_meta: Any, *args: Any, **kwargs: Any) -> Any:
         """Map a prefill server's regions to decode's cache groups."""
@@ -105,8 +121,7 @@ class Worker(NixlPullConnectorWorker):
         tokens = meta.remote.num_tokens
         groups = []
         for group in self.kv_cache_config.transfer_groups:
-            spec = group.kv_cache_spec
-            start, stop = spec.hole(tokens) if isinstance(spec, TrimmedSpec) else (0, 0)
+            start, stop = hole_in(group.kv_cache_spec, tokens)
             groups.append([*pages[:start], *pages[stop:]])
         if [len(ids) for ids in groups] != [len(ids) for ids in meta.local_block_ids]:
             return False
@@ -115,15 +130,18 @@ class Worker(NixlPullConnectorWorker):
         return True
 
     def _note_skipped(self, tokens: int) -> None:
-        plan = self.served.plan
-        spec = self.kv_cache_config.transfer_groups[0].kv_cache_spec
-        written = sum(gate != "off" for gate in plan.gates.prefill_attention)
-        unread = written - len(plan.sent_layers)
-        holes = (hole_of(plan.kv[i], tokens, spec.block_size) for i in plan.sent_layers)
-        dropped = sum(stop - start for start, stop in holes)
-        whole = pages_of(tokens, spec.block_size)
-        self.xfer_stats.note(SKIPPED_LAYER, unread * whole * spec.page_size_bytes)
-        self.xfer_stats.note(SKIPPED_TOKEN, dropped * spec.page_size_bytes)
+        plan, size = self.served.plan, self._page_tokens
+        whole = pages_of(tokens, size)
+        skipped = dict.fromkeys((SKIPPED_LAYER, SKIPPED_HEAD, SKIPPED_TOKEN), 0)
+        for layer, gate in enumerate(plan.gates.prefill_attention):
+            made, read = (page_bytes(plan, layer, size, self._itemsize, stage) for stage in STAGES)
+            if layer in plan.sent_layers:
+                skipped[SKIPPED_HEAD] += whole * (made - read)
+                skipped[SKIPPED_TOKEN] += (whole - pages_sent(plan, layer, tokens, size)) * read
+            elif gate != "off":
+                skipped[SKIPPED_LAYER] += whole * made
+        for reason, nbytes in skipped.items():
+            self.xfer_stats.note(reason, nbytes)
 
     def _arrived(self, results: Any) -> None:
         """What is left to do for requests whose bytes came: of raw pages, nothing."""
