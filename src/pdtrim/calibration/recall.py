@@ -78,7 +78,7 @@ def recall_text(model: Model, text: Batch, *, seed: int = 0) -> Recall:
     Raises:
         CalibrationError: the sequences are too short.
     """
-    ids_nW = torch.cat((text.prompt_BP, text.continuation_BC), dim=1).cpu()
+    ids_nW = text.ids_BT.cpu()
     if sequence_tokens(text) < LEAST:
         raise CalibrationError(
             f"recall needs sequences of at least {LEAST} tokens, and these have"

@@ -38,8 +38,7 @@ class Teacher:
         """Run the dense model over the batch, ``rows`` sequences at a time."""
         top = min(top, model.config.vocab_size - 1)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for start in range(0, len(batch), rows):
-            part = batch[start : start + rows]
+        for part in batch.parts(rows):
             trace = Trimmed.dense(model).streams(part)
             check_streams(model, trace)
             y = trace[-1][1]

@@ -69,10 +69,7 @@ class Around:
 
     def __getitem__(self, rows: list[int]) -> Around:
         return Around(
-            batch=Batch(
-                prompt_BP=self.batch.prompt_BP[rows],
-                continuation_BC=self.batch.continuation_BC[rows],
-            ),
+            batch=self.batch[rows],
             first=self.first,
             entering={layer: x_BNE[rows] for layer, x_BNE in self.entering.items()},
             input_BCE=self.input_BCE[rows],
@@ -110,11 +107,11 @@ def observe(model: Model, batch: Batch, first: int, *, rows: int = 8) -> Around:
     batch = batch.to(model.device)
     dense = Trimmed.dense(model)
     columns: list[list[Tensor]] = [[], [], [], []]
-    for start in range(0, len(batch), rows):
-        trace = dense.streams(batch[start : start + rows])
+    for part in batch.parts(rows):
+        trace = dense.streams(part)
         (x0, y0), (x1, _), (_, y2) = trace[first : first + 3]
-        for column, part in zip(columns, (x0, x1, y0, y2), strict=True):
-            column.append(part)
+        for column, stream in zip(columns, (x0, x1, y0, y2), strict=True):
+            column.append(stream)
     x0, x1, y0, y2 = (torch.cat(column) for column in columns)
     return Around(
         batch=batch, first=first, entering={first: x0, first + 1: x1}, input_BCE=y0, target_BCE=y2

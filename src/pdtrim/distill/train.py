@@ -188,8 +188,7 @@ class _Run:
         before = student.copy_weights(torch.float32)
         data = self.job.data
         at = torch.linspace(0, len(data) - 1, min(self.config.fit_rows, len(data))).long()
-        part = Batch(prompt_BP=data.prompt_BP[at], continuation_BC=data.continuation_BC[at])
-        student.put(fitted_kv(self.dense, self.trained, part, student.layers))
+        student.put(fitted_kv(self.dense, self.trained, data[at], student.layers))
         self._evaluate("keys and values fitted")
         if _best(self.position.history) == 0:
             student.put(before)
@@ -211,8 +210,7 @@ class _Run:
         position.step += 1
 
     def _backward(self, at: Tensor, *, share: float) -> Tensor:
-        data = self.job.data
-        part = Batch(prompt_BP=data.prompt_BP[at], continuation_BC=data.continuation_BC[at])
+        part = self.job.data[at]
         if self.data is None:
             return backward_kl(self.trained, part, dense_stream(self.dense, part), share=share)
         dense_BCE, *entry = (x[at].to(part.prompt_BP.device) for x in self.data)
@@ -258,8 +256,7 @@ class _Run:
         """
         rows = self.config.rows
         columns: tuple[list[Tensor], ...] = ([], [], [])
-        for first in range(0, len(batch), rows):
-            part = batch[first : first + rows]
+        for part in batch.parts(rows):
             entry = self.trained.streams(part, stop=self.first)[-1]
             for column, made in zip(columns, (dense_stream(self.dense, part), *entry), strict=True):
                 column.append(made.cpu())

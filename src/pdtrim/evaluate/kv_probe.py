@@ -108,7 +108,7 @@ def copying(model: Model, probes: list[Probe], config: ProbeConfig) -> Batch:
     rows = [encode_for(model, probe.context + probe.question) for probe in probes]
     P = min(map(len, rows)) - C
     ids = torch.tensor([row[: P + C] + row[:C] for row in rows])
-    return Batch(prompt_BP=ids[:, :P], continuation_BC=ids[:, P:])
+    return Batch.cut(ids, P)
 
 
 def kls(

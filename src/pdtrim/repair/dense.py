@@ -33,8 +33,7 @@ class DenseText:
 
     def __init__(self, model: Model, *batches: Batch, stages: Sequence[Stage] = STAGES) -> None:
         self.model, self.stages = model, tuple(stages)
-        on_device = [batch.to(model.device) for batch in batches]
-        self.batches = [b[i : i + ROWS] for b in on_device for i in range(0, len(b), ROWS)]
+        self.batches = [part for batch in batches for part in batch.to(model.device).parts(ROWS)]
         self.parts = [DensePart(model, part, decode="decode" in stages) for part in self.batches]
 
 

@@ -141,7 +141,7 @@ class Objective:
         self.model = model
         self.start = start or Trimmed.dense(model)
         rows = min(ROWS, -(-len(batch) // PARTS))
-        self.batches = [batch[i : i + rows] for i in range(0, len(batch), rows)]
+        self.batches = batch.parts(rows)
         self.losses = [loss(model, part) for part in self.batches]
         self.weight = recall
         self.recalls = []

@@ -59,7 +59,7 @@ def dense_residuals(model: Model, batch: Batch) -> list[Tensor]:
     An ordinary causal forward. The simulator's prefill does not serve here: it stops behind the
     last keys and values that decode reads, and so has no prompt tokens behind the last block.
     """
-    ids_BT = torch.cat((batch.prompt_BP, batch.continuation_BC[:, :-1]), dim=1)
+    ids_BT = batch.ids_BT[:, :-1]
     at_1T = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
     rope = model.rope(at_1T)
     flows = [model.embed(ids_BT)]
@@ -72,5 +72,5 @@ def dense_residuals(model: Model, batch: Batch) -> list[Tensor]:
 @torch.inference_mode()
 def each_residuals(model: Model, batch: Batch) -> Iterator[list[Tensor]]:
     """:func:`dense_residuals` of a few sequences at a time."""
-    for start in range(0, len(batch), ROWS):
-        yield dense_residuals(model, batch[start : start + ROWS])
+    for part in batch.parts(ROWS):
+        yield dense_residuals(model, part)

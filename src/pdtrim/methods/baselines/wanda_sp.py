@@ -91,8 +91,7 @@ class WandaSP(WidthMethod):
 
 def _embedded(model: Model, batch: Batch) -> list[Tensor]:
     """The streams ``[B, T, E]`` that enter the first block, a few sequences each."""
-    ids_BT = torch.cat((batch.prompt_BP, batch.continuation_BC[:, :-1]), dim=1)
-    return [model.embed(ids) for ids in ids_BT.split(ROWS)]
+    return [model.embed(ids) for ids in batch.ids_BT[:, :-1].split(ROWS)]
 
 
 def _through(
