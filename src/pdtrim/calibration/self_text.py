@@ -22,7 +22,8 @@ from pdtrim.plan import Gates
 from pdtrim.progress import Advance, Progress, silent
 from pdtrim.stage.cache import LayerCache
 from pdtrim.stage.generate import generate
-from pdtrim.stage.sampling import Sampler, Sampling
+from pdtrim.stage.sampler import Sampler
+from pdtrim.stage.sampling import Sampling
 
 GROUP = {"cpu": 32, "cuda": 2048}  # sequences written side by side
 
