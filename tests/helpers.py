@@ -141,6 +141,12 @@ def trim_of(plan: PrunePlan, folder: Path | None = None) -> TrimPlan:
     return TrimPlan(plan=plan, files=FilesInFolder(folder=folder) if folder else FilesInMemory())
 
 
+def export(plan: TrimPlan | PrunePlan, model: Model, folder: Path) -> Path:
+    """A pair of a plan whose weights are the model's, or that brings its own."""
+    trim = plan if isinstance(plan, TrimPlan) else TrimPlan(plan=plan)
+    return trim.export(model, folder)
+
+
 def pair_of(plan: PrunePlan, model: Model, folder: Path | None) -> Pair:
     return trim_of(plan, folder).pair(model)
 

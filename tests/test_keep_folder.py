@@ -7,8 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from helpers import make_plan, tiny_model
-from pdtrim.bundle import export
+from helpers import export, make_plan, tiny_model
 from pdtrim.cli import app
 from pdtrim.errors import PdtrimError
 from pdtrim.keep.files import CannotWrite, beside, write_text
