@@ -34,13 +34,11 @@ from pdtrim.stage.step import prefill_block
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeConfig:
+class MergeConfig(Descent):
     """How a merged block is fitted; words as in ``DistillConfig``."""
 
     steps: int = 200
     learning_rate: float = 5e-4
-    warmup: float = 0.05
-    weight_decay: float = 0.0
     rows: int = 4
     seed: int = 0
     compute: Compute = "bfloat16"
@@ -170,14 +168,8 @@ def merge(
     dense = frozen(model, DTYPES[config.compute])
     seen = observe(dense, batch, first)
     layer, before = better_slot(dense, seen)
-    descent = Descent(
-        steps=config.steps,
-        learning_rate=config.learning_rate,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-    )
     gates = Gates.dense(model.num_layers)
-    student = Student(model, dense, running(model, gates, "decode", [layer]), {}, descent)
+    student = Student(model, dense, running(model, gates, "decode", [layer]), {}, config)
     untrained = student.copy_weights(model.dtype)
     variance = seen.variance
     with progress(f"merging blocks {first} and {first + 1}", config.steps) as advance:

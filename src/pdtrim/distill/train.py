@@ -117,7 +117,7 @@ class _Run:
         names = running(
             job.model, gates, "decode", trainable_layers(config.which, gates, job.start)
         )
-        student = Student(job.model, self.dense, names, job.start, config.descent)
+        student = Student(job.model, self.dense, names, job.start, config)
         self.students["decode"] = student
         return student.model
 
@@ -128,7 +128,7 @@ class _Run:
         if config.stage == "decode":
             return base
         names = prefill_names(config.parts, own, job.trimmed.gates)
-        student = Student(own, base, names, {}, config.descent)
+        student = Student(own, base, names, {}, config)
         self.students["prefill"] = student
         return student.model
 

@@ -144,9 +144,15 @@ class Block:
         """What attention adds to the stream, ``[B, T, E]``."""
         return self.matrix("attention")(o_BHTD.transpose(1, 2).flatten(2))
 
+    @property
+    def mlp_norm(self) -> nn.Module:
+        """The norm before the MLP."""
+        norm: nn.Module = self.module.post_attention_layernorm
+        return norm
+
     def mlp(self, x_BTE: Tensor) -> Tensor:
         """What the MLP adds to the stream, its norm included."""
-        return self.module.mlp(self.module.post_attention_layernorm(x_BTE))
+        return self.module.mlp(self.mlp_norm(x_BTE))
 
     def _heads(self, made: Made, norm: str | None, h_BTE: Tensor) -> Tensor:
         """Project and split into heads; ``norm`` names a per-head norm that the family may have."""

@@ -8,13 +8,12 @@ Shapes: B sequences of a part, N prefilled and C decoded tokens of one, E hidden
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pdtrim.models.hooks import reading
 from pdtrim.models.model import Model
 from pdtrim.plan import STAGES, Stage
 from pdtrim.repair.run import Entry, rows, run, streams_into
@@ -61,27 +60,10 @@ class DensePart:
         return self.middles[stage, layer].flatten(0, 1).float()
 
     def _step(self, layer: int) -> None:
-        norm = self.trimmed.pair.prefill.block(layer).module.post_attention_layernorm
-        with reading(norm) as seen:
+        with reading(self.trimmed.pair.prefill.block(layer).mlp_norm) as seen:
             self.entries.append(run(self.trimmed, self.part, self.entries[layer], layer, layer + 1))
         # in the order in which the stages run; prefill does not run the last layer's MLP
         if self.entries[layer][1] is not None:
             self.middles["decode", layer] = seen.pop()
         if seen:
             self.middles["prefill", layer] = seen[0]
-
-
-@contextmanager
-def reading(*modules: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, what the modules read is appended to a list."""
-    seen: list[Tensor] = []
-
-    def note(module: Any, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
-
-    hooks = [module.register_forward_pre_hook(note) for module in modules]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()

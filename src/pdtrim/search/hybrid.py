@@ -141,21 +141,17 @@ def _without_prefill(seed: Measured, start: Measured) -> Removal:
     return state
 
 
+@dataclass(frozen=True)
 class _Search:
     """What the phases behind greedy share."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        start: Measured,
-        seed: Measured,
-        goal: Goal,
-        config: Hybrid,
-        rng: random.Random,
-        advance: Callable[[float], None],
-    ) -> None:
-        self.objective, self.start, self.seed = objective, start, seed
-        self.goal, self.config, self.rng, self.advance = goal, config, rng, advance
+    objective: Objective
+    start: Measured
+    seed: Measured
+    goal: Goal
+    config: Hybrid
+    rng: random.Random
+    advance: Callable[[float], None]
 
     @property
     def best(self) -> Removal:

@@ -25,7 +25,7 @@ from pdtrim.kv.groups import HeadGroup
 from pdtrim.kv.layout import CacheLayout, masked
 from pdtrim.kv.policy import HandoverPolicy, hand_over
 from pdtrim.models.model import Model
-from pdtrim.plan import Gates, PrunePlan
+from pdtrim.plan import Gates, PrunePlan, Stage
 from pdtrim.stage.cache import LayerCache
 from pdtrim.stage.step import decode_block, prefill_block
 from pdtrim.stage.view import BlockView
@@ -92,6 +92,10 @@ class Pair:
     def dense(cls, model: Model) -> Pair:
         """One model in both roles."""
         return cls(prefill=model, decode=model)
+
+    def of(self, stage: Stage) -> Model:
+        """One stage's model."""
+        return self.prefill if stage == "prefill" else self.decode
 
 
 Trace = list[tuple[Tensor, Tensor]]
