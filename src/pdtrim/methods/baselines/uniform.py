@@ -11,10 +11,44 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from pdtrim.methods.baselines.width import StageCost
+from pdtrim.methods.baselines.width import (
+    Costs,
+    Lost,
+    Narrowed,
+    StageCost,
+    Units,
+    each_stage,
+)
+from pdtrim.models.model import Model
+from pdtrim.plan import STAGES, Stage
 
 Counts = Mapping[int, tuple[int, int]]
 """By layer, how many groups and how many neurons."""
+
+
+def each_uniform(
+    name: str, model: Model, costs: Costs, layers: Sequence[int]
+) -> dict[Stage, Counts]:
+    """Counts of each stage, prefill's inside decode's.
+
+    Args:
+        name: of the method, for the error.
+        layers: those that may become narrower, not none.
+
+    Raises:
+        PlanError: all that may go is less than a stage must lose.
+    """
+    size = model.num_kv_heads, model.config.intermediate_size
+    return each_stage(costs, lambda cost, within: uniform_counts(name, cost, layers, size, within))
+
+
+def without_first(orders: Mapping[int, Units], counts: Mapping[Stage, Counts]) -> Narrowed:
+    """So many of each layer's units, the first in its order, gone from each stage."""
+    lost: dict[Stage, Lost] = {
+        stage: {layer: orders[layer].first(*of_layer) for layer, of_layer in counts[stage].items()}
+        for stage in STAGES
+    }
+    return Narrowed(lost=lost)
 
 
 def spread(total: int, layers: Sequence[int]) -> dict[int, int]:
