@@ -48,8 +48,7 @@ def _write(
 ) -> Tensor:
     rng = random.Random(seed)
     draw = Sampler(Sampling(temperature=1.0, top_p=0.95, seed=seed), rows)
-    end = model.network.generation_config.eos_token_id if model.network.generation_config else None
-    ends = torch.tensor(end if isinstance(end, list) else [-1 if end is None else end])
+    ends = torch.tensor(model.end_ids or [-1])
 
     def sampler(logits_BV: Tensor) -> Tensor:
         fresh = torch.tensor([rng.choice(starts) for _ in range(rows)])

@@ -9,7 +9,7 @@ group's fullest row, D head width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -216,13 +216,7 @@ def through(codec: CodecBase, group: HeadGroup) -> HeadGroup:
             k[row, :, :count], v[row, :, :count] = codec.round_trip(
                 group.k_BgMD[row, :, :count], group.v_BgMD[row, :, :count]
             )
-    return HeadGroup(
-        heads=group.heads,
-        k_BgMD=_straight(group.k_BgMD, k),
-        v_BgMD=_straight(group.v_BgMD, v),
-        positions_BgM=group.positions_BgM,
-        padded_BM=group.padded_BM,
-    )
+    return replace(group, k_BgMD=_straight(group.k_BgMD, k), v_BgMD=_straight(group.v_BgMD, v))
 
 
 def _straight(x: Tensor, coded: Tensor) -> Tensor:

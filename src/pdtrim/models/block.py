@@ -64,6 +64,12 @@ class Products:
     mlp: int
 
 
+def head_width(config: Any) -> int:
+    """Channels of a head."""
+    width = getattr(config, "head_dim", None)
+    return int(width or config.hidden_size // config.num_attention_heads)
+
+
 def rotate(x_BHTD: Tensor, rope: Rope) -> Tensor:
     """Turn each pair of channels (i, i + D/2) by its position's angle (RoFormer, 2104.09864)."""
     cos, sin = (part.unsqueeze(1) for part in rope)
@@ -206,7 +212,7 @@ class Block:
     def products(cls, config: PreTrainedConfig, *, groups: int, neurons: int) -> Products:
         """Multiply-adds a token of a block of so many KV heads and neurons."""
         hidden, heads = config.hidden_size, config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or hidden // heads
+        head_dim = head_width(config)
         q_width = groups * heads // config.num_key_value_heads * head_dim
         return Products(
             groups=groups,

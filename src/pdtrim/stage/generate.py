@@ -46,6 +46,12 @@ def prefill(model: Model, ids_BT: Tensor, gates: Gates) -> Iterator[tuple[int, B
             yield layer, view
 
 
+def run_prefill(model: Model, ids_BT: Tensor, gates: Gates) -> None:
+    """Run prefill and let go of each view, for whoever times it."""
+    for _ in prefill(model, ids_BT, gates):
+        pass
+
+
 @torch.inference_mode()
 def decode_tokens(
     model: Model,

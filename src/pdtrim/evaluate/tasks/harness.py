@@ -23,7 +23,7 @@ import lm_eval.tasks
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from pdtrim.errors import PdtrimError
+from pdtrim.errors import PdtrimError, one_line
 from pdtrim.evaluate.tasks.definitions import FILTERS, Definition
 from pdtrim.evaluate.tasks.lm import PDTrimLM
 from pdtrim.evaluate.tasks.rows import Row, Rows
@@ -129,9 +129,9 @@ def parts_of_hub(task: str, definition: Definition, *, limit: int | None, shots:
     except PdtrimError:
         raise
     except Exception as error:  # whatever the hub's client and its transports raise
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PdtrimError(
-            f"cannot read '{task}' from the hub: {text} (a folder and olmo need no network)"
+            f"cannot read '{task}' from the hub: {one_line(error)}"
+            " (a folder and olmo need no network)"
         ) from error
     turns = sorted((doc, name) for name in wanted for doc in range(len(tasks[name].eval_docs)))
     chosen: dict[str, list[tuple[int, int]]] = {}

