@@ -17,6 +17,7 @@ from pdtrim.kv.selectors.lazy_layer import LazyLayer
 from pdtrim.kv.selectors.random import Random
 from pdtrim.kv.selectors.snapkv import SnapKV
 from pdtrim.kv.selectors.tova import Tova
+from pdtrim.records import by_name
 
 Selector = Annotated[
     Full | FirstLast | Random | LazyLayer | Duo | SnapKV | Tova | H2O | ExpectedAttention | Gate,
@@ -24,18 +25,7 @@ Selector = Annotated[
 ]
 """Any selector, as a plan writes it: ``{"name": ..., parameters}``."""
 
-SELECTORS: dict[str, type[SelectorBase]] = {
-    "full": Full,
-    "first_last": FirstLast,
-    "random": Random,
-    "lazy_layer": LazyLayer,
-    "duo": Duo,
-    "snapkv": SnapKV,
-    "tova": Tova,
-    "h2o": H2O,
-    "expected_attention": ExpectedAttention,
-    "gate": Gate,
-}
+SELECTORS: dict[str, type[SelectorBase]] = by_name(Selector)
 
 __all__ = [
     "H2O",
