@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pdtrim.calibration.self_text import write_text
+from pdtrim.calibration.self_text import write_own_text
 from pdtrim.calibration.sources import read_documents
 from pdtrim.calibration.tokens import begin_ids, check_ids, check_length, encode_for
 from pdtrim.errors import CalibrationError
@@ -98,7 +98,9 @@ def read_sequences(
     """
     width, count = config.prompt_tokens + config.continuation_tokens, config.sequences
     if config.source == "self":
-        return write_text(model, sequences=count, tokens=width, seed=config.seed, progress=progress)
+        return write_own_text(
+            model, sequences=count, tokens=width, seed=config.seed, progress=progress
+        )
     return pack(
         model,
         read_documents(config.source),

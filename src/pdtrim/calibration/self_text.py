@@ -28,7 +28,7 @@ from pdtrim.stage.sampling import Sampling
 GROUP = {"cpu": 32, "cuda": 2048}  # sequences written side by side
 
 
-def write_text(
+def write_own_text(
     model: Model, *, sequences: int, tokens: int, seed: int, progress: Progress = silent
 ) -> Tensor:
     """Token ids ``[sequences, tokens]``, the same for the same model, dtype, device and seed."""

@@ -241,7 +241,7 @@ class _Run:
         position.history.append(point)
         position.losses = []
         if _best(position.history) == len(position.history) - 1:
-            self.best = joined(
+            self.best = under_one_name(
                 {s: one.copy_weights(self.job.model.dtype) for s, one in self.students.items()}
             )
         train = "" if point.train_kl is None else f"train KL {point.train_kl:.4f}, "
@@ -268,14 +268,16 @@ class _Run:
             here = Position(**{**vars(self.position), "seconds": self._seconds})
             states = {stage: student.state() for stage, student in self.students.items()}
             groups = {
-                group: joined({stage: state[group] for stage, state in states.items()})
+                group: under_one_name({stage: state[group] for stage, state in states.items()})
                 for group in ("weight", "mean", "square")
             }
             save(self.checkpoint, self.settings, here, {**groups, "best": self.best})
         self._saved = time.monotonic()
 
     def _resume(self, path: Path) -> None:
-        masters = joined({stage: student.masters for stage, student in self.students.items()})
+        masters = under_one_name(
+            {stage: student.masters for stage, student in self.students.items()}
+        )
         self.position, groups = load(path, self.settings, masters, self.job.model.dtype)
         for stage, student in self.students.items():
             state = {group: of_stage(tensors, stage) for group, tensors in groups.items()}
@@ -283,7 +285,7 @@ class _Run:
         self.best = groups["best"]
 
 
-def joined(weights: Mapping[Stage, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def under_one_name(weights: Mapping[Stage, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Weights of both stages under one another's names; prefill's begin with ``prefill.``."""
     return {
         f"prefill.{key}" if stage == "prefill" else key: tensor

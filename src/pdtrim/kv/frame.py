@@ -276,7 +276,7 @@ def unpack_mask(data: Tensor, heads: int, tokens: int) -> Tensor:
 def _entry(plan: PrunePlan, layer: int, tokens: int, dtype: torch.dtype) -> Entry:
     rule, width = plan.kv[layer], plan.model.head_dim
     heads = len(plan.kv_heads("decode", layer))
-    static_GN, mask_rows = None, {"static": 0, "token": 1, "pair": heads}[rule.selector.grain]
+    static_GN, mask_rows = None, rule.selector.mask_rows(heads)
     if isinstance(rule.selector, StaticSelector):
         static_GN = rule.selector.static_keep(heads, tokens, block_size=plan.block_size)
         data_bytes = data_bytes_of(rule.codec, static_GN, width, dtype)

@@ -24,6 +24,8 @@ Rope = tuple[Tensor, Tensor]
 
 Made = Literal["queries", "keys", "values", "attention", "gate", "up", "mlp"]
 """What a projection makes; ``attention`` and ``mlp`` are what is added to the stream."""
+UnitKind = Literal["group", "neuron"]
+"""What is cut as one: a KV head with its query heads, or an MLP neuron."""
 OUTPUTS: tuple[Made, Made] = ("attention", "mlp")
 KEYS_AND_VALUES: tuple[Made, Made] = ("keys", "values")
 
@@ -35,12 +37,12 @@ class Projection:
     Attributes:
         name: of its module below the block.
         makes: what its rows give, in their order; several where a family fuses matrices.
-        unit: what is cut out of it as one: a KV head with its query heads, or an MLP neuron.
+        unit: what is cut out of it as one.
     """
 
     name: str
     makes: tuple[Made, ...]
-    unit: Literal["group", "neuron"]
+    unit: UnitKind
 
     @property
     def writes(self) -> bool:

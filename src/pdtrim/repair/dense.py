@@ -16,7 +16,7 @@ from torch import Tensor
 from pdtrim.models.hooks import reading
 from pdtrim.models.model import Model
 from pdtrim.plan import STAGES, Stage
-from pdtrim.repair.run import Entry, rows, run, streams_into
+from pdtrim.repair.run import Entering, rows, run, streams_into
 from pdtrim.stage.forward import Batch, Trimmed
 
 ROWS = 8  # sequences run together
@@ -44,7 +44,7 @@ class DensePart:
         self.entries = [streams_into(self.trimmed.pair, part, decode=decode)]
         self.middles: dict[tuple[Stage, int], Tensor] = {}
 
-    def entry(self, layer: int) -> Entry:
+    def entry(self, layer: int) -> Entering:
         """The streams that enter a layer; the number of layers stands for the head."""
         for i in range(len(self.entries) - 1, layer):
             self._step(i)

@@ -31,7 +31,7 @@ from pdtrim.search.objective import Measured, Objective
 from pdtrim.search.pairs import Surrogate, measure_pairs
 from pdtrim.search.state import Removal
 
-Unit = tuple[Stage, int]
+StageUnit = tuple[Stage, int]
 NOTHING = 1e-6  # nats; a smaller loss is rounding
 
 
@@ -175,7 +175,7 @@ class _Search:
         """Swaps until the budget is spent or nothing new is met."""
         current, begun = self.best, {self.best}
         record, since, idle = self.objective.memo[current], 0, 0
-        tabu: deque[frozenset[Unit]] = deque(maxlen=self.config.tabu)
+        tabu: deque[frozenset[StageUnit]] = deque(maxlen=self.config.tabu)
         end = self.objective.budget
         assert end is not None  # the phase has an allowance
         first = self.objective.spent
@@ -211,7 +211,7 @@ class _Search:
         return accepts(self.objective.memo[current], loss, temperature, self.rng)
 
     def _neighbour(
-        self, current: Removal, tabu: deque[frozenset[Unit]], record: float, *, swaps: int
+        self, current: Removal, tabu: deque[frozenset[StageUnit]], record: float, *, swaps: int
     ) -> Removal | None:
         """The neighbour, not measured yet, that the surrogate likes best.
 
@@ -221,7 +221,7 @@ class _Search:
         states = [state for state in states if state not in self.objective.known]
         if not states:
             return None
-        resting = frozenset[Unit]().union(*tabu)
+        resting = frozenset[StageUnit]().union(*tabu)
         ranked = sorted(zip(self._surrogate().predict(states), range(len(states)), strict=True))
         for predicted, index in ranked:
             if predicted < record or not _changed(current, states[index]) & resting:
@@ -270,5 +270,5 @@ class _Search:
         return sorted((s for s in memo if self.goal.met(s)), key=lambda state: memo[state])
 
 
-def _changed(a: Removal, b: Removal) -> frozenset[Unit]:
+def _changed(a: Removal, b: Removal) -> frozenset[StageUnit]:
     return frozenset((stage, unit) for stage in SEARCH_ORDER for unit in a.of(stage) ^ b.of(stage))

@@ -18,7 +18,7 @@ from pdtrim.stage.cache import LayerCache
 from pdtrim.stage.step import decode_block, prefill_block
 from pdtrim.stage.view import BlockView
 
-Sampler = Callable[[Tensor], Tensor]
+NextTokens = Callable[[Tensor], Tensor]
 """Logits ``[B, V]`` to token ids ``[B]``."""
 
 
@@ -82,7 +82,7 @@ def generate(
     caches: dict[int, LayerCache],
     last_B: Tensor,
     positions_B: Tensor,
-    sampler: Sampler,
+    sampler: NextTokens,
     *,
     max_new_tokens: int,
 ) -> Iterator[Tensor]:

@@ -78,7 +78,7 @@ def perplexity(
     )
 
 
-def read_text(data: str) -> str:
+def text_of_source(data: str) -> str:
     """The text to score, from a folder or the hub.
 
     Raises:

@@ -29,7 +29,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,7 +48,7 @@ from pdtrim.methods.baselines.width import (
     group_sums,
 )
 from pdtrim.methods.problem import Problem
-from pdtrim.models.block import OUTPUTS
+from pdtrim.models.block import OUTPUTS, UnitKind
 from pdtrim.models.model import Model
 from pdtrim.models.narrow import channels
 from pdtrim.models.swap import Blocks, Weights
@@ -57,8 +56,7 @@ from pdtrim.plan import STAGES
 from pdtrim.progress import Progress
 from pdtrim.stage.forward import Batch
 
-Kind = Literal["group", "neuron"]
-Unit = tuple[int, Kind, int]
+Unit = tuple[int, UnitKind, int]
 """Layer, kind, index in the block."""
 
 
@@ -99,7 +97,7 @@ def ranked(scores: Mapping[int, UnitScores]) -> list[Unit]:
 
 
 def cut_until_enough(
-    name: str, cost: StageCost, order: Sequence[Unit], size: Mapping[Kind, int], *, biased: bool
+    name: str, cost: StageCost, order: Sequence[Unit], size: Mapping[UnitKind, int], *, biased: bool
 ) -> list[Unit]:
     """The first units of an order that save what a stage must lose, but those it can do without.
 
@@ -112,7 +110,7 @@ def cut_until_enough(
         PlanError: all that may go is less.
     """
     cut: set[Unit] = set()
-    counts: Counter[tuple[int, Kind]] = Counter()
+    counts: Counter[tuple[int, UnitKind]] = Counter()
     saved, needed = 0, cost.needed
 
     def worth(unit: Unit) -> int:
@@ -142,9 +140,9 @@ def cut_until_enough(
     return [unit for unit in order if unit in cut]
 
 
-def by_layer(cut: Sequence[Unit]) -> dict[int, Units]:
+def units_by_layer(cut: Sequence[Unit]) -> dict[int, Units]:
     """The units of each layer that loses any, in the order given."""
-    lost: dict[int, dict[Kind, list[int]]] = {}
+    lost: dict[int, dict[UnitKind, list[int]]] = {}
     for layer, kind, index in cut:
         lost.setdefault(layer, {"group": [], "neuron": []})[kind].append(index)
     return {
@@ -168,7 +166,7 @@ class FLAP(WidthMethod):
         model, batch, progress = problem.model, problem.batch, problem.progress
         moments = _dense_moments(model, batch, progress)
         order = ranked({layer: _scores(model, layer, *moments[layer]) for layer in moments})
-        size: dict[Kind, int] = {
+        size: dict[UnitKind, int] = {
             "group": model.num_kv_heads,
             "neuron": model.config.intermediate_size,
         }
@@ -177,7 +175,7 @@ class FLAP(WidthMethod):
             units = order if within is None else within
             return cut_until_enough(self.name, cost, units, size, biased=self.bias)
 
-        lost = {stage: by_layer(units) for stage, units in each_stage(costs, cut).items()}
+        lost = {stage: units_by_layer(units) for stage, units in each_stage(costs, cut).items()}
         blocks: Blocks = {}
         if self.bias:
             for stage in STAGES:

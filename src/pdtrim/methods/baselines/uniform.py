@@ -51,7 +51,7 @@ def without_first(orders: Mapping[int, Units], counts: Mapping[Stage, Counts]) -
     return Narrowed(lost=lost)
 
 
-def spread(total: int, layers: Sequence[int]) -> dict[int, int]:
+def evenly(total: int, layers: Sequence[int]) -> dict[int, int]:
     """A total over layers, evenly; the first ones take what does not divide."""
     each, more = divmod(total, len(layers)) if layers else (0, 0)
     return {layer: each + (place < more) for place, layer in enumerate(layers)}
@@ -81,7 +81,7 @@ def uniform_counts(
     def options() -> list[tuple[int, bool, float, int, int]]:
         found = []
         for total in range(sum(groups for groups, _ in most.values()) + 1):
-            groups = spread(total, layers)
+            groups = evenly(total, layers)
             missing = cost.needed - cost.saved({i: (count, 0) for i, count in groups.items()})
             neurons = max(math.ceil(missing / price), 0)
             if neurons <= room:
@@ -92,5 +92,5 @@ def uniform_counts(
     best = min(options(), default=None)
     if best is None:
         raise cost.refuse(name, cost.saved(most))
-    groups, neurons = spread(best[3], layers), spread(best[4], served)
+    groups, neurons = evenly(best[3], layers), evenly(best[4], served)
     return {layer: (groups[layer], neurons.get(layer, 0)) for layer in layers}
