@@ -51,14 +51,6 @@ class HandoverPolicy:
         places = self.places[layer] if self.places else None
         return view if places is None else view.heads(places)
 
-    def keep(self, layer: int, view: LayerView) -> Tensor:
-        """Which pairs of a layer travel, bool ``[B, G, N]``; its heads are those of :meth:`seen`.
-
-        Args:
-            view: with all heads that prefill makes.
-        """
-        return self.rules[layer].selector.keep(self.seen(layer, view), block_size=self.block_size)
-
     def share(self, layer: int, heads: int, tokens: int) -> float:
         """Share of a layer's pairs that travel; 1, the most, where each prompt decides anew."""
         selector = self.rules[layer].selector
@@ -172,7 +164,7 @@ def select(policy: HandoverPolicy, layer: int, view: LayerView) -> Kept:
         keep_BGN = torch.ones((), dtype=torch.bool, device=seen.k_BGND.device).expand(shape)
     else:
         with torch.no_grad():  # which pairs travel has no gradient
-            keep_BGN = policy.keep(layer, view)
+            keep_BGN = rule.selector.keep(seen, block_size=policy.block_size)
         groups = gather(seen, keep_BGN)
     bias, rope = (None if rule.codec.exact else seen.bias()), None
     if bias is not None:

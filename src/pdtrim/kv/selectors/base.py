@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from pdtrim.kv.view import LayerView
 from pdtrim.records import Frozen
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Mask = Literal["static", "token", "pair"]
 """What must travel beside the kept pairs for decode to know which they are.
