@@ -62,11 +62,6 @@ class Calibration:
     source: str
     hash: str
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of one search pass."""
-        return self.search.prompt_BP.numel() + self.search.continuation_BC.numel()
-
 
 def load_calibration(
     model: Model, config: CalibrationConfig, *, progress: Progress = silent

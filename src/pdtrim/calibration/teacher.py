@@ -53,11 +53,6 @@ class Teacher:
             ids_BCK=ids.view(B, C, top), logp_BCK=logp.view(B, C, top), rest_BC=rest.view(B, C)
         )
 
-    def __getitem__(self, rows: slice) -> Teacher:
-        return Teacher(
-            ids_BCK=self.ids_BCK[rows], logp_BCK=self.logp_BCK[rows], rest_BC=self.rest_BC[rows]
-        )
-
     @torch.inference_mode()
     def kl(self, model: Model, y_BCE: Tensor) -> Tensor:
         """KL of each sequence ``[B]``, nats a token, of the head's word on a last stream."""

@@ -51,7 +51,7 @@ class Document(Frozen):
         return cls.from_json(data, source=str(path))
 
     @classmethod
-    def from_json(cls, data: Any, *, source: str) -> Self:
+    def from_json(cls, data: Any, *, source: str = "the data") -> Self:
         """Validate plain data; ``source`` names it in the error."""
         try:
             return cls.model_validate(data)

@@ -129,14 +129,10 @@ class Layout:
         return all(entry.exact for entry in self.entries)
 
     @property
-    def payload_bytes(self) -> int:
-        """Bytes of masks and data; the most, unless :attr:`exact`."""
-        return sum(entry.mask_bytes + entry.data_bytes for entry in self.entries)
-
-    @property
     def frame_bytes(self) -> int:
         """What crosses the socket for one request; the most, unless :attr:`exact`."""
-        return HEAD.size + (ENTRY.size + HASH_BYTES) * len(self.entries) + self.payload_bytes
+        around = ENTRY.size + HASH_BYTES
+        return HEAD.size + sum(e.mask_bytes + e.data_bytes + around for e in self.entries)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,11 +162,6 @@ class Repaired:
     tried: dict[Stage, dict[Kind, float]]
 
     @property
-    def kl(self) -> float:
-        """KL to the dense model, nats a continuation token, over its top tokens."""
-        return self.score.kl
-
-    @property
     def winners(self) -> dict[Stage, tuple[Kind, ...]]:
         """The kind that won in each stage, to choose from for a pair much like this one."""
         return {s: ("outputs",) if k in SHARED else (k,) for s, k in self.kinds.items()}
