@@ -46,11 +46,6 @@ class HandoverPolicy:
         """Everything travels."""
         return cls(rules=(LayerKV(),) * num_layers)
 
-    def seen(self, layer: int, view: LayerView) -> LayerView:
-        """A layer as its rule sees it: without the KV heads that decode does not have."""
-        places = self.places[layer] if self.places else None
-        return view if places is None else view.heads(places)
-
     def share(self, layer: int, heads: int, tokens: int) -> float:
         """Share of a layer's pairs that travel; 1, the most, where each prompt decides anew."""
         selector = self.rules[layer].selector
@@ -157,7 +152,8 @@ def select(policy: HandoverPolicy, layer: int, view: LayerView) -> Kept:
     Args:
         view: with all heads that prefill makes.
     """
-    rule, seen = policy.rules[layer], policy.seen(layer, view)
+    rule, places = policy.rules[layer], policy.places[layer] if policy.places else None
+    seen = view if places is None else view.heads(places)
     if isinstance(rule.selector, Full):
         groups = [whole(seen)]
         shape = seen.k_BGND.shape[:3]
