@@ -59,9 +59,7 @@ class UIDL(Baseline):
     def choose(self, problem: Problem) -> Chosen:
         """See the module's docstring."""
         goal, cost = problem.goal, dense_cost(problem)
-        ends = read_residuals(
-            problem, "angular distance", lambda flows: [x_BTE[:, -1].clone() for x_BTE in flows]
-        )
+        ends = read_residuals(problem, "angular distance", lambda x: [f[:, -1].clone() for f in x])
         last = {
             stage: [torch.cat(x) for x in zip(*parts, strict=True)] for stage, parts in ends.items()
         }
