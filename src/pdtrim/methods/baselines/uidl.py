@@ -64,15 +64,15 @@ class UIDL(Baseline):
             stage: [torch.cat(x) for x in zip(*parts, strict=True)] for stage, parts in ends.items()
         }
         everywhere = range(problem.model.num_layers)
-        decode = _run(last["decode"], goal, "decode", everywhere)
+        decode = best_run(last["decode"], goal, "decode", everywhere)
         own = "prefill" in last  # else prefill's run lies inside decode's
         flows, within = (last["prefill"], everywhere) if own else (last["decode"], decode)
-        prefill = _run(flows, goal, "prefill", within)
+        prefill = best_run(flows, goal, "prefill", within)
         orders: dict[Stage, range] = {"decode": decode, "prefill": prefill}
         return Chosen(state=apply_orders(problem, orders), block_tokens=cost)
 
 
-def _run(flows: Sequence[Tensor], goal: Goal, stage: Stage, within: range) -> range:
+def best_run(flows: Sequence[Tensor], goal: Goal, stage: Stage, within: range) -> range:
     """The run of least angle among the shortest within a range that save what the stage must.
 
     Empty if nothing is to be saved, or if no run saves it.
