@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import pdtrim
-from helpers import export, first_last, make_plan, tiny_model
+from helpers import first_last, make_plan, tiny_model
 from pdtrim.bundle import TrimPlan
 from pdtrim.engines.base import Process
 from pdtrim.engines.config import ServeConfig
