@@ -21,14 +21,13 @@ import os
 import sys
 import threading
 import time
-import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from servers import counters, lines_of, running, sum_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from vllm.benchmarks import serve as serve_benchmark
@@ -39,7 +38,6 @@ from pdtrim.bench.shapes import shape_config
 from pdtrim.bundle import TrimPlan
 from pdtrim.engines.base import Process
 from pdtrim.engines.config import ServeConfig
-from pdtrim.engines.supervise import serve
 from pdtrim.engines.vllm.launch import free_port, processes
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.selectors import FirstLast
@@ -49,14 +47,6 @@ from pdtrim.plan import STAGES, Gates, LayerKV
 from pdtrim.versions import host, versions
 
 NAME = "m"
-COUNTERS = {
-    "handovers": "vllm:nixl_bytes_transferred_count",
-    "bytes": "vllm:nixl_bytes_transferred_sum",
-    "descriptors": "vllm:nixl_num_descriptors_sum",
-    "post_s": "vllm:nixl_post_time_seconds_sum",
-    "transfer_s": "vllm:nixl_xfer_time_seconds_sum",
-    "handover_s": "pdtrim:handover_seconds_sum",  # with polling and decoding; ours only
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,48 +189,6 @@ def stock(process: Process, dense: Path, system: System) -> Process:
     return replace(process, command=tuple(words))
 
 
-@contextlib.contextmanager
-def running(made: list[Process], log: Path, seconds: float) -> Iterator[None]:
-    """Processes that all answer, and that end with the block."""
-    ready, stop, failed = threading.Event(), threading.Event(), []
-
-    def run() -> None:
-        try:
-            with log.open("a") as out:
-                serve(
-                    made,
-                    start_seconds=seconds,
-                    say=lambda text: ready.set(),
-                    stop=stop,
-                    log=lambda name, line: print(f"{name} | {line}", file=out, flush=True),
-                )
-        except Exception as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        while thread.is_alive() and not ready.wait(0.5):
-            pass
-        if failed:
-            raise failed[0]
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-def lines_of(url: str) -> list[str]:
-    """A server's metrics."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
-        return answer.read().decode().splitlines()
-
-
-def sum_of(lines: list[str], name: str) -> float:
-    """Of a metric's samples."""
-    return sum(float(x.rsplit(" ", 1)[1]) for x in lines if x.startswith(f"{name}{{"))
-
-
 class Watch:
     """The share of a server's KV pages that are taken, every quarter of a second."""
 
@@ -288,14 +236,13 @@ def measure(
     """One point: what clients saw, what crossed, and what decode held."""
     decode = next((p.url for p in made if p.name.startswith("decode")), made[-1].url)
     count = point.requests(options.seconds, options.least)
-    before = lines_of(decode)
+    before = counters(decode)
     scratch = options.output / f".{os.getpid()}.json"
     with Watch(decode) as watch:
         found = bench(made[-1].url, tokenizer, point, count, options.answer, scratch)
-    after = lines_of(decode)
-    counted = {key: sum_of(after, name) - sum_of(before, name) for key, name in COUNTERS.items()}
+    counted = {key: value - before[key] for key, value in counters(decode).items()}
     handovers = counted.pop("handovers")
-    pages = next(x for x in after if x.startswith("vllm:cache_config_info{"))
+    pages = next(x for x in lines_of(decode) if x.startswith("vllm:cache_config_info{"))
     answered = [i for i, error in enumerate(found["errors"]) if not error]
     return {
         "requests": count,

@@ -8,7 +8,7 @@ from torch import nn
 
 from helpers import reference_logits
 from pdtrim.calibration.batches import Calibration
-from pdtrim.calibration.self_text import write_text
+from pdtrim.calibration.self_text import write_own_text
 from pdtrim.methods import Target
 from pdtrim.methods.baselines import (
     SLEB,
@@ -38,7 +38,7 @@ each = pytest.mark.parametrize("method", ALL.values(), ids=ALL)
 
 def text_of(model, rows=ROWS):
     """Text that the model itself wrote, so that every removal harms."""
-    ids = write_text(model, sequences=rows, tokens=P + C, seed=1)
+    ids = write_own_text(model, sequences=rows, tokens=P + C, seed=1)
     batch = Batch(prompt_BP=ids[:, :P], continuation_BC=ids[:, P:])
     return Calibration(search=batch, rerank=batch[:0], fit=batch[:0], source="x", hash="0" * 64)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from gguf_files import write_gguf
-from helpers import first_last, frame_of, make_plan, tiny_model, words
+from helpers import export, first_last, frame_of, make_plan, tiny_model, words
 from mutations import damaged, damaged_json
-from pdtrim.bundle import TrimPlan, export
+from pdtrim.bundle import TrimPlan
 from pdtrim.engines.ranges import Form
 from pdtrim.errors import WireError
 from pdtrim.evaluate.compare.records import Comparison

@@ -32,6 +32,7 @@ from pdtrim.kv.frame import encode_part
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.kv.selectors import FirstLast
 from pdtrim.kv.wire import FrameWriter
+from pdtrim.models import families
 from pdtrim.models.block_files import FilesInFolder, FilesInMemory, save_blocks
 from pdtrim.models.model import Model
 from pdtrim.models.swap import Blocks
@@ -65,7 +66,7 @@ def tiny_config(family: str, *, layers: int = 4, **changes: object) -> PreTraine
     return Qwen3Config(**{"head_dim": 16, **sizes})
 
 
-FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
+FAMILIES = tuple(families.FAMILIES)
 
 
 def tiny_model(
@@ -139,6 +140,12 @@ def trimmed(model: Model | Pair, gates: Gates, policy: HandoverPolicy | None = N
 def trim_of(plan: PrunePlan, folder: Path | None = None) -> TrimPlan:
     """A plan with its weights, which are in a folder if it has any."""
     return TrimPlan(plan=plan, files=FilesInFolder(folder=folder) if folder else FilesInMemory())
+
+
+def export(plan: TrimPlan | PrunePlan, model: Model, folder: Path) -> Path:
+    """A pair of a plan whose weights are the model's, or that brings its own."""
+    trim = plan if isinstance(plan, TrimPlan) else TrimPlan(plan=plan)
+    return trim.export(model, folder)
 
 
 def pair_of(plan: PrunePlan, model: Model, folder: Path | None) -> Pair:

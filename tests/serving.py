@@ -3,8 +3,7 @@
 import itertools
 import json
 
-from helpers import make_plan, tiny_model
-from pdtrim.bundle import export
+from helpers import export, make_plan, tiny_model
 from pdtrim.engines.config import ServeConfig
 from pdtrim.engines.vllm.launch import processes
 from pdtrim.plan import Gates

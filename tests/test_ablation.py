@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from pdtrim.cli import app
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.ablation import Cell, Made, ablate, markdown
+from pdtrim.evaluate.ablation import Cell, RowResult, ablate, markdown
 from pdtrim.evaluate.configs import AblationConfig
 from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates
@@ -141,7 +141,7 @@ def test_removed_parts_have_names():
         decode_attention=(True, True, False),
         decode_mlp=(False, True, True),
     )
-    assert Made(gates=gates, blocks={}).removed == "prefill 1; decode 0m 2a"
+    assert RowResult(gates=gates, blocks={}).removed == "prefill 1; decode 0m 2a"
 
 
 def test_the_verb_writes_result_and_table(measured, tiny_folder, tiny_text, tmp_path):

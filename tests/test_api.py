@@ -76,12 +76,13 @@ OF_VERBS = {
     "bench-codec": {"torch_path"},
     "distill": {"plan_file"},
     "eval": {"pair"},
+    "generate": {"folder", "prompt", "max_new_tokens", "chat"},
     "report": {"runs"},
     "roi": {"pair"},
     "serve": {"dry_run"},
     "watch": {"target", "log", "once"},
 }
-WITHOUT_RECORD = {"demo", "export", "generate", "inspect"}
+WITHOUT_RECORD = {"demo", "export", "inspect"}
 
 
 def record_of(command):

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
-from helpers import make_plan, pair_of, random_batch, tiny_model, trim_of, with_files
-from pdtrim.bundle import TrimPlan, export
+from helpers import export, make_plan, pair_of, random_batch, tiny_model, trim_of, with_files
+from pdtrim.bundle import TrimPlan
 from pdtrim.calibration.batches import text_batch
 from pdtrim.cli import app
 from pdtrim.errors import PlanError

@@ -10,7 +10,8 @@ from pdtrim.calibration.mixture import load_mixture
 from pdtrim.calibration.sources import read_documents
 from pdtrim.errors import CalibrationError
 from pdtrim.models.loading import load_model
-from pdtrim.stage.sampling import Sampler, Sampling, inverse_cdf, nucleus
+from pdtrim.stage.sampler import Sampler, inverse_cdf, nucleus
+from pdtrim.stage.sampling import Sampling
 
 SMALL = {"prompt_tokens": 12, "continuation_tokens": 4, "search": 3, "rerank": 2, "fit": 2}
 

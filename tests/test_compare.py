@@ -11,7 +11,7 @@ from pdtrim.bundle import TrimPlan
 from pdtrim.cli import app
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.compare.records import Comparison
-from pdtrim.evaluate.compare.run import listed
+from pdtrim.evaluate.compare.run import listed_systems
 from pdtrim.evaluate.compare.systems import (
     chosen_methods,
     given_systems,
@@ -101,7 +101,7 @@ def test_names_are_told_apart(model, tiny_text, tmp_path):
     TrimPlan.dense(model).plan.save(tmp_path / "plan.json")
     for name, problem in (("shortgpt", "two systems"), ("dense", "two systems"), ("a/b", "no '/'")):
         with pytest.raises(PdtrimError, match=problem):
-            listed(config_of(tiny_text, rows=((name, tmp_path / "plan.json"),)))
+            listed_systems(config_of(tiny_text, rows=((name, tmp_path / "plan.json"),)))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from helpers import make_plan, perturbed, random_batch, tiny_model
 from pdtrim.bench.stages import stage_times
 from pdtrim.bundle import TrimPlan
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.compare.measure import Measured
+from pdtrim.evaluate.compare.measure import MeasuredRun
 from pdtrim.evaluate.compare.records import PairFacts, Run
 from pdtrim.evaluate.compare.summary import summarise, task_infos
 from pdtrim.evaluate.compare.systems import System
@@ -90,9 +90,9 @@ def measured(*per_seed, ppl=None, kv_bytes=100.0, failed=0):
             facts=facts(0.2, kv_bytes),
             scores={t: s.metrics[s.main] for t, s in scores.items()},
         )
-        runs.append(Measured(run=run, scores=scores))
+        runs.append(MeasuredRun(run=run, scores=scores))
     failures = [Run(seed=len(runs) + i, failed="it refuses") for i in range(failed)]
-    return runs + [Measured(run=run, scores={}) for run in failures]
+    return runs + [MeasuredRun(run=run, scores={}) for run in failures]
 
 
 def system(name, method=None, **changes):
@@ -165,7 +165,7 @@ def test_perplexities_alone_have_no_average():
 
 def test_systems_with_other_items_do_not_meet():
     dense = measured({"piqa": (1, 1)})
-    other = [Measured(run=dense[0].run, scores={"piqa": scores_of(values=(1, 1), items="x")})]
+    other = [MeasuredRun(run=dense[0].run, scores={"piqa": scores_of(values=(1, 1), items="x")})]
     assert task_infos({"dense": dense, "sleb": dense})[0].task == "piqa"
     with pytest.raises(PdtrimError, match="'sleb' and 'dense' were not given the same piqa"):
         task_infos({"dense": dense, "sleb": other})

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import (
     FAMILIES,
+    export,
     forge,
     make_plan,
     random_batch,
@@ -23,7 +24,6 @@ from helpers import (
     reference_logits,
     tiny_model,
 )
-from pdtrim.bundle import export
 from pdtrim.errors import ModelError, PdtrimError, PlanError
 from pdtrim.exported import load_pair
 from pdtrim.models.checkpoint import load_stage, read_stage

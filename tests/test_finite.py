@@ -30,7 +30,8 @@ from pdtrim.search.hybrid import Hybrid, hybrid
 from pdtrim.search.objective import Objective
 from pdtrim.search.state import Removal
 from pdtrim.stage.forward import Trimmed
-from pdtrim.stage.sampling import Sampler, Sampling
+from pdtrim.stage.sampler import Sampler
+from pdtrim.stage.sampling import Sampling
 
 BAD = (torch.nan, torch.inf, -torch.inf)
 LAYERS = 4

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from fake_view import SCALE, B, D, E, G, H, R, fake_view
 from pdtrim.errors import PlanError
 from pdtrim.kv.selectors import (
-    Gate,
+    LinearGate,
 )
 from pdtrim.kv.selectors.gate import (
     attention_received,
@@ -62,7 +62,7 @@ def test_gate_keeps_what_reaches_the_threshold() -> None:
         scores[row, head, n] = dot + float(weight_GF[head, -1])
     torch.testing.assert_close(gate_score(view.h_BNE, weight_GF), scores)
     threshold = threshold_for(scores, 0.25) - 1e-4
-    gate = Gate(weights=pack_weights(weight_GF), threshold=threshold, first=2, last=3)
+    gate = LinearGate(weights=pack_weights(weight_GF), threshold=threshold, first=2, last=3)
     want_BGN = scores >= threshold
     assert int(want_BGN.sum()) == scores.numel() // 4
     want_BGN[..., :2] = want_BGN[..., -3:] = True
@@ -98,11 +98,11 @@ def test_gate_refuses_unreadable_weights() -> None:
         (nan, "not finite"),
     ):
         with pytest.raises(ValidationError, match=problem):
-            Gate(weights=weights, threshold=0)
+            LinearGate(weights=weights, threshold=0)
     with pytest.raises(PlanError, match="float16"):
         pack_weights(torch.full((G, E + 1), 1e6))
     for shape in ((G, E), (G + 1, E + 1), (1, E + 1)):
-        gate = Gate(weights=pack_weights(torch.zeros(shape)), threshold=0)
+        gate = LinearGate(weights=pack_weights(torch.zeros(shape)), threshold=0)
         for tokens in (0, 8):
             with pytest.raises(PlanError, match="2x17"):
                 gate.keep(fake_view(tokens))

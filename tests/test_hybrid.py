@@ -8,7 +8,7 @@ import torch
 
 from helpers import random_batch, tiny_model
 from pdtrim.search.anneal import Annealing
-from pdtrim.search.evolution import Evolution, evolution, mutate, select
+from pdtrim.search.evolution import Evolution, best_of, evolution, mutate
 from pdtrim.search.goal import Goal
 from pdtrim.search.greedy import greedy
 from pdtrim.search.hybrid import Hybrid, clearly_worse, hybrid, race
@@ -202,7 +202,7 @@ def test_selection_measures_few_on_the_whole_text():
     states = list({mutate(base, goal, rng): None for _ in range(24)})
     distances = {len(base.decode ^ state.decode) for state in states}
     assert distances <= {0, 2, 4} and all(goal.met(state) for state in states)
-    winner = select(objective, states, 0.25)
+    winner = best_of(objective, states, 0.25)
     complete = [state for state in states if state in objective.memo]
     assert len(complete) <= 2 < len(states) and winner in complete
     first = {s: float(objective.known[s][: len(objective.batches[0])].mean()) for s in states}

@@ -21,8 +21,8 @@ from pdtrim.keep import files
 from pdtrim.keep.files import (
     CannotWrite,
     check_ours,
+    remove_parts,
     sha256_of,
-    sweep,
     whole,
     write_bytes,
     write_json,
@@ -118,7 +118,7 @@ def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path):
     child.communicate()
     assert path.read_text() == "old"
     assert len(names(tmp_path)) == 3, "what was written so far"
-    sweep(path)
+    remove_parts(path)
     assert names(tmp_path) == [".other.json.0123456789abcdef.part", "plan.json"]
 
 

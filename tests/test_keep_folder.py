@@ -7,12 +7,19 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from helpers import make_plan, tiny_model
-from pdtrim.bundle import export
+from helpers import export, make_plan, tiny_model
 from pdtrim.cli import app
 from pdtrim.errors import PdtrimError
 from pdtrim.keep.files import CannotWrite, beside, write_text
-from pdtrim.keep.folder import LOCK, MARK, claim, is_there, output_file, output_folder, remove
+from pdtrim.keep.folder import (
+    LOCK,
+    MARK,
+    claim_folder,
+    is_there,
+    output_file,
+    output_folder,
+    remove,
+)
 from pdtrim.keep.lock import lock
 from pdtrim.plan import Gates
 from pdtrim.verbs.work import Work
@@ -123,16 +130,16 @@ def test_folders_are_marked_and_others_refused(tmp_path):
         (tmp_path / "new" / "out" / "result").touch()
     assert is_there(tmp_path / "new" / "out", "demo")
     with pytest.raises(PdtrimError, match="is a folder for 'demo', not for 'ablation'"):
-        claim(tmp_path / "new" / "out", "ablation")
+        claim_folder(tmp_path / "new" / "out", "ablation")
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     assert not is_there(theirs, "demo")  # empty: anybody's
     (theirs / "thesis.tex").write_text("dear")
-    for make in (claim, is_there):
+    for make in (claim_folder, is_there):
         with pytest.raises(PdtrimError, match=r"holds 'thesis\.tex' and no mark"):
             make(theirs, "demo")
     with pytest.raises(PdtrimError, match="is a file"):
-        claim(theirs / "thesis.tex", "demo")
+        claim_folder(theirs / "thesis.tex", "demo")
     remove(theirs, ["*"])
     assert [p.name for p in theirs.iterdir()] == ["thesis.tex"]
 
@@ -148,14 +155,14 @@ def test_a_new_folder_is_gone_if_nothing_came_of_it(tmp_path):
 
 def test_removal_takes_what_we_wrote_and_no_more(tmp_path):
     folder = tmp_path / "plan.search"
-    claim(folder, "search")
+    claim_folder(folder, "search")
     for name in ("journal.jsonl", "text.safetensors", "notes.txt"):
         (folder / name).touch()
     (folder / "journal.jsonl.d").mkdir()
     remove(folder, ["journal.jsonl*", "text.safetensors"])
     assert sorted(p.name for p in folder.iterdir()) == ["journal.jsonl.d", "notes.txt"]
     with pytest.raises(PdtrimError, match="no mark"):
-        claim(folder, "search")
+        claim_folder(folder, "search")
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
@@ -192,7 +199,7 @@ def test_a_foreign_folder_is_left_alone_before_anything_is_loaded(tmp_path, verb
     assert contents(tmp_path) == before
     out = tmp_path / "out"
     what = {"kv-sweep": "sweep of KV policies", "ablate": "ablation", "compare": "comparison"}
-    claim(out, what.get(verb, verb))
+    claim_folder(out, what.get(verb, verb))
     held(out / LOCK)
     done = CliRunner().invoke(app, [*words[:-1], str(out)])
     assert "out is being written by process" in str(done.exception)

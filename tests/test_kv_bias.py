@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from helpers import make_plan, random_batch, tiny_model
-from pdtrim.bundle import export
+from helpers import export, make_plan, random_batch, tiny_model
 from pdtrim.errors import NotFinite
 from pdtrim.kv.bearable import check_bearable
 from pdtrim.kv.codecs import parse_codec

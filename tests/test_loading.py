@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from helpers import make_plan, random_batch, tiny_config, tiny_model
-from pdtrim.bundle import export
+from helpers import export, make_plan, random_batch, tiny_config, tiny_model
 from pdtrim.errors import ModelError, NotFinite, border
 from pdtrim.models.loading import load_model
 from pdtrim.models.mistral import MistralBlock

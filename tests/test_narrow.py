@@ -15,7 +15,7 @@ from narrow_models import (
     width,
     widths,
 )
-from pdtrim.kv.policy import HandoverPolicy, hand_over
+from pdtrim.kv.policy import HandoverPolicy, hand_over, select
 from pdtrim.kv.selectors import ExpectedAttention, SnapKV, Tova
 from pdtrim.models.narrow import narrow_blocks
 from pdtrim.plan import STAGES, LayerKV, Widths
@@ -129,7 +129,7 @@ def test_what_travels_is_chosen_among_the_heads_that_decode_keeps(model, selecto
     view = dict(prefill(pair_of(plan, model, None).prefill, prompt, GATES[0]))[0]
     alone = narrow_blocks(model, {0: width((0, 3), 2)})
     wanted = dict(prefill(alone, prompt, GATES[0]))[0]
-    assert torch.equal(policy.keep(0, view), selector.keep(wanted))
+    assert torch.equal(select(policy, 0, view).keep_BGN, selector.keep(wanted))
     plain = hand_over(HandoverPolicy(rules=rules), 0, wanted)
     for ours, theirs in zip(hand_over(policy, 0, view), plain, strict=True):
         assert ours.heads == theirs.heads

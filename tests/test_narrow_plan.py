@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from helpers import first_last, make_plan, pair_of, random_batch, tiny_config, trim_of
+from helpers import export, first_last, make_plan, pair_of, random_batch, tiny_config, trim_of
 from narrow_models import (
     BIASES,
     GATES,
@@ -21,7 +21,6 @@ from narrow_models import (
     width,
     widths,
 )
-from pdtrim.bundle import export
 from pdtrim.calibration.batches import Calibration
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.quality import Quality

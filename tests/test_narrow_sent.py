@@ -9,9 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import first_last, forge, frame_of, make_plan, pair_of, random_batch, trim_of
+from helpers import export, first_last, forge, frame_of, make_plan, pair_of, random_batch, trim_of
 from narrow_models import BIASES, GATES, G, L, R, biases, grouped, narrow_plan, width, widths
-from pdtrim.bundle import export
 from pdtrim.errors import ModelError, PlanError
 from pdtrim.exported import load_pair
 from pdtrim.kv.codecs import parse_codec

@@ -6,8 +6,7 @@ import threading
 import pytest
 import torch
 
-from helpers import make_plan, tiny_model
-from pdtrim.bundle import export
+from helpers import export, make_plan, tiny_model
 from pdtrim.errors import PdtrimError, WireError
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.frame import Layout

@@ -93,7 +93,7 @@ def test_the_best_repair_is_chosen_on_held_out_text(setting):
     model, gates, policy, fit, held_out = setting
     best = best_repair(model, trimmed(model, gates, policy), fit, held_out)
     assert best.tried["prefill"]["none"] == pytest.approx(held_out_kl(setting, {}), rel=1e-5)
-    assert best.kl == pytest.approx(held_out_kl(setting, best.blocks), rel=1e-5)
+    assert best.score.kl == pytest.approx(held_out_kl(setting, best.blocks), rel=1e-5)
     for stage, tried in best.tried.items():
         both = SHARED if stage == "decode" else ()
         assert list(tried) == [*KINDS[stage], *both]
@@ -101,7 +101,7 @@ def test_the_best_repair_is_chosen_on_held_out_text(setting):
             assert tried[best.kinds[stage]] == min(tried.values())
     # decode's repair is tried on prefill's
     assert best.tried["decode"]["none"] == min(best.tried["prefill"].values())
-    assert best.kl == min(best.tried["decode"].values()) and best.text != "none"
+    assert best.score.kl == min(best.tried["decode"].values()) and best.text != "none"
     alone = repair(model, trimmed(model, gates, policy), fit, "linear", stages=("decode",))
     assert alone["prefill"] == {} and alone["decode"]
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import first_last, make_plan, random_batch, random_gates, tiny_model
-from pdtrim.bundle import export
+from helpers import export, first_last, make_plan, random_batch, random_gates, tiny_model
 from pdtrim.errors import PdtrimError, PlanError, RuntimeFailure
 from pdtrim.exported import load_pair
 from pdtrim.kv.frame import Layout

@@ -22,8 +22,8 @@ from pdtrim.kv.selectors import (
     ExpectedAttention,
     FirstLast,
     Full,
-    Gate,
     LazyLayer,
+    LinearGate,
     Random,
     Selector,
     SelectorBase,
@@ -58,7 +58,7 @@ CASES: list[tuple[SelectorBase, int, int, float | None]] = [
     (H2O(share=0.33, recent=0.2), 0, 1, 0.33),
     (ExpectedAttention(share=0.4, horizon=16), 4, 0, 0.4),
     (ExpectedAttention(share=0.4, first=0, last=9, horizon=16, eps=0.01), 0, 9, 0.4),
-    (Gate(weights=WEIGHTS, threshold=0.5, first=2, last=3), 2, 3, None),
+    (LinearGate(weights=WEIGHTS, threshold=0.5, first=2, last=3), 2, 3, None),
 ]
 
 
@@ -88,9 +88,9 @@ def test_shape_edges_count_and_rows(
     if share is not None:
         count = min(tokens, max(first + last, math.ceil(share * tokens)))
         assert (keep_BGN.sum(-1) == count).all()
-    if selector.grain != "pair":
-        assert selector.grain == "static" or (keep_BGN == keep_BGN[:, :1]).all()
-    if selector.grain == "static":
+    if selector.mask != "pair":
+        assert selector.mask == "static" or (keep_BGN == keep_BGN[:, :1]).all()
+    if selector.mask == "static":
         assert isinstance(selector, StaticSelector)
         assert (keep_BGN == selector.static_keep(G, tokens)).all()
     for row in range(B):
@@ -111,12 +111,12 @@ def test_json_round_trip(case: tuple[SelectorBase, int, int, float | None]) -> N
 
 
 def test_grain_and_needs() -> None:
-    assert Gate(weights=WEIGHTS, threshold=0).grain == "pair"
-    assert SnapKV().grain == "pair" and SnapKV(heads="shared").grain == "token"
+    assert LinearGate(weights=WEIGHTS, threshold=0).mask == "pair"
+    assert SnapKV().mask == "pair" and SnapKV(heads="shared").mask == "token"
     assert SnapKV().reads_queries and not SnapKV().reads_output
     assert SnapKV(value_norm=True).reads_output
-    assert not Gate(weights=WEIGHTS, threshold=0).reads_queries
-    assert H2O().grain == "pair" and H2O().reads_queries and not H2O().reads_output
+    assert not LinearGate(weights=WEIGHTS, threshold=0).reads_queries
+    assert H2O().mask == "pair" and H2O().reads_queries and not H2O().reads_output
     assert Tova().reads_queries and LazyLayer().reads_queries and ExpectedAttention().reads_queries
 
 

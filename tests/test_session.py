@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import make_plan, tiny_model
-from pdtrim.bundle import export
+from helpers import export, make_plan, tiny_model
 from pdtrim.errors import PdtrimError, RuntimeFailure
 from pdtrim.plan import Gates
 from pdtrim.runtime.process import Patience, StageProcess, last_words

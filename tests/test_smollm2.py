@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from helpers import first_last, make_plan
-from pdtrim.bundle import export
+from helpers import export, first_last, make_plan
 from pdtrim.demo import ROWS, run_demo
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.kv_probe import check_codecs

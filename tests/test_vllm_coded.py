@@ -8,8 +8,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from helpers import first_last, make_plan, tiny_model
-from pdtrim.bundle import export
+from helpers import export, first_last, make_plan, tiny_model
 from pdtrim.engines.pages import is_coded
 from pdtrim.engines.ranges import Form, Ticket
 from pdtrim.engines.vllm import coded_worker, pages_io

@@ -10,8 +10,7 @@ import torch
 pytest.importorskip("vllm")
 import prometheus_client
 
-from helpers import first_last, make_plan, tiny_model
-from pdtrim.bundle import export
+from helpers import export, first_last, make_plan, tiny_model
 from pdtrim.engines.vllm import blocks, compat
 from pdtrim.engines.vllm.attention import compact, trimmed_backend
 from pdtrim.engines.vllm.cache import TrimmedManager, TrimmedSpec, register

@@ -19,8 +19,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from helpers import first_last, make_plan
-from pdtrim.bundle import export
+from helpers import export, first_last, make_plan
 from pdtrim.engines.config import ServeConfig
 from pdtrim.engines.pages import bytes_sent, page_bytes
 from pdtrim.engines.vllm.launch import free_port, processes

@@ -8,9 +8,8 @@ import torch
 
 pytest.importorskip("vllm")
 
-from helpers import first_last, make_plan, pair_of, random_batch
+from helpers import export, first_last, make_plan, pair_of, random_batch
 from narrow_models import GATES, G, L, R, grouped, narrow_plan, width, widths
-from pdtrim.bundle import export
 from pdtrim.engines.pages import bytes_sent, check_servable, page_bytes
 from pdtrim.engines.ranges import Form
 from pdtrim.engines.vllm.cache import TrimmedSpec, hole_in, register

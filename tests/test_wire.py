@@ -106,7 +106,8 @@ def test_frame_bytes_are_what_crosses_a_socket(plan):
     thread.join()
     assert len(seen) == sent == layout.frame_bytes
     kept = {0: 5, 1: 5, 3: 30}
-    assert layout.payload_bytes == sum(2 * 2 * m * 8 * 2 for m in kept.values())
+    sent = sum(entry.mask_bytes + entry.data_bytes for entry in layout.entries)
+    assert sent == sum(2 * 2 * m * 8 * 2 for m in kept.values())
 
 
 def valid_frame(layout, keep=None):

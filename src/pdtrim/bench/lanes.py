@@ -104,6 +104,17 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
+def timed(run: Callable[[], object], lane: Lane, *devices: torch.device) -> float:
+    """Seconds of a lane's work, nothing else being under way on some devices."""
+    finish(*devices)
+    with lane.work():
+        start = lane.mark()
+        run()
+        stop = lane.mark()
+    finish(*devices)
+    return seconds(start, stop)
+
+
 def timed_rounds(
     runs: Mapping[K, Callable[[], object]],
     lane: Lane,
@@ -114,13 +125,8 @@ def timed_rounds(
     times: dict[K, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
-            finish(lane.device)
-            with lane.work():
-                start = lane.mark()
-                run()
-                stop = lane.mark()
-            finish(lane.device)
+            taken = timed(run, lane, lane.device)
             if repeat:
-                times[name].append(seconds(start, stop))
+                times[name].append(taken)
             advance(1)
     return times

@@ -6,6 +6,7 @@ Shapes: N prompt tokens, L layers.
 from __future__ import annotations
 
 import statistics
+from functools import partial
 
 import torch
 
@@ -14,7 +15,7 @@ from pdtrim.bench.lanes import Lane, timed_rounds
 from pdtrim.kvfit.link import Machine
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
-from pdtrim.stage.generate import prefill
+from pdtrim.stage.generate import run_prefill
 
 REPEATS = 3
 
@@ -39,10 +40,5 @@ def measure_machine(model: Model, tokens: int) -> Machine:
 def _prefill_s(model: Model, tokens: int) -> float:
     """Median seconds of a dense prefill, behind one that warms up."""
     ids_1N = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-    gates = Gates.dense(model.num_layers)
-
-    def run() -> None:
-        for _ in prefill(model, ids_1N, gates):
-            pass
-
+    run = partial(run_prefill, model, ids_1N, Gates.dense(model.num_layers))
     return statistics.median(timed_rounds({"": run}, Lane(model.device), REPEATS)[""])

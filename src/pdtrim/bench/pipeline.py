@@ -74,7 +74,7 @@ class Alone:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class PrefillRun:
     """One prefill.
 
     Attributes:
@@ -111,7 +111,7 @@ class Pipeline:
         times = Alone(encode_L=encode_L, move_L=move_L, decode_L=decode_L, bytes_L=sizes)
         return times, datas
 
-    def run(self, layers: Sequence[LayerSent] | None, *, decode: bool = False) -> Run:
+    def run(self, layers: Sequence[LayerSent] | None, *, decode: bool = False) -> PrefillRun:
         """One prefill.
 
         Args:
@@ -133,7 +133,7 @@ class Pipeline:
             last, _decoded = taking.result()
         end = stop if last is None else self.prefilling.reached(last)
         self._finish()
-        return Run(
+        return PrefillRun(
             prefill_s=seconds(start, stop),
             encoded_s=[_from(stop, mark) for mark in encoded],
             exposed_s=_from(stop, end),

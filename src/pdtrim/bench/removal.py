@@ -11,6 +11,7 @@ Shapes: N prompt tokens, L layers, G KV heads, D head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from pdtrim.plan import STAGES, Gates
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.cache import LayerCache
 from pdtrim.stage.cost import Lengths, stage_flops
-from pdtrim.stage.generate import decode_tokens, prefill
+from pdtrim.stage.generate import decode_tokens, run_prefill
 
 WARM = 2
 """Runs before a capture, in which libraries find their kernels and workspaces."""
@@ -99,21 +100,12 @@ def _runs(
 ) -> dict[tuple[str, int], Callable[[], object]]:
     """What each stage does without so many blocks; decode's caches have room for so many times."""
     runs: dict[tuple[str, int], Callable[[], object]] = {}
+    ids_1N = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
     for count in removed:
         prefill_gates, decode_gates = removing(model.num_layers, count)
-        runs["prefill", count] = _prefill(model, prefill_gates, tokens)
+        runs["prefill", count] = partial(run_prefill, model, ids_1N, prefill_gates)
         runs["decode", count] = _decode(model, decode_gates, tokens, times)
     return runs
-
-
-def _prefill(model: Model, gates: Gates, tokens: int) -> Callable[[], object]:
-    ids_1N = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-
-    def run() -> None:
-        for _ in prefill(model, ids_1N, gates):
-            pass
-
-    return run
 
 
 def _decode(model: Model, gates: Gates, tokens: int, runs: int) -> Callable[[], object]:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pdtrim.bench.lanes import Lane, seconds, spread
+from pdtrim.bench.lanes import Lane, spread, timed
 from pdtrim.bench.pipeline import Alone, Machines, Pipeline
 from pdtrim.bench.traffic import LayerSent, paged
-from pdtrim.clock import finish
 
 if TYPE_CHECKING:
     from pdtrim.bench.nixl_link import NixlLink
@@ -203,13 +202,7 @@ class Rounds:
             there.copy_(here, non_blocking=True)
 
     def _timed(self, run: Callable[[], object]) -> float:
-        finish(self.machines.source, self.machines.target)
-        with self.lane.work():
-            start = self.lane.mark()
-            run()
-            stop = self.lane.mark()
-        finish(self.machines.source, self.machines.target)
-        return seconds(start, stop)
+        return timed(run, self.lane, self.machines.source, self.machines.target)
 
 
 def _moved(copy: float, nixl: float | None, size: int, gbit: float | None) -> float:

@@ -25,7 +25,7 @@ from pdtrim.kv.policy import hand_over
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.cache import LayerCache
 from pdtrim.stage.forward import Trimmed
-from pdtrim.stage.generate import generate, prefill
+from pdtrim.stage.generate import generate, prefill, run_prefill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def stage_times(
     ids_BP = ids_BP.to(model.device)
     prepare: dict[str, Callable[[], Callable[[], None]]] = {}
     for name, side in (("dense", dense), ("variant", variant)):
-        run = partial(_prefill, side, ids_BP)
+        run = partial(run_prefill, side.pair.prefill, ids_BP[:, :-1], side.gates)
         prepare[f"{name} prefill"] = lambda run=run: run  # type: ignore[misc]
         groups = _groups(side, ids_BP)
         prepare[f"{name} decode"] = partial(_decode, side, ids_BP, groups, new_tokens)
@@ -89,11 +89,6 @@ def stage_times(
         dense_prefill_s=statistics.median(seconds["dense prefill"]),
         dense_decode_s=statistics.median(seconds["dense decode"]),
     )
-
-
-def _prefill(side: Trimmed, ids_BP: Tensor) -> None:
-    for _ in prefill(side.pair.prefill, ids_BP[:, :-1], side.gates):
-        pass
 
 
 def _groups(side: Trimmed, ids_BP: Tensor) -> dict[int, list[HeadGroup]]:

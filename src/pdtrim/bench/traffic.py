@@ -85,8 +85,7 @@ def layers_sent(policy: str, sizes: Sizes, device: torch.device) -> list[LayerSe
     asked = parse_policy(policy)
     if not isinstance(asked, KVRequest) or asked.layers == "auto":
         raise _needs_text(policy)
-    if getattr(asked.codec, "rotate", False) and sizes.width & (sizes.width - 1):
-        raise PlanError(f"rotate needs a head width that is a power of two, not {sizes.width}")
+    asked.codec.check_width(sizes.width)
     count = sizes.layers if asked.layers == "all" else asked.layers
     assert isinstance(count, int)
     if count > sizes.layers:

@@ -31,7 +31,7 @@ from pdtrim.bench.rounds import Rounds
 from pdtrim.bench.shapes import one_block, random_model, shape_config
 from pdtrim.bench.traffic import LayerSent, Sizes, layers_sent, paper_rule, random_cache
 from pdtrim.errors import PdtrimError
-from pdtrim.models.configs import head_width
+from pdtrim.models.block import head_width
 from pdtrim.models.loading import dtype_named
 from pdtrim.progress import Progress, silent
 

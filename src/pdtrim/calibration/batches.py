@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pdtrim.calibration.self_text import write_text
+from pdtrim.calibration.self_text import write_own_text
 from pdtrim.calibration.sources import read_documents
 from pdtrim.calibration.tokens import begin_ids, check_ids, check_length, encode_for
 from pdtrim.errors import CalibrationError
@@ -62,11 +62,6 @@ class Calibration:
     source: str
     hash: str
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of one search pass."""
-        return self.search.prompt_BP.numel() + self.search.continuation_BC.numel()
-
 
 def load_calibration(
     model: Model, config: CalibrationConfig, *, progress: Progress = silent
@@ -76,19 +71,38 @@ def load_calibration(
     Raises:
         CalibrationError: unreadable source, or too little text.
     """
-    width = config.prompt_tokens + config.continuation_tokens
-    if config.source == "self":
-        ids_nW = write_text(
-            model, sequences=config.sequences, tokens=width, seed=config.seed, progress=progress
-        )
-    else:
-        documents = read_documents(config.source)
-        ids_nW = pack(model, documents, sequences=config.sequences, width=width, seed=config.seed)
+    ids_nW = read_sequences(model, config, progress=progress)
     a, b = config.search, config.search + config.rerank
-    parts = [_batch(ids_nW[rows], config.prompt_tokens) for rows in _spans(a, b, len(ids_nW))]
+    text = Batch.cut(ids_nW, config.prompt_tokens)
     digest = hashlib.sha256(ids_nW.numpy().tobytes()).hexdigest()
     return Calibration(
-        search=parts[0], rerank=parts[1], fit=parts[2], source=config.source, hash=digest
+        search=text[:a], rerank=text[a:b], fit=text[b:], source=config.source, hash=digest
+    )
+
+
+def read_sequences(
+    model: Model, config: CalibrationConfig, *, progress: Progress, at_least: int | None = None
+) -> Tensor:
+    """Token ids of a source's sequences, all parts of the text together, ``[n, P + C]``.
+
+    Args:
+        at_least: how few a source may have; None for all.
+
+    Raises:
+        CalibrationError: as :func:`load_calibration`.
+    """
+    width, count = config.prompt_tokens + config.continuation_tokens, config.sequences
+    if config.source == "self":
+        return write_own_text(
+            model, sequences=count, tokens=width, seed=config.seed, progress=progress
+        )
+    return pack(
+        model,
+        read_documents(config.source),
+        sequences=count,
+        width=width,
+        seed=config.seed,
+        at_least=at_least,
     )
 
 
@@ -99,7 +113,7 @@ def text_batch(
     width = prompt_tokens + continuation_tokens
     documents = read_documents(source)
     ids_nW = pack(model, documents, sequences=limit, width=width, seed=None, at_least=1)
-    return _batch(ids_nW, prompt_tokens)
+    return Batch.cut(ids_nW, prompt_tokens)
 
 
 def pack(
@@ -145,11 +159,3 @@ def pack(
         )
     rows = [prefix + stream[i * body : (i + 1) * body] for i in range(count)]
     return torch.tensor(rows, dtype=torch.long)
-
-
-def _spans(a: int, b: int, end: int) -> tuple[slice, slice, slice]:
-    return slice(0, a), slice(a, b), slice(b, end)
-
-
-def _batch(ids_nW: Tensor, prompt_tokens: int) -> Batch:
-    return Batch(prompt_BP=ids_nW[:, :prompt_tokens], continuation_BC=ids_nW[:, prompt_tokens:])

@@ -7,9 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from pdtrim.calibration.batches import CalibrationConfig, pack
-from pdtrim.calibration.self_text import write_text
-from pdtrim.calibration.sources import read_documents
+from pdtrim.calibration.batches import CalibrationConfig, read_sequences
 from pdtrim.errors import CalibrationError
 from pdtrim.models.model import Model
 from pdtrim.progress import Progress, silent
@@ -35,32 +33,13 @@ def load_mixture(
     """
     kept, held_out = [], []
     for source in sources:
-        ids_nW = _read(model, replace(config, source=source, fit=0), progress)
+        of_source = replace(config, source=source, fit=0)
+        ids_nW = read_sequences(model, of_source, progress=progress, at_least=config.rerank + 1)
         held_out.append(ids_nW[: config.rerank])
         kept.append(ids_nW[config.rerank :])
         if len(kept[-1]) < config.search:
             say(f"{source} has {len(kept[-1])} sequences")
     if not kept:
         raise CalibrationError("no text to train on: name a source")
-    P = config.prompt_tokens
-    data, rest = torch.cat(kept), torch.cat(held_out)
-    return (
-        Batch(prompt_BP=data[:, :P], continuation_BC=data[:, P:]),
-        Batch(prompt_BP=rest[:, :P], continuation_BC=rest[:, P:]),
-    )
-
-
-def _read(model: Model, config: CalibrationConfig, progress: Progress) -> torch.Tensor:
-    width = config.prompt_tokens + config.continuation_tokens
-    if config.source == "self":
-        return write_text(
-            model, sequences=config.sequences, tokens=width, seed=config.seed, progress=progress
-        )
-    return pack(
-        model,
-        read_documents(config.source),
-        sequences=config.sequences,
-        width=width,
-        seed=config.seed,
-        at_least=config.rerank + 1,
-    )
+    data, rest = (Batch.cut(torch.cat(ids), config.prompt_tokens) for ids in (kept, held_out))
+    return data, rest

@@ -78,7 +78,7 @@ def recall_text(model: Model, text: Batch, *, seed: int = 0) -> Recall:
     Raises:
         CalibrationError: the sequences are too short.
     """
-    ids_nW = torch.cat((text.prompt_BP, text.continuation_BC), dim=1).cpu()
+    ids_nW = text.ids_BT.cpu()
     if sequence_tokens(text) < LEAST:
         raise CalibrationError(
             f"recall needs sequences of at least {LEAST} tokens, and these have"
@@ -131,7 +131,7 @@ def with_recall(batch: Batch, *, seed: int = 0) -> Batch:
     return Batch.join([batch, copied])
 
 
-Row = tuple[list[int], list[int], list[bool]]
+_Row = tuple[list[int], list[int], list[bool]]
 """Prompt, continuation, and which of the latter are answers."""
 
 
@@ -155,10 +155,10 @@ class _Cutter:
         self.colon, self.line = self._ids(":"), self._ids("\n")
         self.places = self._chosen_places()
 
-    def rows(self, number: int) -> list[Row]:
+    def rows(self, number: int) -> list[_Row]:
         """The rows of one sequence."""
         text = self.texts[number]
-        made: list[Row | None] = [self._returns(text, at) for at in self.places[number]]
+        made: list[_Row | None] = [self._returns(text, at) for at in self.places[number]]
         made += [None] * (2 - len(made))
         made.append((self._pairs, self._copy, self._question)[number % 3](text))
         return [row or self._copy(text) for row in made]
@@ -166,17 +166,17 @@ class _Cutter:
     def _ids(self, text: str) -> list[int]:
         return [] if self.model.tokenizer is None else encode_for(self.model, text)
 
-    def _row(self, prompt: list[int], continuation: list[int], answers: Sequence[int]) -> Row:
+    def _row(self, prompt: list[int], continuation: list[int], answers: Sequence[int]) -> _Row:
         assert len(prompt) == self.P and len(continuation) == self.C and answers
         return [*self.begin, *prompt], continuation, [i in answers for i in range(self.C)]
 
-    def _returns(self, text: list[int], at: int) -> Row:
+    def _returns(self, text: list[int], at: int) -> _Row:
         word = 1
         while word < self.C and self.words.goes_on(text[at + word]):
             word += 1
         return self._row(text[at - self.P : at], text[at : at + self.C], range(word))
 
-    def _copy(self, text: list[int]) -> Row:
+    def _copy(self, text: list[int]) -> _Row:
         cue = self.P // 4
         size = self.P - len(self.line) - cue
         start = self.rng.randint(0, len(text) - size)
@@ -185,7 +185,7 @@ class _Cutter:
         prompt = [*piece, *self.line, *piece[at - cue : at]]
         return self._row(prompt, piece[at : at + self.C], range(self.C))
 
-    def _pairs(self, text: list[int]) -> Row | None:
+    def _pairs(self, text: list[int]) -> _Row | None:
         words = sorted({token for token in text if token in self.rare})
         width = 2 + len(self.colon) + len(self.line)
         count = min(KEYS, len(words) // 2, self.P // width)
@@ -204,7 +204,7 @@ class _Cutter:
         queries += self.line * self.C if self.line else told
         return self._row([*text[:room], *told], queries[: self.C], answers)
 
-    def _question(self, text: list[int]) -> Row | None:
+    def _question(self, text: list[int]) -> _Row | None:
         """What stood behind some words; None where the text or the tokenizer has none."""
         if self.model.tokenizer is None:
             return None

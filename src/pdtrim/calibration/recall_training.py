@@ -36,7 +36,7 @@ def recall_rows(text: Batch, count: int, *, begin: int = 0, seed: int = 0) -> Ba
     Raises:
         CalibrationError: a share of prompts too short to hold two pieces.
     """
-    P, C = text.prompt_BP.shape[1], text.continuation_BC.shape[1]
+    P = text.prompt_BP.shape[1]
     least = begin + 2 * PAIR
     if least > P:
         raise CalibrationError(
@@ -47,12 +47,8 @@ def recall_rows(text: Batch, count: int, *, begin: int = 0, seed: int = 0) -> Ba
     listed = pairs(text, count // 3, begin=begin, draw=draw)
     left = count - len(returned) - len(listed)
     chosen = torch.randint(0, len(text), (left,), generator=draw)
-    some = Batch(prompt_BP=text.prompt_BP[chosen], continuation_BC=text.continuation_BC[chosen])
-    copied = with_recall(some, seed=seed)[left:]
-    rows_nW = torch.cat(
-        (returned, listed, torch.cat((copied.prompt_BP, copied.continuation_BC), dim=1))
-    )
-    return Batch(prompt_BP=rows_nW[:, :P], continuation_BC=rows_nW[:, P : P + C])
+    copied = with_recall(text[chosen], seed=seed)[left:]
+    return Batch.cut(torch.cat((returned, listed, copied.ids_BT)), P)
 
 
 def returns(text: Batch, count: int, *, begin: int, draw: torch.Generator) -> Tensor:
@@ -94,5 +90,4 @@ def pairs(text: Batch, count: int, *, begin: int, draw: torch.Generator) -> Tens
 
 
 def _stream(text: Batch, begin: int) -> tuple[Tensor, Tensor]:
-    rows_nW = torch.cat((text.prompt_BP, text.continuation_BC), dim=1)
-    return rows_nW[0, :begin], rows_nW[:, begin:].flatten()
+    return text.ids_BT[0, :begin], text.ids_BT[:, begin:].flatten()

@@ -22,12 +22,13 @@ from pdtrim.plan import Gates
 from pdtrim.progress import Advance, Progress, silent
 from pdtrim.stage.cache import LayerCache
 from pdtrim.stage.generate import generate
-from pdtrim.stage.sampling import Sampler, Sampling
+from pdtrim.stage.sampler import Sampler
+from pdtrim.stage.sampling import Sampling
 
 GROUP = {"cpu": 32, "cuda": 2048}  # sequences written side by side
 
 
-def write_text(
+def write_own_text(
     model: Model, *, sequences: int, tokens: int, seed: int, progress: Progress = silent
 ) -> Tensor:
     """Token ids ``[sequences, tokens]``, the same for the same model, dtype, device and seed."""
@@ -47,8 +48,7 @@ def _write(
 ) -> Tensor:
     rng = random.Random(seed)
     draw = Sampler(Sampling(temperature=1.0, top_p=0.95, seed=seed), rows)
-    end = model.network.generation_config.eos_token_id if model.network.generation_config else None
-    ends = torch.tensor(end if isinstance(end, list) else [-1 if end is None else end])
+    ends = torch.tensor(model.end_ids or [-1])
 
     def sampler(logits_BV: Tensor) -> Tensor:
         fresh = torch.tensor([rng.choice(starts) for _ in range(rows)])

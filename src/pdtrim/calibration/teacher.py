@@ -38,8 +38,7 @@ class Teacher:
         """Run the dense model over the batch, ``rows`` sequences at a time."""
         top = min(top, model.config.vocab_size - 1)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for start in range(0, len(batch), rows):
-            part = batch[start : start + rows]
+        for part in batch.parts(rows):
             trace = Trimmed.dense(model).streams(part)
             check_streams(model, trace)
             y = trace[-1][1]
@@ -52,11 +51,6 @@ class Teacher:
         ids, logp, rest = (torch.cat(column) for column in zip(*parts, strict=True))
         return cls(
             ids_BCK=ids.view(B, C, top), logp_BCK=logp.view(B, C, top), rest_BC=rest.view(B, C)
-        )
-
-    def __getitem__(self, rows: slice) -> Teacher:
-        return Teacher(
-            ids_BCK=self.ids_BCK[rows], logp_BCK=self.logp_BCK[rows], rest_BC=self.rest_BC[rows]
         )
 
     @torch.inference_mode()

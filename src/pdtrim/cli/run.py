@@ -10,26 +10,24 @@ import typer
 
 from pdtrim.cli.common import (
     Json,
-    Seed,
     err,
     out,
     print_json,
     visible,
 )
+from pdtrim.cli.options import from_record
+from pdtrim.stage.sampling import Sampling
 
 app = typer.Typer()
 
 
 @app.command(epilog='Example: pdtrim generate pair --prompt "Explain what AI is." ')
+@from_record(Sampling)
 def generate(
     folder: Annotated[Path, typer.Argument(help="An exported pair.")],
     prompt: Annotated[list[str], typer.Option(help="A prompt; give it again for a batch.")],
+    config: Sampling,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Nucleus: the share of probability that is drawn from.")
-    ] = 1.0,
-    seed: Seed = 0,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--raw", help="Use the chat template; by default if there is one."),
@@ -38,15 +36,13 @@ def generate(
 ) -> None:
     """Generate with the two processes; a single prompt streams."""
     from pdtrim.runtime.session import Session
-    from pdtrim.stage.sampling import Sampling
 
-    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     with Session(folder) as session:
         if len(prompt) == 1 and not as_json:
-            _stream(session, session.encode(prompt[0], chat=chat), max_new_tokens, sampling)
+            _stream(session, session.encode(prompt[0], chat=chat), max_new_tokens, config)
         else:
             results = session.generate(
-                prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat
+                prompt, max_new_tokens=max_new_tokens, sampling=config, chat=chat
             )
             if as_json:
                 print_json([vars(result) for result in results])
@@ -57,11 +53,11 @@ def generate(
         _say_timing(session, as_json)
 
 
-def _stream(session: Any, tokens: list[int], max_new_tokens: int, sampling: Any) -> None:
+def _stream(session: Any, tokens: list[int], max_new_tokens: int, config: Sampling) -> None:
     ids: list[int] = []
     text = shown = ""
     try:
-        for _, token in session.stream([tokens], max_new_tokens=max_new_tokens, sampling=sampling):
+        for _, token in session.stream([tokens], max_new_tokens=max_new_tokens, sampling=config):
             ids.append(token)
             text = session.tokenizer.decode(ids, skip_special_tokens=True)
             if not text.endswith("\ufffd"):  # half of a character: wait for the rest

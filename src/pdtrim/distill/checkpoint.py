@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -13,7 +14,6 @@ from torch import Tensor
 from pdtrim.errors import PlanError
 from pdtrim.keep.settings import Settings
 from pdtrim.keep.tensors import load_kept, save_kept
-from pdtrim.records import Frozen
 
 SCHEMA = "pdtrim.distill/2"
 
@@ -40,21 +40,15 @@ class Point:
 
 @dataclass(kw_only=True)
 class Position:
-    """Where a run stands: its steps, time and evaluations, and the losses since the last one."""
+    """Where a run stands: its steps, time and evaluations, and the losses since the last one.
 
-    step: int
-    seconds: float
+    The bounds are those of a file, which is written behind the first evaluation.
+    """
+
+    step: Annotated[int, Field(ge=0)]
+    seconds: Annotated[float, Field(ge=0)]
     losses: list[float]
-    history: list[Point]
-
-
-class _State(Frozen):
-    """A position as a file holds it: the first evaluation is behind it."""
-
-    step: int = Field(ge=0)
-    seconds: float = Field(ge=0)
-    losses: tuple[float, ...]
-    history: tuple[Point, ...] = Field(min_length=1)
+    history: Annotated[list[Point], Field(min_length=1)]
 
 
 def save(path: Path, settings: Settings, position: Position, groups: Groups) -> None:
@@ -68,7 +62,7 @@ def save(path: Path, settings: Settings, position: Position, groups: Groups) -> 
         for group, members in groups.items()
         for key, tensor in members.items()
     }
-    save_kept(path, tensors, SCHEMA, settings, _State(**vars(position)))
+    save_kept(path, tensors, SCHEMA, settings, position)
 
 
 def load(
@@ -83,10 +77,10 @@ def load(
     Raises:
         PdtrimError: not such a file, damaged, of a run of other settings, or of other tensors.
     """
-    state, tensors = load_kept(path, SCHEMA, settings, _State)
+    position, tensors = load_kept(path, SCHEMA, settings, Position)
     groups: dict[str, dict[str, Tensor]] = {"weight": {}, "mean": {}, "square": {}, "best": {}}
     types = {"weight": torch.float32, "best": best}
-    if state.step:  # Adam has no averages before the first step
+    if position.step:  # Adam has no averages before the first step
         types |= {"mean": torch.float32, "square": torch.float32}
     wanted = {f"{group}/{key}" for group in types for key in masters}
     strange = sorted(wanted ^ tensors.keys())
@@ -97,10 +91,4 @@ def load(
             strange.append(name)
     if strange:
         raise PlanError(f"{path} does not fit this training: see '{strange[0]}'; delete it")
-    position = Position(
-        step=state.step,
-        seconds=state.seconds,
-        losses=list(state.losses),
-        history=list(state.history),
-    )
     return position, groups

@@ -21,8 +21,8 @@ OF_PREFILL = ("stage", "parts", "fit_rows")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """How to train.
+class DistillConfig(Descent):
+    """How to train; the fields of :class:`Descent`, and these.
 
     Attributes:
         stage: whose weights train.
@@ -31,7 +31,6 @@ class DistillConfig:
         fit_rows: sequences that prefill's projections of skipped blocks are fitted to in closed
             form before the first step, layer by layer, to the dense model's keys and values; the
             fit stands if the held-out text gains. 0 for none.
-        warmup: share of the steps in which the learning rate rises; then it falls to 0 by a cosine.
         rows: sequences run together; ``accumulate`` times as many make one step.
         seed: of the order of the rows, new in each epoch.
         compute: type of the forward and backward pass; weights and Adam's states are fp32.
@@ -50,10 +49,6 @@ class DistillConfig:
     which: Which = "all"
     parts: Parts = "kv"
     fit_rows: int = 64
-    steps: int = 1000
-    learning_rate: float = 1e-4
-    warmup: float = 0.05
-    weight_decay: float = 0.0
     rows: int = 4
     accumulate: int = 1
     seed: int = 0
@@ -78,16 +73,6 @@ class DistillConfig:
         """What trains, in words."""
         named = {"prefill": f"prefill {self.parts}", "decode": self.which}
         return " and ".join(named.values()) if self.stage == "both" else named[self.stage]
-
-    @property
-    def descent(self) -> Descent:
-        """How the weights move."""
-        return Descent(
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            warmup=self.warmup,
-            weight_decay=self.weight_decay,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,13 +34,11 @@ from pdtrim.stage.step import prefill_block
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeConfig:
+class MergeConfig(Descent):
     """How a merged block is fitted; words as in ``DistillConfig``."""
 
     steps: int = 200
     learning_rate: float = 5e-4
-    warmup: float = 0.05
-    weight_decay: float = 0.0
     rows: int = 4
     seed: int = 0
     compute: Compute = "bfloat16"
@@ -69,10 +67,7 @@ class Around:
 
     def __getitem__(self, rows: list[int]) -> Around:
         return Around(
-            batch=Batch(
-                prompt_BP=self.batch.prompt_BP[rows],
-                continuation_BC=self.batch.continuation_BC[rows],
-            ),
+            batch=self.batch[rows],
             first=self.first,
             entering={layer: x_BNE[rows] for layer, x_BNE in self.entering.items()},
             input_BCE=self.input_BCE[rows],
@@ -110,11 +105,11 @@ def observe(model: Model, batch: Batch, first: int, *, rows: int = 8) -> Around:
     batch = batch.to(model.device)
     dense = Trimmed.dense(model)
     columns: list[list[Tensor]] = [[], [], [], []]
-    for start in range(0, len(batch), rows):
-        trace = dense.streams(batch[start : start + rows])
+    for part in batch.parts(rows):
+        trace = dense.streams(part)
         (x0, y0), (x1, _), (_, y2) = trace[first : first + 3]
-        for column, part in zip(columns, (x0, x1, y0, y2), strict=True):
-            column.append(part)
+        for column, stream in zip(columns, (x0, x1, y0, y2), strict=True):
+            column.append(stream)
     x0, x1, y0, y2 = (torch.cat(column) for column in columns)
     return Around(
         batch=batch, first=first, entering={first: x0, first + 1: x1}, input_BCE=y0, target_BCE=y2
@@ -173,14 +168,8 @@ def merge(
     dense = frozen(model, DTYPES[config.compute])
     seen = observe(dense, batch, first)
     layer, before = better_slot(dense, seen)
-    descent = Descent(
-        steps=config.steps,
-        learning_rate=config.learning_rate,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-    )
     gates = Gates.dense(model.num_layers)
-    student = Student(model, dense, running(model, gates, "decode", [layer]), {}, descent)
+    student = Student(model, dense, running(model, gates, "decode", [layer]), {}, config)
     untrained = student.copy_weights(model.dtype)
     variance = seen.variance
     with progress(f"merging blocks {first} and {first + 1}", config.steps) as advance:

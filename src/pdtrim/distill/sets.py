@@ -30,7 +30,7 @@ from pdtrim.records import Frozen
 from pdtrim.stage.forward import Trace
 from pdtrim.words import Reading
 
-Pair = tuple[int, int]
+Neighbours = tuple[int, int]
 """Two neighbouring layers, the first one first."""
 
 
@@ -84,7 +84,7 @@ def similarity(traces: list[Trace], stage: Stage, *, span: int = 1) -> Tensor:
     return finite(torch.stack(columns).mean(0), "the similarity of a block's input and output")
 
 
-def merges(removed: Iterable[int], distilled: dict[int, tuple[int, ...]]) -> tuple[Pair, ...]:
+def merges(removed: Iterable[int], distilled: dict[int, tuple[int, ...]]) -> tuple[Neighbours, ...]:
     """Pairs that become one block: a removed block and a kept neighbour; no block is in two pairs.
 
     A removed block of the distillation set whose partners are all removed or taken has none.

@@ -29,13 +29,13 @@ class Descent:
     """How far and how fast the weights move.
 
     Attributes:
-        warmup: share of the steps in which the learning rate rises; then it falls to 0.
+        warmup: share of the steps in which the learning rate rises; then it falls to 0 by a cosine.
         weight_decay: of matrices; norms and biases have none.
     """
 
-    steps: int
-    learning_rate: float
-    warmup: float
+    steps: int = 1000
+    learning_rate: float = 1e-4
+    warmup: float = 0.05
     weight_decay: float = 0.0
 
 

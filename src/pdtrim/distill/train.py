@@ -117,7 +117,7 @@ class _Run:
         names = running(
             job.model, gates, "decode", trainable_layers(config.which, gates, job.start)
         )
-        student = Student(job.model, self.dense, names, job.start, config.descent)
+        student = Student(job.model, self.dense, names, job.start, config)
         self.students["decode"] = student
         return student.model
 
@@ -128,7 +128,7 @@ class _Run:
         if config.stage == "decode":
             return base
         names = prefill_names(config.parts, own, job.trimmed.gates)
-        student = Student(own, base, names, {}, config.descent)
+        student = Student(own, base, names, {}, config)
         self.students["prefill"] = student
         return student.model
 
@@ -188,8 +188,7 @@ class _Run:
         before = student.copy_weights(torch.float32)
         data = self.job.data
         at = torch.linspace(0, len(data) - 1, min(self.config.fit_rows, len(data))).long()
-        part = Batch(prompt_BP=data.prompt_BP[at], continuation_BC=data.continuation_BC[at])
-        student.put(fitted_kv(self.dense, self.trained, part, student.layers))
+        student.put(fitted_kv(self.dense, self.trained, data[at], student.layers))
         self._evaluate("keys and values fitted")
         if _best(self.position.history) == 0:
             student.put(before)
@@ -211,8 +210,7 @@ class _Run:
         position.step += 1
 
     def _backward(self, at: Tensor, *, share: float) -> Tensor:
-        data = self.job.data
-        part = Batch(prompt_BP=data.prompt_BP[at], continuation_BC=data.continuation_BC[at])
+        part = self.job.data[at]
         if self.data is None:
             return backward_kl(self.trained, part, dense_stream(self.dense, part), share=share)
         dense_BCE, *entry = (x[at].to(part.prompt_BP.device) for x in self.data)
@@ -243,7 +241,7 @@ class _Run:
         position.history.append(point)
         position.losses = []
         if _best(position.history) == len(position.history) - 1:
-            self.best = joined(
+            self.best = under_one_name(
                 {s: one.copy_weights(self.job.model.dtype) for s, one in self.students.items()}
             )
         train = "" if point.train_kl is None else f"train KL {point.train_kl:.4f}, "
@@ -258,8 +256,7 @@ class _Run:
         """
         rows = self.config.rows
         columns: tuple[list[Tensor], ...] = ([], [], [])
-        for first in range(0, len(batch), rows):
-            part = batch[first : first + rows]
+        for part in batch.parts(rows):
             entry = self.trained.streams(part, stop=self.first)[-1]
             for column, made in zip(columns, (dense_stream(self.dense, part), *entry), strict=True):
                 column.append(made.cpu())
@@ -271,14 +268,16 @@ class _Run:
             here = Position(**{**vars(self.position), "seconds": self._seconds})
             states = {stage: student.state() for stage, student in self.students.items()}
             groups = {
-                group: joined({stage: state[group] for stage, state in states.items()})
+                group: under_one_name({stage: state[group] for stage, state in states.items()})
                 for group in ("weight", "mean", "square")
             }
             save(self.checkpoint, self.settings, here, {**groups, "best": self.best})
         self._saved = time.monotonic()
 
     def _resume(self, path: Path) -> None:
-        masters = joined({stage: student.masters for stage, student in self.students.items()})
+        masters = under_one_name(
+            {stage: student.masters for stage, student in self.students.items()}
+        )
         self.position, groups = load(path, self.settings, masters, self.job.model.dtype)
         for stage, student in self.students.items():
             state = {group: of_stage(tensors, stage) for group, tensors in groups.items()}
@@ -286,7 +285,7 @@ class _Run:
         self.best = groups["best"]
 
 
-def joined(weights: Mapping[Stage, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def under_one_name(weights: Mapping[Stage, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Weights of both stages under one another's names; prefill's begin with ``prefill.``."""
     return {
         f"prefill.{key}" if stage == "prefill" else key: tensor

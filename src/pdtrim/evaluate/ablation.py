@@ -99,7 +99,7 @@ def ablate(
                 seed: int = seed,
                 group: str = group,
                 name: str = name,
-                make: Callable[[], Made] = make,
+                make: Callable[[], RowResult] = make,
             ) -> Cell:
                 started = time.perf_counter()
                 made = make()
@@ -139,7 +139,7 @@ def settings_of(model: Model, config: AblationConfig, held_out: Mapping[str, Bat
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class RowResult:
     """What a row comes to: gates, and other weights in some blocks."""
 
     gates: Gates
@@ -160,7 +160,7 @@ class Made:
         return "; ".join(stages)
 
 
-def measure(model: Model, made: Made, held_out: dict[str, Batch]) -> dict[str, float]:
+def measure(model: Model, made: RowResult, held_out: dict[str, Batch]) -> dict[str, float]:
     """KL on each held-out text, the whole KV cache sent."""
     variant = Trimmed.whole(swap_pair(Pair.dense(model), made.blocks), made.gates)
     return {
@@ -216,28 +216,28 @@ class Ablation:
         made = method.plan(self.model, self.text, target, progress=self.progress)
         return made.save(path)
 
-    def searched(self, name: str, method: Method, target: Target) -> Made:
+    def searched(self, name: str, method: Method, target: Target) -> RowResult:
         """The row of a plan as it was searched."""
         plan = self.plan(name, method, target).plan
         spent = plan.provenance.search_block_tokens
-        return Made(gates=plan.gates, blocks={}, block_tokens=spent)
+        return RowResult(gates=plan.gates, blocks={}, block_tokens=spent)
 
-    def repaired(self, name: str, method: Method, target: Target, kind: str) -> Made:
+    def repaired(self, name: str, method: Method, target: Target, kind: str) -> RowResult:
         """A plan with its cuts repaired; ``best`` is each stage's best on the re-rank text."""
         gates = self.plan(name, method, target).plan.gates
         trimmed = Trimmed.whole(Pair.dense(self.model), gates)
         if kind == "best":
             best = best_repair(self.model, trimmed, self.text.fit, self.text.rerank)
-            return Made(gates=gates, blocks=best.blocks)
+            return RowResult(gates=gates, blocks=best.blocks)
         (chosen,) = (k for k in (*KINDS["prefill"], *SHARED) if k == kind)
-        return Made(gates=gates, blocks=repair(self.model, trimmed, self.text.fit, chosen))
+        return RowResult(gates=gates, blocks=repair(self.model, trimmed, self.text.fit, chosen))
 
-    def trained(self, name: str, method: Method, target: Target, reading: Reading) -> Made:
+    def trained(self, name: str, method: Method, target: Target, reading: Reading) -> RowResult:
         """A plan whose distillation set is merged and lightly distilled."""
         trim = self.plan(name, method, target)
         plan, rule = trim.plan, SetRule(reading=reading)
         if not pairs_of(plan, self.model, self.text.fit, rule):
-            return Made(gates=plan.gates, blocks={})  # the rule puts nothing in its set
+            return RowResult(gates=plan.gates, blocks={})  # the rule puts nothing in its set
         distillation = DistillConfig(which="pairs", steps=self.config.train_steps, seed=self.seed)
         done = train_plan(
             trim,
@@ -247,10 +247,10 @@ class Ablation:
             Training(rule=rule, distillation=distillation),
             progress=self.progress,
         )
-        return Made(gates=done.gates, blocks=done.blocks)
+        return RowResult(gates=done.gates, blocks=done.blocks)
 
 
-def rows(ablation: Ablation) -> Iterator[tuple[str, str, Callable[[], Made]]]:
+def rows(ablation: Ablation) -> Iterator[tuple[str, str, Callable[[], RowResult]]]:
     """Group, name and maker of every row."""
     config, seed, budget = ablation.config, ablation.seed, ablation.budget
     half = min(3, config.decode_remove)
@@ -261,7 +261,7 @@ def rows(ablation: Ablation) -> Iterator[tuple[str, str, Callable[[], Made]]]:
     readings: tuple[Reading, ...] = ("pairs", "redundancy")
     for reading in readings:
 
-        def train(reading: Reading = reading) -> Made:
+        def train(reading: Reading = reading) -> RowResult:
             return ablation.trained("paper", Paper(), paper, reading)
 
         yield rule, f"distillation set by {reading}", train
@@ -289,7 +289,7 @@ def rows(ablation: Ablation) -> Iterator[tuple[str, str, Callable[[], Made]]]:
         stage: Stage = "decode" if what.startswith("decode") else "prefill"
         for kind in (*KINDS[stage][1:], "best"):
 
-            def mend(what: str = what, target: Target = hybrid, kind: str = kind) -> Made:
+            def mend(what: str = what, target: Target = hybrid, kind: str = kind) -> RowResult:
                 return ablation.repaired(f"{what} hybrid", PDTrim(), target, kind)
 
             yield f"repair, {what}", kind, mend
@@ -306,7 +306,7 @@ def rows(ablation: Ablation) -> Iterator[tuple[str, str, Callable[[], Made]]]:
         yield f"grain, {share:.0%} of prefill's operations", grain, _search(ablation, grain, target)
 
 
-def _search(ablation: Ablation, name: str, target: Target) -> Callable[[], Made]:
+def _search(ablation: Ablation, name: str, target: Target) -> Callable[[], RowResult]:
     return lambda: ablation.searched(name, PDTrim(), target)
 
 
@@ -319,7 +319,7 @@ def markdown(cells: list[Cell]) -> str:
     ]
     for group, name in dict.fromkeys((cell.group, cell.name) for cell in cells):
         of_row = [cell for cell in cells if (cell.group, cell.name) == (group, name)]
-        found = [spread([cell.kl[text] for cell in of_row]) for text in texts]
+        found = [mean_and_deviation([cell.kl[text] for cell in of_row]) for text in texts]
         cost = statistics.mean(cell.block_tokens for cell in of_row) / 1e6
         seconds = statistics.mean(cell.seconds for cell in of_row)
         lines.append(
@@ -330,7 +330,7 @@ def markdown(cells: list[Cell]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def spread(values: list[float]) -> str:
+def mean_and_deviation(values: list[float]) -> str:
     """Mean and standard deviation over seeds."""
     mean = statistics.mean(values)
     return f"{mean:.4f} ± {statistics.stdev(values):.4f}" if len(values) > 1 else f"{mean:.4f}"

@@ -22,6 +22,7 @@ from pdtrim.evaluate.kv_suite import retrieval_scores
 from pdtrim.evaluate.quality import measure_quality
 from pdtrim.evaluate.retrieval import Probe, generate
 from pdtrim.kv.codecs import parse_codec
+from pdtrim.kv.codecs.integer import rotated
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.plan import LayerKV, PrunePlan
@@ -108,7 +109,7 @@ def copying(model: Model, probes: list[Probe], config: ProbeConfig) -> Batch:
     rows = [encode_for(model, probe.context + probe.question) for probe in probes]
     P = min(map(len, rows)) - C
     ids = torch.tensor([row[: P + C] + row[:C] for row in rows])
-    return Batch(prompt_BP=ids[:, :P], continuation_BC=ids[:, P:])
+    return Batch.cut(ids, P)
 
 
 def kls(
@@ -126,8 +127,7 @@ def kls(
 
 def _advice(model: Model, batch: Batch, config: ProbeConfig, progress: Progress) -> str:
     """The smallest codec that costs little."""
-    width = model.head_dim
-    names = [name for name in TRIED if "rotate" not in name or width & (width - 1) == 0]
+    names = [name for name in TRIED if "rotate" not in name or rotated(model.head_dim)]
     policies = {name: HandoverPolicy(rules=(_rule(name),) * model.num_layers) for name in names}
     measured = kls(model, policies, batch, progress)
     name = next((name for name in names if measured[name] <= config.kl / 2), names[-1])

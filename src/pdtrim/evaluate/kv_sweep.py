@@ -66,7 +66,7 @@ def default_policies(head_dim: int, tokens: int, num_layers: int) -> dict[str, s
     return policies
 
 
-class _Tokens(Frozen):
+class _PerSequence(Frozen):
     """A policy's quality, a number a sequence."""
 
     kl: tuple[float, ...]
@@ -205,14 +205,14 @@ def _qualities(
     keep: _Cells,
     progress: Progress,
 ) -> dict[str, Quality]:
-    def measure() -> dict[str, _Tokens]:
+    def measure() -> dict[str, _PerSequence]:
         found = measure_quality(model, variants, batch, progress=progress)
         return {
-            name: _Tokens(kl=tuple(q.kl_n.tolist()), nll=tuple(q.nll_n.tolist()))
+            name: _PerSequence(kl=tuple(q.kl_n.tolist()), nll=tuple(q.nll_n.tolist()))
             for name, q in found.items()
         }
 
-    kept = keep.once("quality", dict[str, _Tokens], measure, plans=plans)
+    kept = keep.once("quality", dict[str, _PerSequence], measure, plans=plans)
     return {
         name: Quality(kl_n=torch.tensor(q.kl), nll_n=torch.tensor(q.nll))
         for name, q in kept.items()

@@ -88,8 +88,7 @@ def measure_quality(
         alike.setdefault(key, {})[name] = variant.policy
         first.setdefault(key, variant)
     with progress("measuring quality", len(batch) * (len(variants) + 1)) as advance:
-        for start in range(0, len(batch), ROWS):
-            part = batch[start : start + ROWS].to(dense.device)
+        for part in batch.to(dense.device).parts(ROWS):
             dense_BCE = Trimmed.dense(dense).last_stream(part)
             advance(len(part))
             for key, policies in alike.items():

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from pdtrim.evaluate.quality import Quality
-from pdtrim.evaluate.result_file import ResultFile
+from pdtrim.keep.document import Document
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates, PrunePlan
@@ -71,7 +71,7 @@ class ResultProvenance(Frozen):
     host: dict[str, str | int]
 
 
-class Result(ResultFile):
+class Result(Document):
     """A result file; ``problems`` are reasons not to trust it, found by its own sanity checks."""
 
     schema_id: Literal["pdtrim.result/1"] = Field(default="pdtrim.result/1", alias="schema")

@@ -26,6 +26,7 @@ from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
 from pdtrim.progress import Progress, silent
+from pdtrim.search.objective import Loss
 from pdtrim.stage.forward import Batch, Trimmed
 
 ROWS = 8  # sequences run together
@@ -43,10 +44,6 @@ WAYS: dict[str, Callable[[int, int], Gates]] = {
     "decode": lambda count, layer: Gates.removing(count, decode=[layer]),
     "unified": lambda count, layer: Gates.removing(count, prefill=[layer], decode=[layer]),
 }
-
-
-Loss = Callable[[Tensor], Tensor]
-"""Decode's last stream ``[B, C, E]`` to a loss a sequence."""
 
 
 def sensitivity(

@@ -243,8 +243,7 @@ class Watch:
             longest is not None and len(prompt) + len(answer) > int(longest)
         ):
             return "long"
-        rows = (torch.tensor([ids], dtype=torch.long) for ids in (prompt, answer))
-        return Batch(**dict(zip(("prompt_BP", "continuation_BC"), rows, strict=True)))
+        return Batch.cut(torch.tensor([[*prompt, *answer]]), len(prompt))
 
     def _ids(self, words: Words, *, special: bool) -> list[int]:
         vocabulary = int(self.model.config.vocab_size)

@@ -111,7 +111,7 @@ def check_ours(path: Path) -> None:
         raise PdtrimError(f"{path} is there and not from pdtrim: give another -o, or move it away")
 
 
-def sweep(path: Path) -> None:
+def remove_parts(path: Path) -> None:
     """Remove temporary files of ``path`` that killed processes left; for who alone writes it."""
     target = Path(os.path.realpath(path))
     with contextlib.suppress(OSError):

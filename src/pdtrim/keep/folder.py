@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pdtrim.errors import PdtrimError
-from pdtrim.keep.files import PART, beside, cannot_write, check_ours, sweep, write_json
+from pdtrim.keep.files import PART, beside, cannot_write, check_ours, remove_parts, write_json
 from pdtrim.keep.lock import lock
 from pdtrim.reading.json_text import read_json
 
@@ -40,7 +40,7 @@ def output_file(path: Path) -> Iterator[None]:
     except OSError as error:
         raise cannot_write(path, error) from error
     with lock(beside(target, ".lock"), str(path)):
-        sweep(path)
+        remove_parts(path)
         yield
 
 
@@ -58,7 +58,7 @@ def output_folder(folder: Path, what: str, *, shared: bool = False) -> Iterator[
         PdtrimError: a foreign folder, one for something else, or another run writes to it.
     """
     new = not folder.exists()
-    claim(folder, what)
+    claim_folder(folder, what)
     try:
         with lock(folder / LOCK, str(folder), shared=shared):
             yield
@@ -93,7 +93,7 @@ def is_there(folder: Path, what: str) -> bool:
     return False
 
 
-def claim(folder: Path, what: str) -> None:
+def claim_folder(folder: Path, what: str) -> None:
     """Make a folder and mark it, unless that is done.
 
     Raises:

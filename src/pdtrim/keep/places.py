@@ -7,18 +7,16 @@ import tempfile
 from pathlib import Path
 
 from pdtrim.errors import PdtrimError
+from pdtrim.keep.files import check_regular
 
 
 def need_file_place(path: Path) -> None:
     """Refuse a place where a file cannot be written, before the work and not after it.
 
     Raises:
-        PdtrimError: a folder is there, or its folder cannot be made or written to.
+        PdtrimError: as :func:`check_regular`, or its folder cannot be made or written to.
     """
-    if path.is_dir():
-        raise PdtrimError(f"{path} is a folder: name a file in it")
-    if path.exists() and not path.is_file():
-        raise PdtrimError(f"{path} is not a plain file: name another")
+    check_regular(path)
     _probe(path.parent)
 
 

@@ -12,7 +12,7 @@ Shapes: B rows, G KV heads, g of a group, M kept tokens, T positions, D head wid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,10 +51,8 @@ class KVBias:
         k_gMD = self.k_GD[heads].float()[:, None]
         k_BgMD = turn(k_gMD.expand_as(cos_BgMD), cos_BgMD, sin_BgMD)
         v_gMD = self.v_GD[heads].float()[:, None]
-        return HeadGroup(
-            heads=group.heads,
+        return replace(
+            group,
             k_BgMD=(group.k_BgMD.float() + sign * k_BgMD).to(group.k_BgMD.dtype),
             v_BgMD=(group.v_BgMD.float() + sign * v_gMD).to(group.v_BgMD.dtype),
-            positions_BgM=group.positions_BgM,
-            padded_BM=group.padded_BM,
         )

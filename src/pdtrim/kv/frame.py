@@ -129,14 +129,10 @@ class Layout:
         return all(entry.exact for entry in self.entries)
 
     @property
-    def payload_bytes(self) -> int:
-        """Bytes of masks and data; the most, unless :attr:`exact`."""
-        return sum(entry.mask_bytes + entry.data_bytes for entry in self.entries)
-
-    @property
     def frame_bytes(self) -> int:
         """What crosses the socket for one request; the most, unless :attr:`exact`."""
-        return HEAD.size + (ENTRY.size + HASH_BYTES) * len(self.entries) + self.payload_bytes
+        around = ENTRY.size + HASH_BYTES
+        return HEAD.size + sum(e.mask_bytes + e.data_bytes + around for e in self.entries)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +272,7 @@ def unpack_mask(data: Tensor, heads: int, tokens: int) -> Tensor:
 def _entry(plan: PrunePlan, layer: int, tokens: int, dtype: torch.dtype) -> Entry:
     rule, width = plan.kv[layer], plan.model.head_dim
     heads = len(plan.kv_heads("decode", layer))
-    static_GN, mask_rows = None, {"static": 0, "token": 1, "pair": heads}[rule.selector.grain]
+    static_GN, mask_rows = None, rule.selector.mask_rows(heads)
     if isinstance(rule.selector, StaticSelector):
         static_GN = rule.selector.static_keep(heads, tokens, block_size=plan.block_size)
         data_bytes = data_bytes_of(rule.codec, static_GN, width, dtype)

@@ -9,7 +9,7 @@ group's fullest row, D head width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,19 +45,6 @@ class HandoverPolicy:
     def full(cls, num_layers: int) -> HandoverPolicy:
         """Everything travels."""
         return cls(rules=(LayerKV(),) * num_layers)
-
-    def seen(self, layer: int, view: LayerView) -> LayerView:
-        """A layer as its rule sees it: without the KV heads that decode does not have."""
-        places = self.places[layer] if self.places else None
-        return view if places is None else view.heads(places)
-
-    def keep(self, layer: int, view: LayerView) -> Tensor:
-        """Which pairs of a layer travel, bool ``[B, G, N]``; its heads are those of :meth:`seen`.
-
-        Args:
-            view: with all heads that prefill makes.
-        """
-        return self.rules[layer].selector.keep(self.seen(layer, view), block_size=self.block_size)
 
     def share(self, layer: int, heads: int, tokens: int) -> float:
         """Share of a layer's pairs that travel; 1, the most, where each prompt decides anew."""
@@ -165,14 +152,15 @@ def select(policy: HandoverPolicy, layer: int, view: LayerView) -> Kept:
     Args:
         view: with all heads that prefill makes.
     """
-    rule, seen = policy.rules[layer], policy.seen(layer, view)
+    rule, places = policy.rules[layer], policy.places[layer] if policy.places else None
+    seen = view if places is None else view.heads(places)
     if isinstance(rule.selector, Full):
         groups = [whole(seen)]
         shape = seen.k_BGND.shape[:3]
         keep_BGN = torch.ones((), dtype=torch.bool, device=seen.k_BGND.device).expand(shape)
     else:
         with torch.no_grad():  # which pairs travel has no gradient
-            keep_BGN = policy.keep(layer, view)
+            keep_BGN = rule.selector.keep(seen, block_size=policy.block_size)
         groups = gather(seen, keep_BGN)
     bias, rope = (None if rule.codec.exact else seen.bias()), None
     if bias is not None:
@@ -216,13 +204,7 @@ def through(codec: CodecBase, group: HeadGroup) -> HeadGroup:
             k[row, :, :count], v[row, :, :count] = codec.round_trip(
                 group.k_BgMD[row, :, :count], group.v_BgMD[row, :, :count]
             )
-    return HeadGroup(
-        heads=group.heads,
-        k_BgMD=_straight(group.k_BgMD, k),
-        v_BgMD=_straight(group.v_BgMD, v),
-        positions_BgM=group.positions_BgM,
-        padded_BM=group.padded_BM,
-    )
+    return replace(group, k_BgMD=_straight(group.k_BgMD, k), v_BgMD=_straight(group.v_BgMD, v))
 
 
 def _straight(x: Tensor, coded: Tensor) -> Tensor:

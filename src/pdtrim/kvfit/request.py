@@ -120,9 +120,8 @@ class KVRequest(Frozen):
 
     def fit(self, observed: Observed) -> tuple[LayerKV, ...]:
         """One rule a layer, from what was observed already."""
-        count, width = observed.num_layers, observed.model.head_dim
-        if getattr(self.codec, "rotate", False) and width & (width - 1):
-            raise PlanError(f"rotate needs a head width that is a power of two, not {width}")
+        count = observed.num_layers
+        self.codec.check_width(observed.model.head_dim)
         if isinstance(self.layers, int) and self.layers > count:
             raise PlanError(f"KV policy: layers={self.layers}, but the model has {count}")
         selectors = SELECTORS[self.selector].fit(observed, self.options, self.share)

@@ -21,7 +21,7 @@ def rule_bytes(view: BlockView, rule: LayerKV) -> float:
     policy = HandoverPolicy(rules=(rule,))
     total = 0
     for row in range(rows):
-        total += {"static": 0, "token": 1, "pair": G}[rule.selector.grain] * -(-N // 8)
+        total += rule.selector.mask_rows(G) * -(-N // 8)
         for group in select(policy, 0, view.row(row, N)).groups:
             k, v = (x[0].to(WIRE) for x in (group.k_BgMD, group.v_BgMD))
             if rule.codec.variable:

@@ -24,6 +24,8 @@ Rope = tuple[Tensor, Tensor]
 
 Made = Literal["queries", "keys", "values", "attention", "gate", "up", "mlp"]
 """What a projection makes; ``attention`` and ``mlp`` are what is added to the stream."""
+UnitKind = Literal["group", "neuron"]
+"""What is cut as one: a KV head with its query heads, or an MLP neuron."""
 OUTPUTS: tuple[Made, Made] = ("attention", "mlp")
 KEYS_AND_VALUES: tuple[Made, Made] = ("keys", "values")
 
@@ -35,12 +37,12 @@ class Projection:
     Attributes:
         name: of its module below the block.
         makes: what its rows give, in their order; several where a family fuses matrices.
-        unit: what is cut out of it as one: a KV head with its query heads, or an MLP neuron.
+        unit: what is cut out of it as one.
     """
 
     name: str
     makes: tuple[Made, ...]
-    unit: Literal["group", "neuron"]
+    unit: UnitKind
 
     @property
     def writes(self) -> bool:
@@ -62,6 +64,12 @@ class Products:
     kv: int
     qo: int
     mlp: int
+
+
+def head_width(config: Any) -> int:
+    """Channels of a head."""
+    width = getattr(config, "head_dim", None)
+    return int(width or config.hidden_size // config.num_attention_heads)
 
 
 def rotate(x_BHTD: Tensor, rope: Rope) -> Tensor:
@@ -144,9 +152,15 @@ class Block:
         """What attention adds to the stream, ``[B, T, E]``."""
         return self.matrix("attention")(o_BHTD.transpose(1, 2).flatten(2))
 
+    @property
+    def mlp_norm(self) -> nn.Module:
+        """The norm before the MLP."""
+        norm: nn.Module = self.module.post_attention_layernorm
+        return norm
+
     def mlp(self, x_BTE: Tensor) -> Tensor:
         """What the MLP adds to the stream, its norm included."""
-        return self.module.mlp(self.module.post_attention_layernorm(x_BTE))
+        return self.module.mlp(self.mlp_norm(x_BTE))
 
     def _heads(self, made: Made, norm: str | None, h_BTE: Tensor) -> Tensor:
         """Project and split into heads; ``norm`` names a per-head norm that the family may have."""
@@ -200,7 +214,7 @@ class Block:
     def products(cls, config: PreTrainedConfig, *, groups: int, neurons: int) -> Products:
         """Multiply-adds a token of a block of so many KV heads and neurons."""
         hidden, heads = config.hidden_size, config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or hidden // heads
+        head_dim = head_width(config)
         q_width = groups * heads // config.num_key_value_heads * head_dim
         return Products(
             groups=groups,

@@ -2,8 +2,8 @@
 
 A stage's folder is a Hugging Face model folder: ``config.json``, ``model.safetensors``, tokenizer.
 Blocks that the stage runs anything of get the slots 0, 1, ... in order; the config's key
-``pdtrim`` (:class:`Entry`) holds the stage, the plan, its digest, each slot's dense layer, and the
-SHA-256 of every file beside the config and of the config itself, which are checked before the
+``pdtrim`` (:class:`StageEntry`) holds the stage, the plan, its digest, each slot's dense layer, and
+the SHA-256 of every file beside the config and of the config itself, which are checked before the
 weights are loaded: one altered bit is refused. If all slots are whole
 blocks it is a plain checkpoint that transformers loads. Otherwise its model type is
 ``pdtrim_<family>``, which transformers does not know: loaded as a plain model it would get random
@@ -51,7 +51,7 @@ PREFIX = "pdtrim_"
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
-class Entry(Frozen):
+class StageEntry(Frozen):
     """What pdtrim writes into the config of a stage's checkpoint.
 
     Attributes:
@@ -76,7 +76,7 @@ class StageConfig:
 
     data: dict[str, Any]
     plan: PrunePlan
-    entry: Entry
+    entry: StageEntry
 
 
 def save_stage(model: Model, plan: PrunePlan, stage: Stage, folder: Path) -> None:
@@ -194,7 +194,7 @@ def read_stage(folder: Path, stage: Stage) -> StageConfig:
     if "files" not in entry:
         raise ModelError(f"{folder} is from an older version, without digests: export it again")
     try:
-        made = Entry.model_validate(entry)
+        made = StageEntry.model_validate(entry)
     except ValidationError as error:
         raise ModelError(f"{path}: {first_problem(error)}; export it again") from error
     own = {key: value for key, value in entry.items() if key not in ("config_sha256", "pair")}
@@ -203,7 +203,7 @@ def read_stage(folder: Path, stage: Stage) -> StageConfig:
     return StageConfig(data=data, plan=plan, entry=made)
 
 
-def check_files(folder: Path, entry: Entry) -> None:
+def check_files(folder: Path, entry: StageEntry) -> None:
     """Compare every file beside a config with the digest that the config has of it.
 
     Raises:

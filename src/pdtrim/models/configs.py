@@ -14,6 +14,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
 from pdtrim.errors import ModelError, border
+from pdtrim.models.block import head_width
 from pdtrim.models.families import family_named
 from pdtrim.models.model import ARCHITECTURE_KEYS
 from pdtrim.models.rope import check_rope
@@ -86,12 +87,6 @@ def generation_ids(data: Mapping[str, Any], where: str) -> GenerationConfig:
     return GenerationConfig(**ids)
 
 
-def head_width(config: Any) -> int:
-    """Channels of a head."""
-    width = getattr(config, "head_dim", None)
-    return int(width or config.hidden_size // config.num_attention_heads)
-
-
 def _check_size(key: str, value: object, where: str) -> None:
     if value is None and key in OPTIONAL_SIZES:
         return
@@ -103,11 +98,8 @@ def _check_size(key: str, value: object, where: str) -> None:
 
 
 def _check_heads(config: Any, where: str) -> None:
-    heads, groups, width = (
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        head_width(config),
-    )
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    width = head_width(config)
     if heads % groups or width % 2 or width < 2:
         raise ModelError(
             f"{where}: {heads} query heads of width {width} do not share {groups} KV heads evenly,"

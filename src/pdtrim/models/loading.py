@@ -20,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from pdtrim.card import licence_of
 from pdtrim.errors import ModelError, NotFinite, border
-from pdtrim.models.configs import ATTENTION, config_of, generation_ids, head_width
+from pdtrim.models.block import head_width
+from pdtrim.models.configs import ATTENTION, config_of, generation_ids
 from pdtrim.models.gguf import FREQUENCIES, is_gguf, read_gguf
 from pdtrim.models.model import Model
 from pdtrim.models.rope import gguf_rope

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pdtrim.errors import ModelError
 from pdtrim.finite import finite
-from pdtrim.models.block import Block, Rope
+from pdtrim.models.block import Block, Rope, head_width
 from pdtrim.models.emulated import quicken
 from pdtrim.models.families import family_of
 from pdtrim.models.rope import check_rope
@@ -124,8 +124,14 @@ class Model:
     @property
     def head_dim(self) -> int:
         """Width of a head."""
-        width = getattr(self.config, "head_dim", None)
-        return int(width or self.config.hidden_size // self.config.num_attention_heads)
+        return head_width(self.config)
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Tokens that end a generation, by the model's own settings; chat models have several."""
+        settings = self.network.generation_config
+        end = settings.eos_token_id if settings else None
+        return end if isinstance(end, list) else [] if end is None else [end]
 
     def block(self, layer: int) -> Block:
         """The block at a dense layer index, which this checkpoint must hold."""

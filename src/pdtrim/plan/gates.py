@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Literal
 
 from pydantic import model_validator
@@ -89,15 +89,30 @@ class Gates(Frozen):
             )
         if mode == "unified" and gone_prefill != gone_decode:
             raise PlanError("mode 'unified': both stages lose the same blocks")
+        gone = gone_prefill, gone_decode
+        return cls.without(num_layers, attention=gone, mlp=gone)
+
+    @classmethod
+    def without(
+        cls,
+        num_layers: int,
+        *,
+        attention: tuple[Set[int], Set[int]],
+        mlp: tuple[Set[int], Set[int]],
+    ) -> Gates:
+        """Gates without some attentions and MLPs, each by layer, of prefill and of decode.
+
+        Prefill still makes keys and values for an attention that only it loses.
+        """
         layers = range(num_layers)
         return cls(
             prefill_attention=tuple(
-                "full" if i not in gone_prefill else "off" if i in gone_decode else "kv"
+                "full" if i not in attention[0] else "off" if i in attention[1] else "kv"
                 for i in layers
             ),
-            prefill_mlp=tuple(i not in gone_prefill for i in layers),
-            decode_attention=tuple(i not in gone_decode for i in layers),
-            decode_mlp=tuple(i not in gone_decode for i in layers),
+            prefill_mlp=tuple(i not in mlp[0] for i in layers),
+            decode_attention=tuple(i not in attention[1] for i in layers),
+            decode_mlp=tuple(i not in mlp[1] for i in layers),
         )
 
     def blocks(self, stage: Stage) -> int:

@@ -13,19 +13,21 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from pdtrim.errors import PlanError, border
-from pdtrim.keep.files import write_json
+from pdtrim.errors import PdtrimError, PlanError, border
+from pdtrim.keep.document import Document
 from pdtrim.kv.codecs import Codec, Raw
 from pdtrim.kv.selectors import Full, Selector
 from pdtrim.plan.gates import Gates
 from pdtrim.plan.width import MAX_HEADS, Width, Widths
-from pdtrim.reading.json_text import read_json
-from pdtrim.records import Frozen, first_problem
+from pdtrim.records import Frozen
 from pdtrim.words import STAGES, Mode, Stage
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MAX_PLAN_BYTES = 16 * 2**20
 MAX_LAYERS, MAX_HEAD_DIM = 4096, 4096
@@ -131,7 +133,7 @@ class Provenance(Frozen):
     versions: dict[str, str] = Field(default_factory=dict)
 
 
-class PrunePlan(Frozen):
+class PrunePlan(Document):
     """A model, its gates, its KV policy, and where they came from.
 
     Attributes:
@@ -142,6 +144,9 @@ class PrunePlan(Frozen):
             prefill keeps too: decode reads its pairs of the prompt.
     """
 
+    largest: ClassVar[int] = MAX_PLAN_BYTES
+    kind: ClassVar[type[PdtrimError]] = PlanError
+
     schema_id: Literal["pdtrim.plan/1"] = Field(default="pdtrim.plan/1", alias="schema")
     model: BaseModelRef
     gates: Gates
@@ -150,10 +155,6 @@ class PrunePlan(Frozen):
     block_size: int = Field(default=1, ge=1, le=1024)
     widths: Widths | None = None
     provenance: Provenance
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True
-    )
 
     @model_validator(mode="after")
     def _check(self) -> PrunePlan:
@@ -244,16 +245,8 @@ class PrunePlan(Frozen):
         """Layers whose prompt KV travels, in wire order."""
         return tuple(i for i, on in enumerate(self.gates.decode_attention) if on)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, ready for ``json.dump``."""
-        return self.model_dump(mode="json", by_alias=True)
-
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, whole or not at all."""
-        write_json(path, self.to_json())
-
     @classmethod
-    def load(cls, path: str | Path) -> PrunePlan:
+    def load(cls, path: str | Path) -> Self:
         """Read a plan file.
 
         Raises:
@@ -262,13 +255,4 @@ class PrunePlan(Frozen):
         with border(PlanError, f"cannot read {path}"):
             if not Path(path).is_file():
                 raise PlanError(f"no plan file at {path}")
-        data = read_json(path, limit=MAX_PLAN_BYTES, kind=PlanError)
-        return cls.from_json(data, source=str(path))
-
-    @classmethod
-    def from_json(cls, data: Any, *, source: str = "plan") -> PrunePlan:
-        """Validate plain data; ``source`` names it in the error."""
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            raise PlanError(f"{source}: {first_problem(error)}") from error
+        return super().load(path)

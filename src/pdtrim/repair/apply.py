@@ -134,7 +134,7 @@ def repair(
 def first_change(model: Model, trimmed: Trimmed, stage: Stage) -> int | None:
     """The first layer in which a stage runs less than the dense model; None if it runs it all."""
     dense = Gates.dense(model.num_layers).without_dead_work().of(stage)
-    own = trimmed.pair.prefill if stage == "prefill" else trimmed.pair.decode
+    own = trimmed.pair.of(stage)
     for layer, parts in enumerate(zip(*trimmed.gates.of(stage), *dense, strict=True)):
         if parts[:2] != parts[2:] or _shapes(own, layer) != _shapes(model, layer):
             return layer
@@ -160,11 +160,6 @@ class Repaired:
     blocks: Blocks
     score: Score
     tried: dict[Stage, dict[Kind, float]]
-
-    @property
-    def kl(self) -> float:
-        """KL to the dense model, nats a continuation token, over its top tokens."""
-        return self.score.kl
 
     @property
     def winners(self) -> dict[Stage, tuple[Kind, ...]]:

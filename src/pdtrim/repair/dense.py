@@ -8,16 +8,15 @@ Shapes: B sequences of a part, N prefilled and C decoded tokens of one, E hidden
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pdtrim.models.hooks import reading
 from pdtrim.models.model import Model
 from pdtrim.plan import STAGES, Stage
-from pdtrim.repair.run import Entry, rows, run, streams_into
+from pdtrim.repair.run import Entering, rows, run, streams_into
 from pdtrim.stage.forward import Batch, Trimmed
 
 ROWS = 8  # sequences run together
@@ -33,8 +32,7 @@ class DenseText:
 
     def __init__(self, model: Model, *batches: Batch, stages: Sequence[Stage] = STAGES) -> None:
         self.model, self.stages = model, tuple(stages)
-        on_device = [batch.to(model.device) for batch in batches]
-        self.batches = [b[i : i + ROWS] for b in on_device for i in range(0, len(b), ROWS)]
+        self.batches = [part for batch in batches for part in batch.to(model.device).parts(ROWS)]
         self.parts = [DensePart(model, part, decode="decode" in stages) for part in self.batches]
 
 
@@ -46,7 +44,7 @@ class DensePart:
         self.entries = [streams_into(self.trimmed.pair, part, decode=decode)]
         self.middles: dict[tuple[Stage, int], Tensor] = {}
 
-    def entry(self, layer: int) -> Entry:
+    def entry(self, layer: int) -> Entering:
         """The streams that enter a layer; the number of layers stands for the head."""
         for i in range(len(self.entries) - 1, layer):
             self._step(i)
@@ -62,27 +60,10 @@ class DensePart:
         return self.middles[stage, layer].flatten(0, 1).float()
 
     def _step(self, layer: int) -> None:
-        norm = self.trimmed.pair.prefill.block(layer).module.post_attention_layernorm
-        with reading(norm) as seen:
+        with reading(self.trimmed.pair.prefill.block(layer).mlp_norm) as seen:
             self.entries.append(run(self.trimmed, self.part, self.entries[layer], layer, layer + 1))
         # in the order in which the stages run; prefill does not run the last layer's MLP
         if self.entries[layer][1] is not None:
             self.middles["decode", layer] = seen.pop()
         if seen:
             self.middles["prefill", layer] = seen[0]
-
-
-@contextmanager
-def reading(*modules: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, what the modules read is appended to a list."""
-    seen: list[Tensor] = []
-
-    def note(module: Any, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
-
-    hooks = [module.register_forward_pre_hook(note) for module in modules]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()

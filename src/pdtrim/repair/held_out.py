@@ -32,7 +32,7 @@ class HeldOut:
     ) -> None:
         text = text.to(model.device)
         self.model, self.weight = model, weight
-        self.parts = [text[i : i + ROWS] for i in range(0, len(text), ROWS)]
+        self.parts = text.parts(ROWS)
         self.teachers = [Teacher.of(model, part) for part in self.parts]
         dense = Trimmed.dense(model)
         self.traces = [dense.streams(part) for part in self.parts]

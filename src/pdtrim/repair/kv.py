@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pdtrim.models.swap import Weights
+from pdtrim.repair.ridge import change
 
 
 def fit(pairs: Iterable[tuple[Tensor, Tensor]], projections: Weights, *, ridge: float) -> Weights:
@@ -38,13 +39,6 @@ def fit(pairs: Iterable[tuple[Tensor, Tensor]], projections: Weights, *, ridge: 
         h, g = h_RE.double(), g_RE.double()
         gram_EE = gram_EE.to(h.device) + h.T @ h
         cross_EE = cross_EE.to(h.device) + h.T @ (g - h)
-    scale = float(gram_EE.diagonal().mean())
-    if scale == 0:
-        return dict(projections)
-    data = 1 / (1 + ridge)  # both sides divided by 1 + ridge, so that an infinite one will do
     eye_EE = torch.eye(len(gram_EE), dtype=torch.float64, device=gram_EE.device)
-    change_EE = torch.linalg.solve(data * gram_EE + (1 - data) * scale * eye_EE, data * cross_EE)
-    return {
-        name: (w_FE.double() @ (eye_EE + change_EE.T)).to(w_FE.dtype)
-        for name, w_FE in projections.items()
-    }
+    wanted_EE = eye_EE + change(gram_EE, cross_EE, ridge).T
+    return {name: (w.double() @ wanted_EE).to(w.dtype) for name, w in projections.items()}

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pdtrim.models.swap import Weights
+from pdtrim.repair.ridge import change
 
 
 def fit(pairs: Iterable[tuple[Tensor, Tensor]], *, ridge: float) -> Tensor:
@@ -31,12 +32,7 @@ def fit(pairs: Iterable[tuple[Tensor, Tensor]], *, ridge: float) -> Tensor:
         m, d = m_RE.double(), d_RE.double()
         gram_EE, cross_EE = gram_EE.to(m.device) + m.T @ m, cross_EE.to(m.device) + m.T @ d
     eye_EE = torch.eye(len(gram_EE), dtype=torch.float64, device=gram_EE.device)
-    scale = float(gram_EE.diagonal().mean())
-    if scale == 0:
-        return eye_EE
-    data = 1 / (1 + ridge)  # both sides divided by 1 + ridge, so that an infinite one will do
-    left_EE = data * gram_EE + (1 - data) * scale * eye_EE
-    return eye_EE + torch.linalg.solve(left_EE, data * (cross_EE - gram_EE))
+    return eye_EE + change(gram_EE, cross_EE - gram_EE, ridge)
 
 
 def fold(weights: Weights, w_EE: Tensor) -> Weights:

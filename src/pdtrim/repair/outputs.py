@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from pdtrim.models.swap import Weights
+from pdtrim.repair.ridge import change
 
 
 def fit(
@@ -51,12 +52,7 @@ def fit(
     if bias_E is not None:
         gram_FF = gram_FF - torch.outer(x_F, x_F) / count
         cross_FE = cross_FE - torch.outer(x_F, d_E) / count
-    scale = gram_FF.diagonal().mean()
-    if scale > 0:
-        data = 1 / (1 + ridge)  # both sides divided by 1 + ridge, so that an infinite one will do
-        eye_FF = torch.eye(len(gram_FF), dtype=torch.float64, device=gram_FF.device)
-        left_FF = data * gram_FF + (1 - data) * scale * eye_FF
-        W_EF = W_EF + torch.linalg.solve(left_FF, data * (cross_FE - gram_FF @ W_EF.T)).T
+    W_EF = W_EF + change(gram_FF, cross_FE - gram_FF @ W_EF.T, ridge).T
     if bias_E is None:
         return W_EF.to(weight_EF.dtype), None
     return W_EF.to(weight_EF.dtype), ((d_E - W_EF @ x_F) / count).to(bias_E.dtype)

@@ -12,17 +12,17 @@ from torch import Tensor
 from pdtrim.plan import Gates, LayerKV, Stage
 from pdtrim.stage.forward import Batch, Pair, Trimmed
 
-Entry = tuple[Tensor, Tensor | None]
+Entering = tuple[Tensor, Tensor | None]
 """Streams that enter a layer: prefill's ``[B, N, E]`` and decode's ``[B, C, E]``, if it is run."""
 
 
-def streams_into(pair: Pair, part: Batch, *, decode: bool) -> Entry:
+def streams_into(pair: Pair, part: Batch, *, decode: bool) -> Entering:
     """The streams that enter layer 0."""
     x_BNE = pair.prefill.embed(part.prefill_ids_BN)
     return x_BNE, pair.decode.embed(part.decode_ids_BC) if decode else None
 
 
-def run(trimmed: Trimmed, part: Batch, entry: Entry, start: int, stop: int) -> Entry:
+def run(trimmed: Trimmed, part: Batch, entry: Entering, start: int, stop: int) -> Entering:
     """The streams that enter layer ``stop``, from those that enter ``start``."""
     x_BNE, y_BCE = entry
     if y_BCE is None:
@@ -34,7 +34,7 @@ def run(trimmed: Trimmed, part: Batch, entry: Entry, start: int, stop: int) -> E
     return trimmed.streams(part, resume=[(x_BNE, y_BCE)] * (start + 1), start=start)[stop]
 
 
-def rows(entry: Entry, stage: Stage) -> Tensor:
+def rows(entry: Entering, stage: Stage) -> Tensor:
     """A stage's stream of an entry, all sequences below one another, ``[R, E]``."""
     stream = entry[0 if stage == "prefill" else 1]
     assert stream is not None, f"{stage} was not run"

@@ -14,11 +14,12 @@ from dataclasses import replace
 from torch import Tensor
 
 from pdtrim.models.block import Made
+from pdtrim.models.hooks import reading
 from pdtrim.models.model import Model
 from pdtrim.models.swap import Blocks, Weights
 from pdtrim.plan import STAGES, Gates, LayerKV, Stage
 from pdtrim.repair.cuts import Cut, readers
-from pdtrim.repair.dense import DenseText, reading
+from pdtrim.repair.dense import DenseText
 from pdtrim.repair.run import rows, run
 from pdtrim.stage.forward import Trimmed
 from pdtrim.stage.swap import swap_pair
@@ -68,13 +69,13 @@ class Walk:
 
     def outputs_and_targets(self, cut: Cut) -> Iterator[tuple[Tensor, Tensor]]:
         """What the MLP of this layer writes, and what it should write, ``[R, E]``, part by part."""
-        block = self._model(cut.stage).block(self.at)
+        block = self.trimmed.pair.of(cut.stage).block(self.at)
         for y_RE, t_RE in self._without_mlp(cut.stage, cut.readers):
             yield block.mlp(y_RE[None])[0], t_RE - y_RE.float()
 
     def down_and_targets(self, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
         """What the down projection reads ``[R, F]`` and should write ``[R, E]``, part by part."""
-        block = self._model(stage).block(self.at)
+        block = self.trimmed.pair.of(stage).block(self.at)
         behind = readers(self.gates, stage, self.at)
         with reading(block.matrix("mlp")) as seen:
             for y_RE, t_RE in self._without_mlp(stage, behind):
@@ -88,7 +89,7 @@ class Walk:
         behind = readers(self.gates, stage, self.at)
         side = 0 if stage == "prefill" else -1
         bare = self._bare(*STAGES)
-        with reading(self._model(stage).block(self.at).matrix("attention")) as seen:
+        with reading(self.trimmed.pair.of(stage).block(self.at).matrix("attention")) as seen:
             for part, entry, dense in zip(self.parts, self.here, self.dense, strict=True):
                 t_RE = dense.middle(stage, self.at) if runs_mlp else dense.target(stage, behind)
                 seen.clear()  # the dense model may have run this very module
@@ -104,17 +105,13 @@ class Walk:
 
     def weights(self, stage: Stage, layer: int, *made: Made) -> Weights:
         """Parameters of a block's projections that make these, as the pair has them now."""
-        return self._model(stage).block(layer).parameters_of(*made)
+        return self.trimmed.pair.of(stage).block(layer).parameters_of(*made)
 
     def swap(self, stage: Stage, layer: int, weights: Weights) -> None:
         """Put other weights in place."""
         self.made[stage].setdefault(layer, {}).update(weights)
         pair = swap_pair(self.trimmed.pair, {stage: {layer: weights}})
         self.trimmed = replace(self.trimmed, pair=pair)
-
-    def _model(self, stage: Stage) -> Model:
-        pair = self.trimmed.pair
-        return pair.prefill if stage == "prefill" else pair.decode
 
     def _bare(self, *stages: Stage) -> Trimmed:
         """The pair without this layer's MLP in some stages."""
@@ -145,11 +142,10 @@ def same_layers(model: Model, trimmed: Trimmed, *, decode: bool = True) -> int:
     ends = {"prefill": gates.last_read, "decode": model.num_layers}
     for layer in range(min(ends[stage] for stage in stages)):
         for stage in stages:
-            own = pair.prefill if stage == "prefill" else pair.decode
             parts = [side[layer] for side in gates.of(stage)]
             if parts != [side[layer] for side in dense.of(stage)]:
                 return layer
-            if own.block(layer).module is not model.block(layer).module:
+            if pair.of(stage).block(layer).module is not model.block(layer).module:
                 return layer
         if decode and trimmed.policy.rules[layer] != LayerKV():
             return layer

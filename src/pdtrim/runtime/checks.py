@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from dataclasses import asdict, replace
 from typing import Any
 
 from pdtrim.errors import PdtrimError
@@ -54,19 +55,12 @@ def sampling_fields(sampling: Sampling | None) -> dict[str, Any]:
     """How to sample, as an order carries it.
 
     Raises:
-        PdtrimError: not a :class:`Sampling`, or one of values that no order can carry.
+        PdtrimError: not a :class:`Sampling`, or one whose values were changed to wrong ones.
     """
     config = Sampling() if sampling is None else sampling
     if not isinstance(config, Sampling):
         raise PdtrimError(f"sampling must be a Sampling, and is {shown(config)}")
-    seed = whole(config.seed, "seed")
-    if not 0 <= seed < 1 << 63:
-        raise PdtrimError(f"seed {shown(seed)} must lie in 0 .. 2^63 - 1")
-    return {
-        "temperature": _real(config.temperature, "temperature"),
-        "top_p": _real(config.top_p, "top_p"),
-        "seed": seed,
-    }
+    return asdict(replace(config))  # checked anew
 
 
 def shown(value: object) -> str:
@@ -76,12 +70,3 @@ def shown(value: object) -> str:
     except Exception:  # an integer of too many digits, an object that fails at it
         return f"({type(value).__name__}, which cannot be printed)"
     return text if len(text) <= SHOWN else text[:SHOWN] + "..."
-
-
-def _real(value: object, what: str) -> float:
-    try:
-        if isinstance(value, (bool, str)):
-            raise TypeError
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        raise PdtrimError(f"{what} {shown(value)} is no number") from None

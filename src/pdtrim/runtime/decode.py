@@ -20,7 +20,8 @@ from pdtrim.runtime.control import Control, Handlers, Message
 from pdtrim.runtime.receiver import Receiver
 from pdtrim.stage import generate
 from pdtrim.stage.cache import LayerCache
-from pdtrim.stage.sampling import Sampler, Sampling
+from pdtrim.stage.sampler import Sampler
+from pdtrim.stage.sampling import Sampling
 
 
 class DecodeProcess:

@@ -53,7 +53,7 @@ def evolution(
     first = [state for state in drawn if goal.met(state)]
     if not first:
         return start
-    parent = objective.measure(select(objective, first, config.survive))
+    parent = objective.measure(best_of(objective, first, config.survive))
     objective.hold()
     for _ in range(config.generations):
         advance(1)
@@ -63,7 +63,7 @@ def evolution(
         if not children:
             break
         try:
-            winner = select(objective, list(children), config.survive)
+            winner = best_of(objective, list(children), config.survive)
             if float(objective.score(winner).mean()) < parent.loss:
                 parent = objective.measure(winner)
         except BudgetSpent:
@@ -81,7 +81,7 @@ def mutate(state: Removal, goal: Goal, rng: random.Random) -> Removal:
     return state
 
 
-def select(objective: Objective, states: list[Removal], survive: float) -> Removal:
+def best_of(objective: Objective, states: list[Removal], survive: float) -> Removal:
     """The best of some states, in rounds on growing text; a share survives each round."""
     for parts in objective.levels:
         states = sorted(states, key=lambda state: float(objective.score(state, parts).mean()))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from pdtrim.plan import Stage
 from pdtrim.search.goal import SEARCH_ORDER, Goal
@@ -50,20 +51,16 @@ def greedy(
     return start
 
 
+@dataclass(frozen=True)
 class _Greedy:
     """What all stages of a greedy search share."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        goal: Goal,
-        shortlist: int | None,
-        thrifty: bool,
-        halving: bool,
-        advance: Callable[[float], None],
-    ) -> None:
-        self.objective, self.goal, self.shortlist = objective, goal, shortlist
-        self.thrifty, self.halving, self.advance = thrifty, halving, advance
+    objective: Objective
+    goal: Goal
+    shortlist: int | None
+    thrifty: bool
+    halving: bool
+    advance: Callable[[float], None]
 
     def prune(self, current: Measured, stage: Stage, to_come: int) -> Measured:
         """Reach one stage's goal; ``to_come`` removals follow in later stages."""

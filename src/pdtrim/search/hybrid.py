@@ -31,7 +31,7 @@ from pdtrim.search.objective import Measured, Objective
 from pdtrim.search.pairs import Surrogate, measure_pairs
 from pdtrim.search.state import Removal
 
-Unit = tuple[Stage, int]
+StageUnit = tuple[Stage, int]
 NOTHING = 1e-6  # nats; a smaller loss is rounding
 
 
@@ -141,21 +141,17 @@ def _without_prefill(seed: Measured, start: Measured) -> Removal:
     return state
 
 
+@dataclass(frozen=True)
 class _Search:
     """What the phases behind greedy share."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        start: Measured,
-        seed: Measured,
-        goal: Goal,
-        config: Hybrid,
-        rng: random.Random,
-        advance: Callable[[float], None],
-    ) -> None:
-        self.objective, self.start, self.seed = objective, start, seed
-        self.goal, self.config, self.rng, self.advance = goal, config, rng, advance
+    objective: Objective
+    start: Measured
+    seed: Measured
+    goal: Goal
+    config: Hybrid
+    rng: random.Random
+    advance: Callable[[float], None]
 
     @property
     def best(self) -> Removal:
@@ -179,7 +175,7 @@ class _Search:
         """Swaps until the budget is spent or nothing new is met."""
         current, begun = self.best, {self.best}
         record, since, idle = self.objective.memo[current], 0, 0
-        tabu: deque[frozenset[Unit]] = deque(maxlen=self.config.tabu)
+        tabu: deque[frozenset[StageUnit]] = deque(maxlen=self.config.tabu)
         end = self.objective.budget
         assert end is not None  # the phase has an allowance
         first = self.objective.spent
@@ -215,7 +211,7 @@ class _Search:
         return accepts(self.objective.memo[current], loss, temperature, self.rng)
 
     def _neighbour(
-        self, current: Removal, tabu: deque[frozenset[Unit]], record: float, *, swaps: int
+        self, current: Removal, tabu: deque[frozenset[StageUnit]], record: float, *, swaps: int
     ) -> Removal | None:
         """The neighbour, not measured yet, that the surrogate likes best.
 
@@ -225,7 +221,7 @@ class _Search:
         states = [state for state in states if state not in self.objective.known]
         if not states:
             return None
-        resting = frozenset[Unit]().union(*tabu)
+        resting = frozenset[StageUnit]().union(*tabu)
         ranked = sorted(zip(self._surrogate().predict(states), range(len(states)), strict=True))
         for predicted, index in ranked:
             if predicted < record or not _changed(current, states[index]) & resting:
@@ -274,5 +270,5 @@ class _Search:
         return sorted((s for s in memo if self.goal.met(s)), key=lambda state: memo[state])
 
 
-def _changed(a: Removal, b: Removal) -> frozenset[Unit]:
+def _changed(a: Removal, b: Removal) -> frozenset[StageUnit]:
     return frozenset((stage, unit) for stage in SEARCH_ORDER for unit in a.of(stage) ^ b.of(stage))

@@ -21,7 +21,8 @@ from pdtrim.stage.step import decode_block, prefill_block
 from pdtrim.words import Grain
 
 Key = tuple[Stage, int, str]
-Run = Callable[[], object]
+Prepare = Callable[[], Callable[[], object]]
+"""Makes what a run uses up, and gives the run."""
 
 
 @torch.inference_mode()
@@ -58,7 +59,7 @@ def measure_latency(
     return found
 
 
-def _parts(model: Model, lengths: Lengths, layer: int) -> dict[Key, Callable[[], Run]]:
+def _parts(model: Model, lengths: Lengths, layer: int) -> dict[Key, Prepare]:
     """What is timed of a layer; each entry first makes what its run uses up."""
     block = model.block(layer)
     N, past = lengths.prompt - 1, lengths.prompt + lengths.continuation // 2
@@ -72,7 +73,7 @@ def _parts(model: Model, lengths: Lengths, layer: int) -> dict[Key, Callable[[],
             block, x_TE[:, :tokens], rope, model.rope, attention=attention, mlp=mlp
         )
 
-    def decode(attention: bool, mlp: bool) -> Run:
+    def decode(attention: bool, mlp: bool) -> Callable[[], object]:
         cache = None
         if attention:
             rope = model.rope(at_T[:, :past])

@@ -115,7 +115,6 @@ class Objective:
         journal: where evaluations are written, and from which an earlier run's are taken. Those
             cost no forward, but the meter counts them, so that a resumed search ends like an
             uninterrupted one; streams that it still needs of them are made again uncounted.
-
         recall: weight of recall in the loss; 0 does not measure it.
         seed: of the rows of recall.
 
@@ -141,7 +140,7 @@ class Objective:
         self.model = model
         self.start = start or Trimmed.dense(model)
         rows = min(ROWS, -(-len(batch) // PARTS))
-        self.batches = [batch[i : i + rows] for i in range(0, len(batch), rows)]
+        self.batches = batch.parts(rows)
         self.losses = [loss(model, part) for part in self.batches]
         self.weight = recall
         self.recalls = []
@@ -259,10 +258,12 @@ class Objective:
         if self.recalls:
             kl_n, recall_n = measured.view(2, -1)
             loss_n = kl_n + self.weight * recall_n
-            self._remember_recall(state, parts, recall_n)
+            _add(self.known_recall, state, parts, recall_n)
         else:
             loss_n = measured
-        self._remember(state, parts, loss_n)
+        known_n = _add(self.known, state, parts, loss_n)
+        if parts.stop == len(self.batches):
+            self.memo[state] = float(known_n.mean())
         return Measured(
             state=state,
             loss_n=loss_n,
@@ -316,20 +317,6 @@ class Objective:
         kl = self.memo[state] - self.weight * (recall or 0.0)
         return Score(kl=kl, recall=recall, weight=self.weight)
 
-    def _remember_recall(self, state: Removal, parts: range, recall_n: Tensor) -> None:
-        if parts.start:
-            recall_n = torch.cat((self.known_recall[state], recall_n))
-        if len(recall_n) >= len(self.known_recall.get(state, ())):
-            self.known_recall[state] = recall_n
-
-    def _remember(self, state: Removal, parts: range, loss_n: Tensor) -> None:
-        if parts.start:
-            loss_n = torch.cat((self.known[state], loss_n))
-        if len(loss_n) >= len(self.known.get(state, ())):
-            self.known[state] = loss_n
-        if parts.stop == len(self.batches):
-            self.memo[state] = float(loss_n.mean())
-
     def _nearest(self, gates: Gates, parts: int) -> tuple[Measured | None, int]:
         """The origin that shares most layers with the candidate, and how many."""
         found: tuple[Measured | None, int] = (None, 0)
@@ -368,6 +355,15 @@ class Objective:
             )
             for batch in texts
         )
+
+
+def _add(known: dict[Removal, Tensor], state: Removal, parts: range, new_n: Tensor) -> Tensor:
+    """Put numbers of some parts behind those of the parts before; returns all of them."""
+    if parts.start:
+        new_n = torch.cat((known[state], new_n))
+    if len(new_n) >= len(known.get(state, ())):
+        known[state] = new_n
+    return new_n
 
 
 def _key(state: Removal, parts: range, spent: int) -> dict[str, object]:

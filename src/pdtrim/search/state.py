@@ -43,19 +43,10 @@ class Removal:
         extra = sorted(self.prefill - self.decode)
         if self.mode == "subset" and extra:
             raise PlanError(f"mode 'subset': prefill removes parts {extra}, which decode keeps")
-        layers = range(self.num_layers)
-        return Gates(
-            prefill_attention=tuple(
-                "full"
-                if 2 * i not in self.prefill
-                else "off"
-                if 2 * i in self.decode
-                else "kv"  # decode reads keys and values that prefill has no other use for
-                for i in layers
-            ),
-            prefill_mlp=_kept(self.prefill, range(1, self.num_units, 2)),
-            decode_attention=_kept(self.decode, range(0, self.num_units, 2)),
-            decode_mlp=_kept(self.decode, range(1, self.num_units, 2)),
+        return Gates.without(
+            self.num_layers,
+            attention=(_layers(self.prefill, 0), _layers(self.decode, 0)),
+            mlp=(_layers(self.prefill, 1), _layers(self.decode, 1)),
         )
 
     def of(self, stage: Stage) -> frozenset[int]:
@@ -99,5 +90,6 @@ def units_per_layer(grain: Grain) -> int:
     return 1 if grain == "block" else 2
 
 
-def _kept(gone: Set[int], units: range) -> tuple[bool, ...]:
-    return tuple(unit not in gone for unit in units)
+def _layers(units: Set[int], part: int) -> set[int]:
+    """Layers whose attention (part 0) or MLP (part 1) is among the units."""
+    return {unit // 2 for unit in units if unit % 2 == part}

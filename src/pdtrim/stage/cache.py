@@ -11,6 +11,7 @@ all new, D head width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -94,12 +95,12 @@ def _by_positions(group: HeadGroup) -> list[HeadGroup]:
     if bool((group.positions_BgM == group.positions_BgM[:, :1]).all()):
         return [group]
     return [
-        HeadGroup(
+        replace(
+            group,
             heads=(head,),
             k_BgMD=group.k_BgMD[:, i : i + 1],
             v_BgMD=group.v_BgMD[:, i : i + 1],
             positions_BgM=group.positions_BgM[:, i : i + 1],
-            padded_BM=group.padded_BM,
         )
         for i, head in enumerate(group.heads)
     ]

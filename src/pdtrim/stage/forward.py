@@ -25,7 +25,7 @@ from pdtrim.kv.groups import HeadGroup
 from pdtrim.kv.layout import CacheLayout, masked
 from pdtrim.kv.policy import HandoverPolicy, hand_over
 from pdtrim.models.model import Model
-from pdtrim.plan import Gates, PrunePlan
+from pdtrim.plan import Gates, PrunePlan, Stage
 from pdtrim.stage.cache import LayerCache
 from pdtrim.stage.step import decode_block, prefill_block
 from pdtrim.stage.view import BlockView
@@ -48,19 +48,31 @@ class Batch:
         """What decode reads to predict the continuation."""
         return torch.cat((self.prompt_BP[:, -1:], self.continuation_BC[:, :-1]), dim=1)
 
-    def __getitem__(self, rows: slice) -> Batch:
+    @property
+    def ids_BT(self) -> Tensor:
+        """Whole sequences, ``[B, P + C]``."""
+        return torch.cat((self.prompt_BP, self.continuation_BC), dim=1)
+
+    def __getitem__(self, rows: slice | Tensor | list[int]) -> Batch:
         return Batch(prompt_BP=self.prompt_BP[rows], continuation_BC=self.continuation_BC[rows])
 
     def __len__(self) -> int:
         return self.prompt_BP.shape[0]
 
+    def parts(self, rows: int) -> list[Batch]:
+        """The batch in order, so many rows each; the last part may have fewer."""
+        return [self[start : start + rows] for start in range(0, len(self), rows)]
+
+    @classmethod
+    def cut(cls, ids_BT: Tensor, prompt: int) -> Batch:
+        """Sequences, each cut behind its prompt of so many tokens."""
+        return cls(prompt_BP=ids_BT[:, :prompt], continuation_BC=ids_BT[:, prompt:])
+
     @classmethod
     def join(cls, parts: list[Batch]) -> Batch:
         """Batches of equal lengths below one another."""
-        return cls(
-            prompt_BP=torch.cat([part.prompt_BP for part in parts]),
-            continuation_BC=torch.cat([part.continuation_BC for part in parts]),
-        )
+        whole = torch.cat([part.ids_BT for part in parts])
+        return cls.cut(whole, parts[0].prompt_BP.shape[1])
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
@@ -80,6 +92,10 @@ class Pair:
     def dense(cls, model: Model) -> Pair:
         """One model in both roles."""
         return cls(prefill=model, decode=model)
+
+    def of(self, stage: Stage) -> Model:
+        """One stage's model."""
+        return self.prefill if stage == "prefill" else self.decode
 
 
 Trace = list[tuple[Tensor, Tensor]]

@@ -18,7 +18,7 @@ from pdtrim.stage.cache import LayerCache
 from pdtrim.stage.step import decode_block, prefill_block
 from pdtrim.stage.view import BlockView
 
-Sampler = Callable[[Tensor], Tensor]
+NextTokens = Callable[[Tensor], Tensor]
 """Logits ``[B, V]`` to token ids ``[B]``."""
 
 
@@ -44,6 +44,12 @@ def prefill(model: Model, ids_BT: Tensor, gates: Gates) -> Iterator[tuple[int, B
         if gates.decode_attention[layer]:
             assert view is not None
             yield layer, view
+
+
+def run_prefill(model: Model, ids_BT: Tensor, gates: Gates) -> None:
+    """Run prefill and let go of each view, for whoever times it."""
+    for _ in prefill(model, ids_BT, gates):
+        pass
 
 
 @torch.inference_mode()
@@ -76,7 +82,7 @@ def generate(
     caches: dict[int, LayerCache],
     last_B: Tensor,
     positions_B: Tensor,
-    sampler: Sampler,
+    sampler: NextTokens,
     *,
     max_new_tokens: int,
 ) -> Iterator[Tensor]:

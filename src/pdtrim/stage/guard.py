@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pdtrim.errors import ModelError, NotFinite, border
 from pdtrim.models.block import Block
+from pdtrim.models.hooks import before_each
 from pdtrim.models.model import Model
 from pdtrim.stage.step import prefill_block
 
@@ -65,17 +66,9 @@ Call = tuple[Tensor, dict[str, Any]]
 def _calls(model: Model) -> Iterator[list[Call]]:
     """What each block is called with while the network runs, and last the stream behind them."""
     calls: list[Call] = []
-
-    def note(module: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
-        calls.append((given[0] if given else options["hidden_states"], options))
-
     parts = [*(block.module for block in model.blocks if block), model.network.model.norm]
-    hooks = [part.register_forward_pre_hook(note, with_kwargs=True) for part in parts]
-    try:
+    with before_each(parts, lambda number, x, options: calls.append((x, options))):
         yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _both(block: Block, x_BTE: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:

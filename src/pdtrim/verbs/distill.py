@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdtrim.errors import PdtrimError
-from pdtrim.keep.files import sweep
+from pdtrim.keep.files import remove_parts
 from pdtrim.keep.folder import output_file
 from pdtrim.progress import Progress, silent
 from pdtrim.words import Parts, Reading, TrainedStage, Which
@@ -108,7 +108,7 @@ def distill_plan(
         dense = base_model(loaded.plan, source=model, dtype=dtype, device=device)
         data, rest = training_text(dense, config, progress, say)
         checkpoint = output.with_name(f"{output.stem}.training.safetensors")
-        sweep(checkpoint)
+        remove_parts(checkpoint)
         if checkpoint.exists():
             say(f"going on from {checkpoint}")
         merge = config.merge or ("pairs" if config.blocks == "pairs" else "none")

@@ -9,7 +9,7 @@ from typing import Any
 
 from pdtrim.errors import PdtrimError
 from pdtrim.keep.files import CannotWrite
-from pdtrim.keep.folder import claim, is_there, remove
+from pdtrim.keep.folder import claim_folder, is_there, remove
 
 WHAT = "search under way"
 NAMES = ("journal.jsonl", "text.safetensors")
@@ -43,7 +43,7 @@ class Work:
         return kept_calibration(model, config, self.folder / "text.safetensors", progress=progress)
 
     def __enter__(self) -> Work:
-        claim(self.folder, WHAT)
+        claim_folder(self.folder, WHAT)
         return self
 
     def __exit__(

@@ -51,7 +51,7 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class MeasuredRun:
     """A run, and the scores of its tasks' items; none if it failed."""
 
     run: Run
@@ -75,13 +75,13 @@ class Measurements:
         self.runner, self.progress, self.say = runner, progress, say
         self.texts: dict[int, Calibration] = {}
 
-    def dense(self) -> Measured:
+    def dense(self) -> MeasuredRun:
         """The dense model's measurements."""
         with self._alone(DENSE):
             trim = TrimPlan.dense(self.model)
             return self._measured(DENSE, trim, Run(seed=0), timed=False)
 
-    def system(self, system: System, seed: int) -> Measured:
+    def system(self, system: System, seed: int) -> MeasuredRun:
         """A system's measurements with one seed; a method that refuses is a failed run.
 
         Raises:
@@ -100,7 +100,7 @@ class Measurements:
         with lock(cells / f".{name}.lock", f"{name} in {self.folder}"):
             yield
 
-    def _system(self, system: System, seed: int, name: str) -> Measured:
+    def _system(self, system: System, seed: int, name: str) -> MeasuredRun:
         if system.given:
             trim = TrimPlan.open(system.given[seed])
             check_base(self.model, trim.plan)
@@ -109,7 +109,7 @@ class Measurements:
             made = self._plan(system, seed, path)
             if isinstance(made, str):
                 self.say(f"{name}: {made}")
-                return Measured(run=Run(seed=seed, failed=made), scores={})
+                return MeasuredRun(run=Run(seed=seed, failed=made), scores={})
             trim = made
         origin = trim.plan.provenance
         run = Run(
@@ -165,7 +165,7 @@ class Measurements:
         journal.unlink(missing_ok=True)
         return trim
 
-    def _measured(self, name: str, trim: TrimPlan, run: Run, *, timed: bool) -> Measured:
+    def _measured(self, name: str, trim: TrimPlan, run: Run, *, timed: bool) -> MeasuredRun:
         """All of a plan's cells."""
         cells = self.folder / "cells" / name
         plan, pair = trim.plan, trim.pair(self.model)
@@ -211,7 +211,7 @@ class Measurements:
                 "scores": {task: main_score(found) for task, found in scores.items()},
             }
         )
-        return Measured(run=run, scores=scores)
+        return MeasuredRun(run=run, scores=scores)
 
     def _cell(self, cells: Path, task: str, variant: Trimmed, own: Settings) -> TaskScores:
         config = self.config

@@ -11,8 +11,8 @@ from pydantic import Field
 
 from pdtrim.bench.stages import StageRatios
 from pdtrim.evaluate.compare.systems import Setting
-from pdtrim.evaluate.result_file import ResultFile
 from pdtrim.evaluate.statistics import Interval
+from pdtrim.keep.document import Document
 from pdtrim.records import Frozen
 
 
@@ -109,7 +109,7 @@ class SystemRow(Frozen):
     wall_s: float = 0.0
 
 
-class Comparison(ResultFile):
+class Comparison(Document):
     """A result file.
 
     Attributes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.compare.measure import DENSE, Measured, Measurements, Runner
+from pdtrim.evaluate.compare.measure import DENSE, MeasuredRun, Measurements, Runner
 from pdtrim.evaluate.compare.records import Comparison
 from pdtrim.evaluate.compare.summary import summarise, task_infos
 from pdtrim.evaluate.compare.systems import System, chosen_methods, given_systems, planned_systems
@@ -41,9 +41,9 @@ def compare(
         PdtrimError: two systems of one name, unreadable text, plans or cells, cells of other
             settings, or a task that cannot be run.
     """
-    systems = listed(config)
+    systems = listed_systems(config)
     measurements = Measurements(model, config, folder, runner=run, progress=progress, say=say)
-    measured: dict[str, list[Measured]] = {DENSE: [measurements.dense()]}
+    measured: dict[str, list[MeasuredRun]] = {DENSE: [measurements.dense()]}
     measured |= {system.name: [] for system in systems}
     for system, seed in _parts(config, systems):
         measured[system.name].append(measurements.system(system, seed))
@@ -101,9 +101,9 @@ def parts_of(config: CompareConfig, only: Sequence[str]) -> list[tuple[System, i
     """The systems and seeds of these names, in the comparison's order; ``dense`` is none.
 
     Raises:
-        PdtrimError: a name that the comparison has not; further as :func:`listed`.
+        PdtrimError: a name that the comparison has not; further as :func:`listed_systems`.
     """
-    parts = _parts(config, listed(config))
+    parts = _parts(config, listed_systems(config))
     known = {DENSE, *(name for system, seed in parts for name in _names(system, seed))}
     for name in only:
         if name not in known:
@@ -128,7 +128,7 @@ def _parts(config: CompareConfig, systems: Sequence[System]) -> list[tuple[Syste
     ]
 
 
-def listed(config: CompareConfig) -> list[System]:
+def listed_systems(config: CompareConfig) -> list[System]:
     """The systems that a comparison plans and those whose plans it is given, in their order.
 
     Raises:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.compare.measure import DENSE, Measured
+from pdtrim.evaluate.compare.measure import DENSE, MeasuredRun
 from pdtrim.evaluate.compare.records import Run, SystemRow, TaskInfo
 from pdtrim.evaluate.compare.systems import System
 from pdtrim.evaluate.statistics import Interval, average_interval, paired_average
@@ -27,7 +27,7 @@ BOOTSTRAP_SEED = 0
 Items = list[NDArray[np.float64]]
 
 
-def task_infos(measured: Mapping[str, Sequence[Measured]]) -> tuple[TaskInfo, ...]:
+def task_infos(measured: Mapping[str, Sequence[MeasuredRun]]) -> tuple[TaskInfo, ...]:
     """The tasks, which must be the same for every system.
 
     Raises:
@@ -47,7 +47,7 @@ def task_infos(measured: Mapping[str, Sequence[Measured]]) -> tuple[TaskInfo, ..
 
 
 def summarise(
-    systems: Sequence[System], measured: Mapping[str, Sequence[Measured]]
+    systems: Sequence[System], measured: Mapping[str, Sequence[MeasuredRun]]
 ) -> tuple[tuple[SystemRow, ...], str | None]:
     """Rows of the dense model and of the systems, and the name of the best baseline.
 
@@ -65,13 +65,13 @@ def summarise(
     return tuple(rows), best
 
 
-def average_of(one: Measured) -> float | None:
+def average_of(one: MeasuredRun) -> float | None:
     """A run's average over the tasks that have one."""
     scores = [one.run.scores[task] for task, found in one.scores.items() if found.main != "ppl"]
     return statistics.mean(scores) if scores else None
 
 
-def _items(runs: Sequence[Measured]) -> Items:
+def _items(runs: Sequence[MeasuredRun]) -> Items:
     """Scores of each task's items, means over seeds; perplexities are left out."""
     tables: dict[str, list[tuple[float, ...]]] = {}
     for one in runs:
@@ -92,7 +92,7 @@ def _best_baseline(systems: Sequence[System], items: Mapping[str, Items]) -> str
 
 def _row(
     system: System | None,
-    runs: Sequence[Measured],
+    runs: Sequence[MeasuredRun],
     items: Mapping[str, Items],
     best: str | None,
     dense: Run,
@@ -151,7 +151,7 @@ def _means(made: Sequence[Run], dense: Run) -> dict[str, Any]:
     return update
 
 
-def _scores(runs: Sequence[Measured]) -> dict[str, dict[str, float]]:
+def _scores(runs: Sequence[MeasuredRun]) -> dict[str, dict[str, float]]:
     """Means over seeds of each task's main metric, perplexities apart."""
     update: dict[str, dict[str, float]] = {"scores": {}, "ppl": {}}
     made = [one for one in runs if one.run.failed is None]

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pdtrim.errors import PdtrimError
 from pdtrim.methods import METHODS, PDTrim, Target
+from pdtrim.methods.baselines import BASELINES
 from pdtrim.plan import Mode, PrunePlan
 
 Setting = Literal["unified", "disaggregated"]
@@ -53,9 +54,6 @@ SPLITS: dict[str, tuple[Split, ...]] = {
 """The disaggregated systems of a method."""
 
 NEVER_UNIFIED = ("paper",)
-OWN = ("pdtrim", "paper")
-"""Methods that are no baseline, as also those with a ``+`` in their names, which build on them."""
-
 OPTIONS: dict[str, Any] = {"search": "hybrid", "repair": "best"}
 """Further fields of the target of ``pdtrim`` and of the methods that build on it."""
 
@@ -85,7 +83,7 @@ class System:
     @property
     def is_baseline(self) -> bool:
         """Whether it is a method of the literature, planned here and not trained."""
-        return self.method not in OWN and "+" not in self.method and not self.given
+        return not self.given and METHODS.get(self.method) in BASELINES
 
     def target(self, seed: int) -> Target:
         """What its plans must meet."""

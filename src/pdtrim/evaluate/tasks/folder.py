@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pdtrim.errors import PdtrimError, one_line
-from pdtrim.evaluate.tasks.rows import Row, Rows, check_size
+from pdtrim.evaluate.tasks.rows import Row, Rows, check_size, lettered
 from pdtrim.reading.json_text import parse_json
 
 ITEMS = ("test.jsonl", "val.jsonl", "valid.jsonl")
@@ -107,12 +107,7 @@ def _winogrande(row: Row) -> Row:
 
 def _lettered(row: Row, question: str) -> Row:
     choices, answer = _choices(row)
-    letters = [chr(ord("A") + i) for i in range(len(choices))]
-    return {
-        question: _text(row, "question")["question"],
-        "choices": {"text": choices, "label": letters},
-        "answerKey": letters[answer],
-    }
+    return lettered(question, _text(row, "question")["question"], choices, answer)
 
 
 def _mathqa(row: Row) -> Row:

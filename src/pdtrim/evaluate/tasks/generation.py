@@ -14,7 +14,8 @@ from pdtrim.progress import Progress, silent
 from pdtrim.stage.cache import LayerCache
 from pdtrim.stage.forward import Trimmed
 from pdtrim.stage.generate import generate
-from pdtrim.stage.sampling import Sampler, Sampling
+from pdtrim.stage.sampler import Sampler
+from pdtrim.stage.sampling import Sampling
 
 
 def generate_greedy(

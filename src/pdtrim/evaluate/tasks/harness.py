@@ -23,7 +23,7 @@ import lm_eval.tasks
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from pdtrim.errors import PdtrimError
+from pdtrim.errors import PdtrimError, one_line
 from pdtrim.evaluate.tasks.definitions import FILTERS, Definition
 from pdtrim.evaluate.tasks.lm import PDTrimLM
 from pdtrim.evaluate.tasks.rows import Row, Rows
@@ -36,7 +36,7 @@ ITEMS, SHOTS = "items", "shots"  # names of our splits
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class SubTask:
     """One of lm-eval's tasks; a task with subjects has a part for each.
 
     Attributes:
@@ -66,7 +66,7 @@ class Outcome:
 
 def parts_of_rows(
     task: str, definition: Definition, rows: Rows, *, limit: int | None, shots: int
-) -> list[Part]:
+) -> list[SubTask]:
     """lm-eval's task over rows of our own.
 
     Raises:
@@ -87,7 +87,7 @@ def parts_of_rows(
         items = [rows.items[i] for i in places]
         specs.append({**rows.overrides, **_local(items, examples if shots else []), "task": name})
     tasks = _load(definition, specs, shots)
-    return [Part(name=n, task=tasks[n], places=places) for n, places in subjects.items()]
+    return [SubTask(name=n, task=tasks[n], places=places) for n, places in subjects.items()]
 
 
 def _task_of(task: str, definition: Definition, row: Row) -> str:
@@ -113,7 +113,9 @@ def _local(items: list[Row], examples: list[Row]) -> dict[str, Any]:
     }
 
 
-def parts_of_hub(task: str, definition: Definition, *, limit: int | None, shots: int) -> list[Part]:
+def parts_of_hub(
+    task: str, definition: Definition, *, limit: int | None, shots: int
+) -> list[SubTask]:
     """lm-eval's task as it stands, its data set read from the hub.
 
     A limit takes the first row of every subject, then the second, and so on.
@@ -129,16 +131,16 @@ def parts_of_hub(task: str, definition: Definition, *, limit: int | None, shots:
     except PdtrimError:
         raise
     except Exception as error:  # whatever the hub's client and its transports raise
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PdtrimError(
-            f"cannot read '{task}' from the hub: {text} (a folder and olmo need no network)"
+            f"cannot read '{task}' from the hub: {one_line(error)}"
+            " (a folder and olmo need no network)"
         ) from error
     turns = sorted((doc, name) for name in wanted for doc in range(len(tasks[name].eval_docs)))
     chosen: dict[str, list[tuple[int, int]]] = {}
     for place, (doc, name) in enumerate(turns[:limit]):
         chosen.setdefault(name, []).append((doc, place))
     return [
-        Part(
+        SubTask(
             name=name,
             task=tasks[name],
             places=[place for _, place in pairs],
@@ -175,7 +177,7 @@ def _load(definition: Definition, specs: list[dict[str, Any]], shots: int) -> di
 
 
 def run_parts(
-    variant: Trimmed, parts: list[Part], *, batch_tokens: int, progress: Progress
+    variant: Trimmed, parts: list[SubTask], *, batch_tokens: int, progress: Progress
 ) -> Outcome:
     """Run the parts together and put their items in order."""
     model = PDTrimLM(variant, batch_tokens=batch_tokens, progress=_through(progress))

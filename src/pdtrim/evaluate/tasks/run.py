@@ -12,7 +12,7 @@ from pdtrim.evaluate.tasks.definitions import check_name, definition_of
 from pdtrim.evaluate.tasks.folder import read_folder
 from pdtrim.evaluate.tasks.olmo import read_olmo
 from pdtrim.evaluate.tasks.scores import TaskScores
-from pdtrim.evaluate.tasks.wikitext import perplexity, read_text
+from pdtrim.evaluate.tasks.wikitext import perplexity, text_of_source
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.forward import Trimmed
 
@@ -35,7 +35,7 @@ def run_task(
             raise PdtrimError("'wikitext' has no shots: leave --shots out")
         return perplexity(
             variant,
-            read_text(config.data),
+            text_of_source(config.data),
             source=config.source,
             window=config.window_tokens,
             limit=config.limit,

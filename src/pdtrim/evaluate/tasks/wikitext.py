@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterable
 
 from pdtrim.calibration.tokens import encode_for
-from pdtrim.errors import PdtrimError
+from pdtrim.errors import PdtrimError, border
 from pdtrim.evaluate.tasks.folder import read_folder
 from pdtrim.evaluate.tasks.likelihood import Query, score
 from pdtrim.evaluate.tasks.scores import TaskScores
@@ -78,7 +78,7 @@ def perplexity(
     )
 
 
-def read_text(data: str) -> str:
+def text_of_source(data: str) -> str:
     """The text to score, from a folder or the hub.
 
     Raises:
@@ -103,9 +103,6 @@ def spaced(text: str) -> str:
 def _hub_rows() -> Iterable[str]:
     import datasets
 
-    try:
+    with border(PdtrimError, "cannot read 'wikitext' from the hub"):
         rows: Iterable[str] = datasets.load_dataset(*HUB, split="test")["text"]
-    except Exception as error:  # whatever the hub's client and its transports raise
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PdtrimError(f"cannot read 'wikitext' from the hub: {text}") from error
     return rows

@@ -14,18 +14,12 @@ from pdtrim.kv.codecs.fp8 import Fp8
 from pdtrim.kv.codecs.integer import Integer
 from pdtrim.kv.codecs.lossless import Lossless
 from pdtrim.kv.codecs.raw import Raw
-from pdtrim.records import first_problem, shortened
+from pdtrim.records import by_name, first_problem, shortened
 
 Codec = Annotated[Raw | Fp8 | Integer | Entropy | Lossless, Field(discriminator="name")]
 """Any codec, as a plan writes it: ``{"name": ..., parameters}``."""
 
-CODECS: dict[str, type[CodecBase]] = {
-    "raw": Raw,
-    "fp8": Fp8,
-    "int": Integer,
-    "entropy": Entropy,
-    "lossless": Lossless,
-}
+CODECS: dict[str, type[CodecBase]] = by_name(Codec)
 
 MOST_LETTERS = 1000  # of a codec's or a policy's text
 

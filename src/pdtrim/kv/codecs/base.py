@@ -59,6 +59,14 @@ class CodecBase(Frozen):
         """Codecs to compare, as ``family@name`` to codec."""
         return {f"{cls.presets}@{cls.presets}": cls.presets}
 
+    def check_width(self, width: int) -> None:
+        """Refuse heads of a width that the codec does not take.
+
+        Raises:
+            PlanError: it does not; here it takes any.
+        """
+        del width
+
     @abstractmethod
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
         """The bytes that travel: uint8, 1-D, contiguous, on the input's device.

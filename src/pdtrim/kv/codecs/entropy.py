@@ -42,7 +42,7 @@ NO_CODES = "entropy KV holds codes, a mean or a step that no encoder makes"
 STEPS = ((0.2, 0.5), (0.3, 0.7), (0.3, 1.1), (0.4, 0.9), (0.6, 0.9), (0.6, 1.4), (1.0, 1.8))
 """Of keys and of values, in menus and sweeps, the finest first."""
 
-Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Quantised = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Raw ends, key means, key steps, value steps, key codes and value codes."""
 
 
@@ -122,7 +122,7 @@ class Entropy(CodecBase):
         return _restored(*self._quantised(k_LMD, v_LMD))
 
     @torch.no_grad()  # it writes in place
-    def _quantised(self, k_LMD: Tensor, v_LMD: Tensor) -> Parts:
+    def _quantised(self, k_LMD: Tensor, v_LMD: Tensor) -> Quantised:
         """All that travels, in wire order."""
         L, M, D = k_LMD.shape
         start = min(self.first, M)

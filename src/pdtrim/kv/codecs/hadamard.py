@@ -20,6 +20,17 @@ from torch import Tensor
 from pdtrim.errors import PlanError
 
 
+def rotatable(width: int) -> bool:
+    """Whether heads of a width can be rotated."""
+    return width > 0 and width & (width - 1) == 0
+
+
+def check_width(width: int) -> None:
+    """Raise PlanError unless heads of a width can be rotated."""
+    if not rotatable(width):
+        raise PlanError(f"rotate needs a head width that is a power of two, not {width}")
+
+
 def hadamard(x: Tensor) -> Tensor:
     """``x H`` along the last dimension, in fp32; a view of its transpose, which is contiguous.
 
@@ -27,8 +38,7 @@ def hadamard(x: Tensor) -> Tensor:
         PlanError: the last dimension is not a power of two.
     """
     D = x.shape[-1]
-    if D < 1 or D & (D - 1):
-        raise PlanError(f"rotate needs a head width that is a power of two, not {D}")
+    check_width(D)
     # channels before tokens, so that even the first stage adds long contiguous rows
     y = torch.atleast_2d(x).transpose(-1, -2).contiguous().to(torch.float32)
     # each stage writes what the one before it did not: y may be the caller's own memory

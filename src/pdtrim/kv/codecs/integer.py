@@ -36,7 +36,7 @@ from torch import Tensor
 
 from pdtrim.errors import WireError
 from pdtrim.kv.codecs.base import CodecBase
-from pdtrim.kv.codecs.hadamard import hadamard
+from pdtrim.kv.codecs.hadamard import check_width, hadamard, rotatable
 from pdtrim.kv.kernels import kernels_of, refuse
 from pdtrim.records import MOST_TOKENS
 
@@ -90,6 +90,11 @@ class Integer(CodecBase):
             for b in ("int4", "int3", "k3v2", "int2"):
                 found[f"rotated codec@{b}"] = f"{b}:recent=0,group=128{rotate}"
         return found
+
+    def check_width(self, width: int) -> None:
+        """See the base class."""
+        if self.rotate:
+            check_width(width)
 
     @torch.no_grad()  # it writes in place
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
@@ -176,7 +181,7 @@ class Integer(CodecBase):
 
 def rotated(width: int) -> str:
     """The option that rotates heads, where their width is a power of two."""
-    return ",rotate=true" if width & (width - 1) == 0 else ""
+    return ",rotate=true" if rotatable(width) else ""
 
 
 def _grids(width: int) -> list[str]:

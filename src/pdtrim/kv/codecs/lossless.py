@@ -30,7 +30,7 @@ from pdtrim.kv.codecs.integer import pack, unpack
 from pdtrim.kv.kernels import kernels_of, refuse
 
 
-class Layout(NamedTuple):
+class FloatBits(NamedTuple):
     """Of a float's bits: an integer type of its size, its mantissa's bits and its exponent's."""
 
     bits: torch.dtype
@@ -39,9 +39,9 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = {
-    torch.bfloat16: Layout(torch.int16, 7, 8),
-    torch.float16: Layout(torch.int16, 10, 5),
-    torch.float32: Layout(torch.int32, 23, 8),
+    torch.bfloat16: FloatBits(torch.int16, 7, 8),
+    torch.float16: FloatBits(torch.int16, 10, 5),
+    torch.float32: FloatBits(torch.int32, 23, 8),
 }
 
 

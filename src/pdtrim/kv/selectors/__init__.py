@@ -6,36 +6,26 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pdtrim.kv.selectors.base import Grain, SelectorBase, StaticSelector
+from pdtrim.kv.selectors.base import Mask, SelectorBase, StaticSelector
 from pdtrim.kv.selectors.duo import Duo
 from pdtrim.kv.selectors.expected_attention import ExpectedAttention
 from pdtrim.kv.selectors.first_last import FirstLast
 from pdtrim.kv.selectors.full import Full
-from pdtrim.kv.selectors.gate import Gate
+from pdtrim.kv.selectors.gate import LinearGate
 from pdtrim.kv.selectors.h2o import H2O
 from pdtrim.kv.selectors.lazy_layer import LazyLayer
 from pdtrim.kv.selectors.random import Random
 from pdtrim.kv.selectors.snapkv import SnapKV
 from pdtrim.kv.selectors.tova import Tova
+from pdtrim.records import by_name
 
+_Scored = SnapKV | Tova | H2O | ExpectedAttention | LinearGate
 Selector = Annotated[
-    Full | FirstLast | Random | LazyLayer | Duo | SnapKV | Tova | H2O | ExpectedAttention | Gate,
-    Field(discriminator="name"),
+    Full | FirstLast | Random | LazyLayer | Duo | _Scored, Field(discriminator="name")
 ]
 """Any selector, as a plan writes it: ``{"name": ..., parameters}``."""
 
-SELECTORS: dict[str, type[SelectorBase]] = {
-    "full": Full,
-    "first_last": FirstLast,
-    "random": Random,
-    "lazy_layer": LazyLayer,
-    "duo": Duo,
-    "snapkv": SnapKV,
-    "tova": Tova,
-    "h2o": H2O,
-    "expected_attention": ExpectedAttention,
-    "gate": Gate,
-}
+SELECTORS: dict[str, type[SelectorBase]] = by_name(Selector)
 
 __all__ = [
     "H2O",
@@ -44,9 +34,9 @@ __all__ = [
     "ExpectedAttention",
     "FirstLast",
     "Full",
-    "Gate",
-    "Grain",
     "LazyLayer",
+    "LinearGate",
+    "Mask",
     "Random",
     "Selector",
     "SelectorBase",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,10 @@ from torch import Tensor
 from pdtrim.kv.view import LayerView
 from pdtrim.records import Frozen
 
-Grain = Literal["static", "token", "pair"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Mask = Literal["static", "token", "pair"]
 """What must travel beside the kept pairs for decode to know which they are.
 
 static: nothing, the plan and the token count tell. token: one bit a token, all heads alike.
@@ -91,8 +94,12 @@ class SelectorBase(Frozen):
 
     @property
     @abstractmethod
-    def grain(self) -> Grain:
+    def mask(self) -> Mask:
         """A class variable where it does not depend on the parameters."""
+
+    def mask_rows(self, heads: int) -> int:
+        """Rows of one bit a token that must travel, for so many KV heads."""
+        return {"static": 0, "token": 1, "pair": heads}[self.mask]
 
     @property
     def reads_queries(self) -> bool:
@@ -109,7 +116,7 @@ class SelectorBase(Frozen):
     def keep(self, view: LayerView, *, block_size: int = 1) -> Tensor:
         """Which pairs travel: bool ``[B, G, N]`` on the view's device.
 
-        With grain ``token`` all heads of a row are alike. ``block_size`` is the page of the decode
+        With mask ``token`` all heads of a row are alike. ``block_size`` is the page of the decode
         engine: only static selectors round to it.
         """
 
@@ -117,7 +124,7 @@ class SelectorBase(Frozen):
 class StaticSelector(SelectorBase):
     """A selector whose answer depends on the token count and the KV head only."""
 
-    grain: ClassVar[Grain] = "static"
+    mask: ClassVar[Mask] = "static"
 
     @abstractmethod
     def static_keep(self, heads: int, tokens: int, *, block_size: int = 1) -> Tensor:

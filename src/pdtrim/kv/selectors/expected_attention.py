@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from pdtrim.kv.selectors.base import Grain, SelectorBase
+from pdtrim.kv.selectors.base import Mask, SelectorBase
 from pdtrim.kv.selectors.scoring import keep_share
 from pdtrim.kv.view import LayerView
 from pdtrim.records import MOST_TOKENS
@@ -33,7 +33,7 @@ from pdtrim.records import MOST_TOKENS
 class ExpectedAttention(SelectorBase):
     """A share of the pairs, by the attention that later queries are expected to pay."""
 
-    grain: ClassVar[Grain] = "pair"
+    mask: ClassVar[Mask] = "pair"
     reads_queries: ClassVar[bool] = True
 
     name: Literal["expected_attention"] = "expected_attention"

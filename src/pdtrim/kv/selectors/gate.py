@@ -26,7 +26,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from pdtrim.errors import PlanError
-from pdtrim.kv.selectors.base import Grain, Observed, SelectorBase
+from pdtrim.kv.selectors.base import Mask, Observed, SelectorBase
 from pdtrim.kv.selectors.first_last import first_last
 from pdtrim.kv.view import LayerView
 from pdtrim.records import MOST_TOKENS
@@ -34,13 +34,13 @@ from pdtrim.records import MOST_TOKENS
 RIDGE = 1e-2
 
 
-class Gate(SelectorBase):
+class LinearGate(SelectorBase):
     """Pairs whose forecast reaches a threshold."""
 
     fitted: ClassVar[Mapping[str, Any]] = {"weights": "AAAAAA==", "threshold": 0.0}
     asked: ClassVar[Sequence[str]] = ("share",)
     numbers_heads: ClassVar[bool] = True
-    grain: ClassVar[Grain] = "pair"
+    mask: ClassVar[Mask] = "pair"
 
     name: Literal["gate"] = "gate"
     weights: str = Field(min_length=1)
@@ -59,7 +59,7 @@ class Gate(SelectorBase):
     @classmethod
     def fit(
         cls, observed: Observed, options: Mapping[str, str], share: float | None
-    ) -> Sequence[Gate]:
+    ) -> Sequence[LinearGate]:
         """A threshold that ``share`` (half, unless given) of a layer's pairs reach."""
         selectors = []
         for layer in range(observed.num_layers):

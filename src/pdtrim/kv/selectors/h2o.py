@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pdtrim.kv.selectors.base import Grain, SelectorBase
+from pdtrim.kv.selectors.base import Mask, SelectorBase
 from pdtrim.kv.selectors.scoring import keep_share, window_attention
 from pdtrim.kv.view import LayerView
 
@@ -34,7 +34,7 @@ CHUNK = 64  # queries; 32k tokens and 32 heads make 256 MiB of logits, all queri
 class H2O(SelectorBase):
     """A share of the pairs: heavy hitters and the most recent tokens."""
 
-    grain: ClassVar[Grain] = "pair"
+    mask: ClassVar[Mask] = "pair"
     reads_queries: ClassVar[bool] = True
 
     name: Literal["h2o"] = "h2o"

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from pdtrim.kv.selectors.base import Grain, SelectorBase
+from pdtrim.kv.selectors.base import Mask, SelectorBase
 from pdtrim.kv.selectors.first_last import first_last
 from pdtrim.kv.selectors.scoring import window_attention
 from pdtrim.kv.view import LayerView
@@ -26,7 +26,7 @@ from pdtrim.records import MOST_TOKENS
 class LazyLayer(SelectorBase):
     """First and last tokens where the layer is lazy, every token where it is not."""
 
-    grain: ClassVar[Grain] = "token"
+    mask: ClassVar[Mask] = "token"
     reads_queries: ClassVar[bool] = True
 
     name: Literal["lazy_layer"] = "lazy_layer"

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from pdtrim.kv.selectors.base import Grain, SelectorBase
+from pdtrim.kv.selectors.base import Mask, SelectorBase
 from pdtrim.kv.selectors.scoring import keep_share, value_norm, window_attention
 from pdtrim.kv.view import LayerView
 from pdtrim.records import MOST_TOKENS
@@ -52,7 +52,7 @@ class SnapKV(SelectorBase):
         return pool
 
     @property
-    def grain(self) -> Grain:
+    def mask(self) -> Mask:
         """All heads keep the same tokens when they share a score."""
         return "token" if self.heads == "shared" else "pair"
 

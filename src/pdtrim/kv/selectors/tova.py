@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pdtrim.kv.selectors.base import Grain, SelectorBase
+from pdtrim.kv.selectors.base import Mask, SelectorBase
 from pdtrim.kv.selectors.scoring import keep_share, window_attention
 from pdtrim.kv.view import LayerView
 from pdtrim.records import MOST_TOKENS
@@ -26,7 +26,7 @@ from pdtrim.records import MOST_TOKENS
 class Tova(SelectorBase):
     """A share of the tokens, by the last token's attention."""
 
-    grain: ClassVar[Grain] = "token"
+    mask: ClassVar[Mask] = "token"
     reads_queries: ClassVar[bool] = True
 
     name: Literal["tova"] = "tova"

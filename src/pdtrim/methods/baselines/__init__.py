@@ -7,6 +7,7 @@ calibration text as every other method, and pay in the same block-tokens. What d
 is in its file's docstring; what holds for all of a kind is in the file named above.
 """
 
+from pdtrim.methods.base import Method
 from pdtrim.methods.baselines.blockpruner import BlockPruner
 from pdtrim.methods.baselines.evopress import EvoPress
 from pdtrim.methods.baselines.flap import FLAP
@@ -17,16 +18,7 @@ from pdtrim.methods.baselines.sleb import SLEB
 from pdtrim.methods.baselines.uidl import UIDL
 from pdtrim.methods.baselines.wanda_sp import WandaSP
 
-__all__ = [
-    "FLAP",
-    "SLEB",
-    "UIDL",
-    "BlockPruner",
-    "EvoPress",
-    "LLMPruner",
-    "LLMPrunerVector",
-    "ShortGPT",
-    "ShortenedPPL",
-    "ShortenedTaylor",
-    "WandaSP",
-]
+BASELINES: tuple[type[Method], ...] = (
+    *(ShortGPT, SLEB, ShortenedPPL, ShortenedTaylor, UIDL, BlockPruner, EvoPress),
+    *(LLMPruner, LLMPrunerVector, FLAP, WandaSP),
+)

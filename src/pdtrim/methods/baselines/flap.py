@@ -29,7 +29,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,7 +48,7 @@ from pdtrim.methods.baselines.width import (
     group_sums,
 )
 from pdtrim.methods.problem import Problem
-from pdtrim.models.block import OUTPUTS
+from pdtrim.models.block import OUTPUTS, UnitKind
 from pdtrim.models.model import Model
 from pdtrim.models.narrow import channels
 from pdtrim.models.swap import Blocks, Weights
@@ -57,8 +56,7 @@ from pdtrim.plan import STAGES
 from pdtrim.progress import Progress
 from pdtrim.stage.forward import Batch
 
-Kind = Literal["group", "neuron"]
-Unit = tuple[int, Kind, int]
+Unit = tuple[int, UnitKind, int]
 """Layer, kind, index in the block."""
 
 
@@ -98,76 +96,53 @@ def ranked(scores: Mapping[int, UnitScores]) -> list[Unit]:
     return [units[place] for place in values.cpu().argsort(stable=True).tolist()]
 
 
-class _Cut:
-    """Units cut so far, and the parameters that this saves."""
-
-    def __init__(self, cost: StageCost, *, biased: bool) -> None:
-        self.cost, self.biased = cost, biased
-        self.units: set[Unit] = set()
-        self.of_kind: Counter[tuple[int, Kind]] = Counter()
-        self.saved = 0
-
-    @property
-    def enough(self) -> bool:
-        """Whether the stage loses its share."""
-        return self.saved >= self.cost.needed
-
-    def holds(self, unit: Unit) -> int:
-        """Parameters of one unit."""
-        layer, kind, _ = unit
-        cost = self.cost.layers[layer]
-        return cost.group if kind == "group" else cost.neuron
-
-    def take(self, unit: Unit) -> None:
-        """Cut a unit; the first of a layer brings the biases."""
-        self.saved += self.holds(unit) - self._bias(unit)
-        self.units.add(unit)
-        self.of_kind[unit[:2]] += 1
-
-    def restore(self, unit: Unit) -> None:
-        """Undo :meth:`take`."""
-        self.units.remove(unit)
-        self.of_kind[unit[:2]] -= 1
-        self.saved -= self.holds(unit) - self._bias(unit)
-
-    def _bias(self, unit: Unit) -> int:
-        """Parameters of the biases that come with a layer's first unit."""
-        layer = unit[0]
-        others = self.of_kind[layer, "group"] + self.of_kind[layer, "neuron"]
-        return self.cost.layers[layer].bias if self.biased and not others else 0
-
-
 def cut_until_enough(
-    name: str, cost: StageCost, order: Sequence[Unit], size: Mapping[Kind, int], *, biased: bool
+    name: str, cost: StageCost, order: Sequence[Unit], size: Mapping[UnitKind, int], *, biased: bool
 ) -> list[Unit]:
     """The first units of an order that save what a stage must lose, but those it can do without.
 
     Args:
         name: of the method, for the error.
         size: units of each kind in a dense block; one of each stays.
+        biased: the first unit of a layer brings its biases.
 
     Raises:
         PlanError: all that may go is less.
     """
-    cut = _Cut(cost, biased=biased)
+    cut: set[Unit] = set()
+    counts: Counter[tuple[int, UnitKind]] = Counter()
+    saved, needed = 0, cost.needed
+
+    def worth(unit: Unit) -> int:
+        """Parameters that a unit saves beside those that are cut without it."""
+        layer, kind, _ = unit
+        of_layer = cost.layers[layer]
+        alone = biased and not counts[layer, "group"] + counts[layer, "neuron"]
+        held = of_layer.group if kind == "group" else of_layer.neuron
+        return held - of_layer.bias * alone
+
     for unit in order:
-        if cut.enough:
+        if saved >= needed:
             break
-        if cut.of_kind[unit[:2]] < size[unit[1]] - 1:
-            cut.take(unit)
-    if not cut.enough:
-        raise cost.refuse(name, cut.saved)
-    for unit in reversed(order):
-        if unit in cut.units:
-            cut.restore(unit)
-            if not cut.enough:
-                cut.take(unit)
-    return [unit for unit in order if unit in cut.units]
+        if counts[unit[:2]] < size[unit[1]] - 1:
+            saved += worth(unit)
+            cut.add(unit)
+            counts[unit[:2]] += 1
+    if saved < needed:
+        raise cost.refuse(name, saved)
+    for unit in reversed([unit for unit in order if unit in cut]):
+        counts[unit[:2]] -= 1
+        if saved - worth(unit) >= needed:
+            cut.remove(unit)
+            saved -= worth(unit)
+        else:
+            counts[unit[:2]] += 1
+    return [unit for unit in order if unit in cut]
 
 
-def by_layer(cut: Sequence[Unit]) -> dict[int, Units]:
+def units_by_layer(cut: Sequence[Unit]) -> dict[int, Units]:
     """The units of each layer that loses any, in the order given."""
-    lost: dict[int, dict[Kind, list[int]]] = {}
+    lost: dict[int, dict[UnitKind, list[int]]] = {}
     for layer, kind, index in cut:
         lost.setdefault(layer, {"group": [], "neuron": []})[kind].append(index)
     return {
@@ -191,7 +166,7 @@ class FLAP(WidthMethod):
         model, batch, progress = problem.model, problem.batch, problem.progress
         moments = _dense_moments(model, batch, progress)
         order = ranked({layer: _scores(model, layer, *moments[layer]) for layer in moments})
-        size: dict[Kind, int] = {
+        size: dict[UnitKind, int] = {
             "group": model.num_kv_heads,
             "neuron": model.config.intermediate_size,
         }
@@ -200,7 +175,7 @@ class FLAP(WidthMethod):
             units = order if within is None else within
             return cut_until_enough(self.name, cost, units, size, biased=self.bias)
 
-        lost = {stage: by_layer(units) for stage, units in each_stage(costs, cut).items()}
+        lost = {stage: units_by_layer(units) for stage, units in each_stage(costs, cut).items()}
         blocks: Blocks = {}
         if self.bias:
             for stage in STAGES:

@@ -53,10 +53,8 @@ def add_gradients(
         rows: sequences run together; signed gradients add up over all of them.
     """
     with torch.enable_grad():
-        for start in range(0, len(batch), rows):
-            part = batch[start : start + rows]
-            ids_BT = torch.cat((part.prompt_BP, part.continuation_BC), dim=1)[:, 1:]
+        for part in batch.parts(rows):
             logits_BTV = model.head(dense_residuals(model, part)[-1])
-            nll_R = token_nll(logits_BTV.flatten(0, 1), ids_BT.flatten())
+            nll_R = token_nll(logits_BTV.flatten(0, 1), part.ids_BT[:, 1:].flatten())
             loss = nll_R.mean() * (len(part) / len(batch))
             loss.backward(inputs=list(weights))

@@ -34,20 +34,11 @@ from torch import Tensor, nn
 from pdtrim.errors import PlanError
 from pdtrim.methods.baselines.base import PaperCalibration
 from pdtrim.methods.baselines.gradients import PASSES, add_gradients, wanting_gradients
-from pdtrim.methods.baselines.uniform import Counts, uniform_counts
-from pdtrim.methods.baselines.width import (
-    Costs,
-    Lost,
-    Narrowed,
-    StageCost,
-    UnitScores,
-    WidthMethod,
-    each_stage,
-)
+from pdtrim.methods.baselines.uniform import each_uniform, without_first
+from pdtrim.methods.baselines.width import Costs, Narrowed, UnitScores, WidthMethod
 from pdtrim.methods.problem import Problem
 from pdtrim.models.block import Block, Projection
 from pdtrim.models.model import Model
-from pdtrim.plan import STAGES, Stage
 from pdtrim.stage.forward import Batch
 
 Criterion = Literal["element", "element2", "vector"]
@@ -170,20 +161,10 @@ class LLMPruner(WidthMethod):
         """See the module's docstring."""
         model, batch, progress = problem.model, problem.batch, problem.progress
         layers = self._open_layers(model.num_layers)
-        size = model.num_kv_heads, model.config.intermediate_size
-
-        def count(cost: StageCost, within: Counts | None) -> Counts:
-            return uniform_counts(self.name, cost, layers, size, within)
-
-        counts = each_stage(costs, count)
+        counts = each_uniform(self.name, model, costs, layers)
         with progress("Taylor scores", 1):
             scores = taylor_units(model, batch, layers, self.criterion)
-        orders = {layer: scores[layer].order() for layer in layers}
-        lost: dict[Stage, Lost] = {
-            stage: {layer: orders[layer].first(*counts[stage][layer]) for layer in layers}
-            for stage in STAGES
-        }
-        return Narrowed(lost=lost)
+        return without_first({layer: scores[layer].order() for layer in layers}, counts)
 
     def _open_layers(self, num_layers: int) -> range:
         layers = range(self.protect_first, num_layers - self.protect_last)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pdtrim.models.block import OUTPUTS, Block
+from pdtrim.models.hooks import before_each
 
 
 class Moments:
@@ -51,17 +51,6 @@ class Moments:
 def watched(block: Block) -> Iterator[tuple[Moments, Moments]]:
     """Inside, what the block's attention output and MLP down projections read is counted."""
     moments = Moments(), Moments()
-
-    def counting(into: Moments) -> Any:
-        return lambda module, inputs: into.add(inputs[0])
-
     projections = [block.matrix(made) for made in OUTPUTS]
-    hooks = [
-        projection.register_forward_pre_hook(counting(into))
-        for projection, into in zip(projections, moments, strict=True)
-    ]
-    try:
+    with before_each(projections, lambda number, x, options: moments[number].add(x)):
         yield moments
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -6,7 +6,8 @@ E hidden width, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from pdtrim.search.objective import ROWS, BudgetSpent
 from pdtrim.stage.cost import block_tokens
 from pdtrim.stage.forward import Batch
 from pdtrim.stage.step import prefill_block
+
+T = TypeVar("T")
 
 
 def ranked_tokens(problem: Problem) -> dict[Stage, slice]:
@@ -59,7 +62,7 @@ def dense_residuals(model: Model, batch: Batch) -> list[Tensor]:
     An ordinary causal forward. The simulator's prefill does not serve here: it stops behind the
     last keys and values that decode reads, and so has no prompt tokens behind the last block.
     """
-    ids_BT = torch.cat((batch.prompt_BP, batch.continuation_BC[:, :-1]), dim=1)
+    ids_BT = batch.ids_BT[:, :-1]
     at_1T = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
     rope = model.rope(at_1T)
     flows = [model.embed(ids_BT)]
@@ -69,8 +72,30 @@ def dense_residuals(model: Model, batch: Batch) -> list[Tensor]:
     return flows
 
 
+def read_residuals(
+    problem: Problem, what: str, read: Callable[[list[Tensor]], T]
+) -> dict[Stage, list[T]]:
+    """What is read of the dense streams on each stage's tokens, a few sequences at a time.
+
+    Args:
+        what: for the progress bar.
+        read: takes L + 1 streams ``[B, T, E]``, cut to the tokens that the stage is ranked on.
+
+    Raises:
+        PlanError: as :func:`ranked_tokens`.
+    """
+    tokens, batch = ranked_tokens(problem), problem.batch
+    found: dict[Stage, list[T]] = {stage: [] for stage in tokens}
+    with problem.progress(what, len(batch)) as advance:
+        for flows in each_residuals(problem.model, batch):
+            for stage, span in tokens.items():
+                found[stage].append(read([x_BTE[:, span] for x_BTE in flows]))
+            advance(len(flows[0]))
+    return found
+
+
 @torch.inference_mode()
 def each_residuals(model: Model, batch: Batch) -> Iterator[list[Tensor]]:
     """:func:`dense_residuals` of a few sequences at a time."""
-    for start in range(0, len(batch), ROWS):
-        yield dense_residuals(model, batch[start : start + ROWS])
+    for part in batch.parts(ROWS):
+        yield dense_residuals(model, part)

@@ -28,7 +28,7 @@ from torch import Tensor
 from pdtrim.finite import finite
 from pdtrim.methods.baselines.base import Baseline, Chosen, PaperCalibration
 from pdtrim.methods.baselines.orders import apply_orders
-from pdtrim.methods.baselines.residuals import dense_cost, each_residuals, ranked_tokens
+from pdtrim.methods.baselines.residuals import dense_cost, read_residuals
 from pdtrim.methods.problem import Problem
 
 
@@ -54,19 +54,11 @@ class ShortGPT(Baseline):
 
     def choose(self, problem: Problem) -> Chosen:
         """See the module's docstring."""
-        batch = problem.batch
-        cost, tokens = dense_cost(problem), ranked_tokens(problem)
-        parts: dict[str, list[Tensor]] = {stage: [] for stage in tokens}
-        with problem.progress("block influence", len(batch)) as advance:
-            for flows in each_residuals(problem.model, batch):
-                for stage, span in tokens.items():
-                    parts[stage].append(block_influence([x_BTE[:, span] for x_BTE in flows]))
-                advance(len(flows[0]))
-        orders = {
-            stage: finite(torch.cat(parts[stage]), "a block's influence")
-            .mean(0)
-            .argsort(stable=True)
-            .tolist()
-            for stage in tokens
+        cost = dense_cost(problem)
+        parts = read_residuals(problem, "block influence", block_influence)
+        influence = {
+            stage: finite(torch.cat(part), "a block's influence").mean(0)
+            for stage, part in parts.items()
         }
+        orders = {stage: bi_L.argsort(stable=True).tolist() for stage, bi_L in influence.items()}
         return Chosen(state=apply_orders(problem, orders), block_tokens=cost)

@@ -30,7 +30,7 @@ from torch import Tensor
 from pdtrim.finite import finite
 from pdtrim.methods.baselines.base import Baseline, Chosen, PaperCalibration
 from pdtrim.methods.baselines.orders import apply_orders
-from pdtrim.methods.baselines.residuals import dense_cost, each_residuals, ranked_tokens
+from pdtrim.methods.baselines.residuals import dense_cost, read_residuals
 from pdtrim.methods.problem import Problem
 from pdtrim.plan import Stage
 from pdtrim.search.goal import Goal
@@ -49,13 +49,6 @@ def angular_distance(flows: Sequence[Tensor], span: int) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def best_run(distance_S: Tensor, span: int, within: range) -> range:
-    """The run of least distance that lies within a range of blocks; the first of equals."""
-    starts = range(within.start, within.stop - span + 1)
-    start = min(starts, key=lambda place: float(distance_S[place]))
-    return range(start, start + span)
-
-
 @dataclass(frozen=True, kw_only=True)
 class UIDL(Baseline):
     """The method has no settings."""
@@ -65,28 +58,21 @@ class UIDL(Baseline):
 
     def choose(self, problem: Problem) -> Chosen:
         """See the module's docstring."""
-        batch, goal = problem.batch, problem.goal
-        cost, tokens = dense_cost(problem), ranked_tokens(problem)
-        ends: dict[Stage, list[list[Tensor]]] = {stage: [] for stage in tokens}
-        with problem.progress("angular distance", len(batch)) as advance:
-            for flows in each_residuals(problem.model, batch):
-                for stage, span in tokens.items():
-                    ends[stage].append([x_BTE[:, span][:, -1].clone() for x_BTE in flows])
-                advance(len(flows[0]))
+        goal, cost = problem.goal, dense_cost(problem)
+        ends = read_residuals(problem, "angular distance", lambda x: [f[:, -1].clone() for f in x])
         last = {
             stage: [torch.cat(x) for x in zip(*parts, strict=True)] for stage, parts in ends.items()
         }
         everywhere = range(problem.model.num_layers)
-        decode = _run(last["decode"], goal, "decode", everywhere)
-        if problem.target.mode == "projected" and "prefill" in last:
-            prefill = _run(last["prefill"], goal, "prefill", everywhere)
-        else:
-            prefill = _run(last["decode"], goal, "prefill", decode)
+        decode = best_run(last["decode"], goal, "decode", everywhere)
+        own = "prefill" in last  # else prefill's run lies inside decode's
+        flows, within = (last["prefill"], everywhere) if own else (last["decode"], decode)
+        prefill = best_run(flows, goal, "prefill", within)
         orders: dict[Stage, range] = {"decode": decode, "prefill": prefill}
         return Chosen(state=apply_orders(problem, orders), block_tokens=cost)
 
 
-def _run(flows: Sequence[Tensor], goal: Goal, stage: Stage, within: range) -> range:
+def best_run(flows: Sequence[Tensor], goal: Goal, stage: Stage, within: range) -> range:
     """The run of least angle among the shortest within a range that save what the stage must.
 
     Empty if nothing is to be saved, or if no run saves it.
@@ -94,13 +80,10 @@ def _run(flows: Sequence[Tensor], goal: Goal, stage: Stage, within: range) -> ra
     if not goal.needed(stage):
         return range(0)
     for span in range(max(goal.least(stage), 1), len(within) + 1):
-        distance_S = finite(
-            angular_distance(flows, span).mean(0), "the distance of a run of blocks"
-        )
-        for start in range(len(distance_S)):
-            if goal.lacking(range(start, start + span), stage):
-                distance_S[start] = torch.inf  # prefill's last block saves nothing
-        run = best_run(distance_S, span, within)
-        if not goal.lacking(run, stage):
-            return run
+        distance_S = angular_distance(flows, span).mean(0)
+        distances = finite(distance_S, "the distance of a run of blocks").tolist()
+        runs = [within[at : at + span] for at in range(len(within) - span + 1)]
+        enough = [run for run in runs if not goal.lacking(run, stage)]  # a block may save nothing
+        if enough:
+            return min(enough, key=lambda run: distances[run.start])  # the first of equals
     return range(0)

@@ -11,13 +11,47 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from pdtrim.methods.baselines.width import StageCost
+from pdtrim.methods.baselines.width import (
+    Costs,
+    Lost,
+    Narrowed,
+    StageCost,
+    Units,
+    each_stage,
+)
+from pdtrim.models.model import Model
+from pdtrim.plan import STAGES, Stage
 
 Counts = Mapping[int, tuple[int, int]]
 """By layer, how many groups and how many neurons."""
 
 
-def spread(total: int, layers: Sequence[int]) -> dict[int, int]:
+def each_uniform(
+    name: str, model: Model, costs: Costs, layers: Sequence[int]
+) -> dict[Stage, Counts]:
+    """Counts of each stage, prefill's inside decode's.
+
+    Args:
+        name: of the method, for the error.
+        layers: those that may become narrower, not none.
+
+    Raises:
+        PlanError: all that may go is less than a stage must lose.
+    """
+    size = model.num_kv_heads, model.config.intermediate_size
+    return each_stage(costs, lambda cost, within: uniform_counts(name, cost, layers, size, within))
+
+
+def without_first(orders: Mapping[int, Units], counts: Mapping[Stage, Counts]) -> Narrowed:
+    """So many of each layer's units, the first in its order, gone from each stage."""
+    lost: dict[Stage, Lost] = {
+        stage: {layer: orders[layer].first(*of_layer) for layer, of_layer in counts[stage].items()}
+        for stage in STAGES
+    }
+    return Narrowed(lost=lost)
+
+
+def evenly(total: int, layers: Sequence[int]) -> dict[int, int]:
     """A total over layers, evenly; the first ones take what does not divide."""
     each, more = divmod(total, len(layers)) if layers else (0, 0)
     return {layer: each + (place < more) for place, layer in enumerate(layers)}
@@ -47,7 +81,7 @@ def uniform_counts(
     def options() -> list[tuple[int, bool, float, int, int]]:
         found = []
         for total in range(sum(groups for groups, _ in most.values()) + 1):
-            groups = spread(total, layers)
+            groups = evenly(total, layers)
             missing = cost.needed - cost.saved({i: (count, 0) for i, count in groups.items()})
             neurons = max(math.ceil(missing / price), 0)
             if neurons <= room:
@@ -58,5 +92,5 @@ def uniform_counts(
     best = min(options(), default=None)
     if best is None:
         raise cost.refuse(name, cost.saved(most))
-    groups, neurons = spread(best[3], layers), spread(best[4], served)
+    groups, neurons = evenly(best[3], layers), evenly(best[4], served)
     return {layer: (groups[layer], neurons.get(layer, 0)) for layer in layers}

@@ -29,16 +29,13 @@ from torch import Tensor
 
 from pdtrim.methods.baselines.base import PaperCalibration
 from pdtrim.methods.baselines.moments import watched
-from pdtrim.methods.baselines.uniform import Counts, uniform_counts
+from pdtrim.methods.baselines.uniform import each_uniform, without_first
 from pdtrim.methods.baselines.width import (
     Costs,
-    Lost,
     Narrowed,
-    StageCost,
     Units,
     UnitScores,
     WidthMethod,
-    each_stage,
     group_sums,
     width_without,
 )
@@ -46,9 +43,7 @@ from pdtrim.methods.problem import Problem
 from pdtrim.models.block import OUTPUTS, Block
 from pdtrim.models.model import Model
 from pdtrim.models.narrow import narrow_blocks
-from pdtrim.plan import STAGES, Stage
 from pdtrim.search.objective import ROWS
-from pdtrim.stage.forward import Batch
 from pdtrim.stage.step import prefill_block
 
 
@@ -68,31 +63,16 @@ class WandaSP(WidthMethod):
     @torch.no_grad()
     def choose(self, problem: Problem, costs: Costs) -> Narrowed:
         """See the module's docstring."""
-        model, batch, progress = problem.model, problem.batch, problem.progress
+        model, progress = problem.model, problem.progress
         layers = range(model.num_layers)
-        size = model.num_kv_heads, model.config.intermediate_size
-
-        def count(cost: StageCost, within: Counts | None) -> Counts:
-            return uniform_counts(self.name, cost, layers, size, within)
-
-        counts = each_stage(costs, count)
-        flows = _embedded(model, batch)
+        counts = each_uniform(self.name, model, costs, layers)
+        flows = [model.embed(ids) for ids in problem.batch.ids_BT[:, :-1].split(ROWS)]
         orders: dict[int, Units] = {}
         with progress("weights times inputs", len(layers)) as advance:
             for layer in layers:
                 orders[layer], flows = _through(model, layer, counts["decode"][layer], flows)
                 advance(1)
-        lost: dict[Stage, Lost] = {
-            stage: {layer: orders[layer].first(*counts[stage][layer]) for layer in layers}
-            for stage in STAGES
-        }
-        return Narrowed(lost=lost)
-
-
-def _embedded(model: Model, batch: Batch) -> list[Tensor]:
-    """The streams ``[B, T, E]`` that enter the first block, a few sequences each."""
-    ids_BT = torch.cat((batch.prompt_BP, batch.continuation_BC[:, :-1]), dim=1)
-    return [model.embed(ids) for ids in ids_BT.split(ROWS)]
+        return without_first(orders, counts)
 
 
 def _through(

@@ -1,6 +1,6 @@
 """One handover after another: vLLM's own NIXL connector on the dense model, and ours on pairs.
 
-    python measure.py DENSE_MODEL PAIR... -o result.json
+    python benchmarks/handover_vllm.py DENSE_MODEL PAIR... -o result.json
 
 All servers run at once and take turns, prompt by prompt. Bytes, descriptors and times are
 those of NIXL's own counters on the decode servers. Prompts are random token ids.
@@ -8,26 +8,18 @@ those of NIXL's own counters on the decode servers. Prompts are random token ids
 
 import argparse
 import json
+import os
 import random
-import threading
 import urllib.request
 import uuid
 from dataclasses import replace
 from pathlib import Path
 
+from servers import counters, running
+
 from pdtrim.engines.config import ServeConfig
-from pdtrim.engines.supervise import serve
 from pdtrim.engines.vllm.launch import free_port, processes
 from pdtrim.versions import host, versions
-
-COUNTERS = {
-    "bytes": "vllm:nixl_bytes_transferred_sum",
-    "descriptors": "vllm:nixl_num_descriptors_sum",
-    "post_s": "vllm:nixl_post_time_seconds_sum",
-    "transfer_s": "vllm:nixl_xfer_time_seconds_sum",
-    "handover_s": "pdtrim:handover_seconds_sum",  # with polling and decoding; ours only
-    "handovers": "vllm:nixl_bytes_transferred_count",
-}
 
 
 def stock(process, model):
@@ -60,16 +52,6 @@ def hand_over(prefill, decode, prompt):
     post(decode, {**body, "kv_transfer_params": made["kv_transfer_params"]}, request_id)
 
 
-def counters(url):
-    """NIXL's sums so far."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
-        lines = answer.read().decode().splitlines()
-    return {
-        key: sum(float(x.rsplit(" ", 1)[1]) for x in lines if x.startswith(f"{name}{{"))
-        for key, name in COUNTERS.items()
-    }
-
-
 def measure(urls, lengths, repeats, vocab):
     """By prompt length and connector: means of one handover."""
     rng = random.Random(0)
@@ -84,7 +66,7 @@ def measure(urls, lengths, repeats, vocab):
                 hand_over(prefill, decode, prompt)
         for name, (_, decode) in urls.items():
             after = counters(decode)
-            made = {key: (after[key] - before[name][key]) / repeats for key in COUNTERS}
+            made = {key: (after[key] - before[name][key]) / repeats for key in after}
             assert made.pop("handovers") == 1
             rows.append({"prompt_tokens": length, "connector": name, **made})
     return rows
@@ -116,26 +98,9 @@ def main():
         name = pair.name if pair else "stock"
         servers += [replace(process, name=f"{name} {process.name}") for process in made]
         urls[name] = tuple(process.url for process in made)
-    ready, stop = threading.Event(), threading.Event()
-    runs = threading.Thread(
-        target=serve,
-        args=(servers,),
-        kwargs={
-            "start_seconds": 900,
-            "say": lambda text: ready.set(),
-            "stop": stop,
-            "log": lambda name, line: None,
-        },
-    )
-    runs.start()
-    while runs.is_alive() and not ready.wait(1):
-        pass
-    try:
-        lengths = [int(x) for x in options.lengths.split(",")]
+    lengths = [int(x) for x in options.lengths.split(",")]
+    with running(servers, Path(os.devnull), 900):
         rows = measure(urls, lengths, options.repeats, options.vocab)
-    finally:
-        stop.set()
-        runs.join()
     made = {"versions": versions(), "host": host(), "rows": rows}
     options.output.write_text(json.dumps(made, indent=1) + "\n")
     for row in rows:
