@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import io
 import itertools
 import json
 import threading
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from helpers import make_plan, tiny_model
 from pdtrim.bundle import TrimPlan
 from pdtrim.cli import app
+from pdtrim.cli.watch import _table as watch_table
 from pdtrim.demo import _squad
 from pdtrim.errors import ModelError, PdtrimError
 from pdtrim.evaluate.handover import loopback_bytes
@@ -331,3 +334,16 @@ def test_english_that_turns_into_code_is_drift_of_a_real_model(smollm2, smollm2_
     config = replace(config, reference=str(reference))
     found = watch_requests(tmp_path / "plan.json", log, config)
     assert [hour["drift"] for hour in found["hours"]] == [False, True], found["hours"]
+
+
+def test_the_table_of_hours_is_whole_in_80_columns():
+    hour = {
+        "start": 1795770000, "requests": 12_345, "kl": 12.0304, "kl_error": 0.0031,
+        "agreement": 1.0, "kv_bytes_per_token": 130_504.0, "p": 0.0001, "drift": None,
+    }  # fmt: skip
+    console = Console(width=80, file=io.StringIO())
+    console.print(watch_table({"hours": [hour]}))
+    shown = console.file.getvalue()
+    for cell in ("12,345", "12.0304 (0.0031)", "100.0%", "130,504", "0.0001", "untested"):
+        assert cell in shown, shown
+    assert "…" not in shown

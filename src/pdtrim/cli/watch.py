@@ -57,9 +57,9 @@ def watch(
 
 
 def _table(found: dict[str, Any]) -> Table:
-    table = Table(title="by the hour, UTC", title_justify="left", box=None)
+    table = Table(title="by the hour, UTC", title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("hour", no_wrap=True)
-    for name in ("requests", "KL", "agreement", "KV bytes a token", "p", "drift"):
+    for name in ("requests", "KL", "agreement", "KV B/token", "p", "drift"):
         table.add_column(name, justify="right", no_wrap=True)
     for hour in found["hours"]:
         table.add_row(*_cells(hour).values())
@@ -76,7 +76,7 @@ def _cells(hour: dict[str, Any]) -> dict[str, str]:
         "agreement": f"{hour['agreement']:.1%}",
         "KV bytes a token": "-" if size is None else f"{size:,.0f}",
         "p": "-" if p is None else f"{p:.4f}",
-        "drift": {None: "not tested", False: "no", True: "yes"}[hour["drift"]],
+        "drift": {None: "untested", False: "no", True: "yes"}[hour["drift"]],
     }
 
 
