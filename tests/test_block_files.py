@@ -311,14 +311,14 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one_with_its_blocks(
     def full(*_):
         raise CannotWrite("no space")
 
-    for owner in ("pdtrim.plan.plan.write_json", "pdtrim.models.block_files.write_bytes"):
+    for owner in ("pdtrim.keep.document.write_json", "pdtrim.models.block_files.write_bytes"):
         with monkeypatch.context() as patch, pytest.raises(CannotWrite):
             patch.setattr(owner, full)
             save_at(model, path, 2)
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     assert PrunePlan.load(path) == old
     with monkeypatch.context() as patch, pytest.raises(CannotWrite):
-        patch.setattr("pdtrim.plan.plan.write_json", full)
+        patch.setattr("pdtrim.keep.document.write_json", full)
         save_at(model, tmp_path / "new" / "plan.json", 2)
     assert not list((tmp_path / "new").iterdir())
 
