@@ -93,14 +93,44 @@ def test_tokens_are_the_simulators_and_bytes_the_plans(servers, simulated):
     until(lambda: idle(*servers[:-1]))
 
 
-def test_fused_projections_are_served(tmp_path, tiny_folder):
-    """Phi-3, with every kind of gate: keys and values alone are rows of the fused matrix."""
+SMALL = ("--num-gpu-blocks-override", str(4 * 1024 // BLOCK + 1))
+"""Decode's pages for one of the longest requests: of seven layers, four groups of two."""
+
+
+@pytest.fixture(scope="class")
+def fused(tmp_path_factory, tiny_folder):
+    """Phi-3 with every kind of gate, two layers trimmed; its servers, decode's of few pages."""
     kv = (RULE if layer in (1, 4) else LayerKV() for layer in range(8))
-    pair = tiny_pair(tmp_path, tiny_folder, kv, "phi3", sliding_window=None)
-    with running(commands(pair), tmp_path) as (*_, router):
+    folder = tmp_path_factory.mktemp("fused")
+    pair = tiny_pair(folder, tiny_folder, kv, "phi3", sliding_window=None)
+    with running(commands(pair, decode_args=(*ARGS, *SMALL)), folder) as answering:
+        yield load_pair(pair), answering
+
+
+class TestFewPages:
+    """In a class, so that its servers end with it."""
+
+    def test_fused_projections_are_served(self, fused):
+        """Keys and values alone are rows of the fused matrix."""
+        simulated, (*_, router) = fused
         for length in (33, 129):
             prompt = prompt_of(length)
-            assert agree(load_pair(pair), prompt, tokens_of(post(router.url, completion(prompt))))
+            assert agree(simulated, prompt, tokens_of(post(router.url, completion(prompt))))
+
+    def test_preempted_requests_come_back(self, fused):
+        """Three that fit in decode's pages at first, and do not when they have grown."""
+        simulated, (source, decode, router) = fused
+        before = decode.metric("pdtrim:handover_seconds_count")
+        prompts = [prompt_of(n, 3) for n in (513, 480, 450)]
+        with ThreadPoolExecutor(3) as pool:
+            made = list(pool.map(lambda p: post(router.url, completion(p, 200)), prompts))
+        assert decode.metric("vllm:num_preemptions_total") > 0
+        for prompt, answer in zip(prompts, made, strict=True):
+            assert len(tokens_of(answer)) == 200
+            assert agree(simulated, prompt, tokens_of(answer))
+        assert decode.metric("pdtrim:refused_requests_total") == 0
+        assert decode.metric("pdtrim:handover_seconds_count") == before + 3
+        until(lambda: idle(source, decode))
 
 
 def test_the_trimmed_pages_change_what_is_said(simulated):

@@ -168,16 +168,9 @@ def until(condition, seconds=90):
 
 def commands(pair, **config):
     """pdtrim's own commands, with a short lease and room for one small host."""
+    usual = {"max_model_len": 1024, "prefill_args": ARGS, "decode_args": ARGS}
     made = processes(
-        ServeConfig(
-            pair=pair,
-            port=free_port(),
-            max_model_len=1024,
-            prefill_args=ARGS,
-            decode_args=ARGS,
-            **config,
-        ),
-        free_port=free_port,
+        ServeConfig(pair=pair, port=free_port(), **(usual | config)), free_port=free_port
     )
     return [replace(p, command=_short_lease(p.command), env={**p.env, **ENV}) for p in made]
 
