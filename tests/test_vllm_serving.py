@@ -41,6 +41,7 @@ from vllm_servers import (
     post,
     prefill,
     prompt_of,
+    refill,
     running,
     tiny_pair,
     tokens_of,
@@ -93,43 +94,35 @@ def test_tokens_are_the_simulators_and_bytes_the_plans(servers, simulated):
     until(lambda: idle(*servers[:-1]))
 
 
-SMALL = ("--num-gpu-blocks-override", str(4 * 1024 // BLOCK + 1))
-"""Decode's pages for one of the longest requests: of seven layers, four groups of two."""
+def test_fused_projections_are_served_and_prefixes_shared(tmp_path, tiny_folder):
+    """Phi-3, with every kind of gate: keys and values alone are rows of the fused matrix.
 
+    Nothing is dropped or coded, so decode keeps pages of prompts for those that begin alike. Of an
+    answer it keeps none: in the next prompt prefill computes those tokens, with other blocks.
+    """
+    kv = (LayerKV() for layer in range(8))
+    pair = tiny_pair(tmp_path, tiny_folder, kv, "phi3", sliding_window=None)
+    simulated = load_pair(pair)
+    page = page_bytes(simulated[1], BLOCK, DTYPE.itemsize) * 7  # the layers that decode runs
+    few = ("--num-gpu-blocks-override", str(1024 // BLOCK + 1))
+    with running(commands(pair, decode_args=(*ARGS, *few)), tmp_path) as (source, decode, router):
 
-@pytest.fixture(scope="class")
-def fused(tmp_path_factory, tiny_folder):
-    """Phi-3 with every kind of gate, two layers trimmed; its servers, decode's of few pages."""
-    kv = (RULE if layer in (1, 4) else LayerKV() for layer in range(8))
-    folder = tmp_path_factory.mktemp("fused")
-    pair = tiny_pair(folder, tiny_folder, kv, "phi3", sliding_window=None)
-    with running(commands(pair, decode_args=(*ARGS, *SMALL)), folder) as answering:
-        yield load_pair(pair), answering
+        def arrive(pages):
+            until(lambda: decode.metric("pdtrim:kv_bytes_sent_total") == pages * page)
 
-
-class TestFewPages:
-    """In a class, so that its servers end with it."""
-
-    def test_fused_projections_are_served(self, fused):
-        """Keys and values alone are rows of the fused matrix."""
-        simulated, (*_, router) = fused
-        for length in (33, 129):
-            prompt = prompt_of(length)
-            assert agree(simulated, prompt, tokens_of(post(router.url, completion(prompt))))
-
-    def test_preempted_requests_come_back(self, fused):
-        """Three that fit in decode's pages at first, and do not when they have grown."""
-        simulated, (source, decode, router) = fused
-        before = decode.metric("pdtrim:handover_seconds_count")
-        prompts = [prompt_of(n, 3) for n in (513, 480, 450)]
-        with ThreadPoolExecutor(3) as pool:
-            made = list(pool.map(lambda p: post(router.url, completion(p, 200)), prompts))
-        assert decode.metric("vllm:num_preemptions_total") > 0
-        for prompt, answer in zip(prompts, made, strict=True):
-            assert len(tokens_of(answer)) == 200
-            assert agree(simulated, prompt, tokens_of(answer))
-        assert decode.metric("pdtrim:refused_requests_total") == 0
-        assert decode.metric("pdtrim:handover_seconds_count") == before + 3
+        prompt, pages = prompt_of(200, 5), 7
+        for shared in (192, 320):  # what was handed over before, in whole pages
+            answer = tokens_of(post(router.url, completion(prompt, 80)))
+            assert agree(simulated, prompt, answer)
+            arrive(pages)
+            found = source.metric("vllm:prefix_cache_hits_total")
+            prompt = [*prompt, *answer, *prompt_of(50, shared)]
+            pages += len(prompt) // BLOCK + 1 - shared // BLOCK
+        assert found == 192
+        assert agree(simulated, prompt, tokens_of(post(router.url, completion(prompt, 80))))
+        arrive(pages)
+        assert decode.metric("vllm:prefix_cache_hits_total") == 192 + 320
+        refill(simulated, decode, router)
         until(lambda: idle(source, decode))
 
 
@@ -339,4 +332,4 @@ def test_a_server_of_the_wrong_settings_does_not_start(pair):
         timeout=300,
     )
     assert done.returncode != 0
-    assert "pdtrim does not serve with prefix caching on decode" in done.stdout + done.stderr
+    assert "prefix caching on decode under a plan that drops or codes" in done.stdout + done.stderr

@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -103,6 +104,21 @@ def tokens_of(answer):
     status, body = answer
     assert status == 200, body
     return body["choices"][0]["token_ids"]
+
+
+def refill(simulated, decode, router, tie=TIE):
+    """Requests that fit in decode's few pages at first, and do not when they have grown."""
+    before = decode.metric("pdtrim:handover_seconds_count")
+    preempted = decode.metric("vllm:num_preemptions_total")
+    prompts = [prompt_of(n, 3) for n in (300, 280, 260)]
+    with ThreadPoolExecutor(3) as pool:
+        made = list(pool.map(lambda p: post(router.url, completion(p, 200)), prompts))
+    assert decode.metric("vllm:num_preemptions_total") > preempted
+    for prompt, answer in zip(prompts, made, strict=True):
+        assert len(tokens_of(answer)) == 200
+        assert agree(simulated, prompt, tokens_of(answer), tie=tie)
+    assert decode.metric("pdtrim:refused_requests_total") == 0
+    assert decode.metric("pdtrim:handover_seconds_count") == before + 3
 
 
 def idle(*servers):

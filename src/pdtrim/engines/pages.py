@@ -77,6 +77,16 @@ def is_coded(plan: PrunePlan) -> bool:
     return any(not isinstance(plan.kv[layer].codec, Raw) for layer in plan.sent_layers)
 
 
+def shares_prefixes(plan: PrunePlan) -> bool:
+    """Whether the pages of a prompt's first tokens are the same whatever follows them.
+
+    A rule that drops tokens, and a codec, look at the whole prompt.
+    """
+    return not is_coded(plan) and all(
+        isinstance(plan.kv[layer].selector, Full) for layer in plan.sent_layers
+    )
+
+
 def check_servable(plan: PrunePlan, block_size: int) -> None:
     """Raise PlanError unless pages of this size carry the plan's KV."""
     heads = {len(plan.kv_heads("decode", layer)) for layer in plan.sent_layers}

@@ -152,6 +152,13 @@ SIGNATURES: dict[Callable[..., Any], tuple[str, ...]] = {
         "apply_admission_cap",
         "prefill_end",
     ),
+    FullAttentionManager.cache_blocks: (
+        "self",
+        "request",
+        "num_tokens",
+        "retention_interval",
+        "replay_boundaries",
+    ),
     subclass_attention_backend: ("name_prefix", "attention_backend_cls", "builder_cls"),
 }
 """What pdtrim overrides or calls, and the arguments it relies on."""

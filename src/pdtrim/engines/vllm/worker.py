@@ -139,9 +139,10 @@ class Worker(NixlPullConnectorWorker):
         (pages,) = meta.remote.block_ids
         tokens = meta.remote.num_tokens
         groups = []
-        for group in self.kv_cache_config.transfer_groups:
+        computed = meta.local_num_computed_blocks
+        for group, found in zip(self.kv_cache_config.transfer_groups, computed, strict=True):
             start, stop = hole_in(group.kv_cache_spec, tokens)
-            groups.append([*pages[:start], *pages[stop:]])
+            groups.append([*pages[:start], *pages[stop:]][found:])  # the first are here already
         if [len(ids) for ids in groups] != [len(ids) for ids in meta.local_block_ids]:
             return False
         meta.remote.block_ids = groups
