@@ -273,6 +273,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
+        if self.path == "/metrics":
+            self.wfile.write(b'vllm:cache_config_info{block_size="32",num_gpu_blocks="33"} 1.0')
         if "--vllm-pd-disaggregation" in sys.argv:
             os.kill(int(os.environ["SUPERVISOR"]), signal.SIGINT)
 
@@ -296,10 +298,14 @@ def test_the_verb_serves_until_ctrl_c(pair, tmp_path, monkeypatch):
     monkeypatch.setenv("SUPERVISOR", str(os.getpid()))
     monkeypatch.setattr(launch, "find_router", lambda: str(router))
     port = str(launch.free_port())
-    done = CliRunner().invoke(app, ["serve", str(pair), "--port", port])
+    words = ["serve", str(pair), "--port", port, "--max-model-len", "512", "--no-probe"]
+    done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.exception
     assert done.stdout == f"OpenAI endpoint: http://127.0.0.1:{port}/v1\n"
     assert "prefill 0 | [/x] listens\n" in done.stderr
+    assert "warning: decode 0: 32 pages, 2.0 of the longest requests: it will" in done.stderr
+    assert "(512 tokens, 16 pages without a hole)\n" in done.stderr
+    assert "measured" not in done.stderr
     assert done.stderr.endswith("stopped\n")
 
 

@@ -21,6 +21,7 @@ from pdtrim.engines.base import Engine, Process
 from pdtrim.engines.config import LOOPBACK, ServeConfig
 from pdtrim.engines.pages import check_servable, padding, shares_prefixes
 from pdtrim.engines.vllm.plugin import FAMILIES
+from pdtrim.engines.vllm.room import room
 from pdtrim.engines.vllm.stage import ROLE_OF
 from pdtrim.errors import ModelError, PdtrimError, PlanError
 from pdtrim.exported import read_pair
@@ -88,8 +89,8 @@ def advice(config: ServeConfig) -> str | None:
     if not wasted:
         return None
     return (
-        f"vLLM pads {len(plan.sent_layers)} layers by {wasted}: trimmed and whole layers in numbers"
-        " that divide one another waste no KV memory"
+        f"warning: vLLM pads {len(plan.sent_layers)} layers by {wasted}: trimmed and whole layers"
+        " in numbers that divide one another waste no KV memory"
     )
 
 
@@ -224,5 +225,6 @@ ENGINE = Engine(
     processes=processes,
     check_runnable=check_runnable,
     advice=advice,
+    room=room,
 )
 """vLLM, with its NIXL connector and its router."""
