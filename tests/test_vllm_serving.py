@@ -253,6 +253,8 @@ def test_the_verb_serves_smollm2_and_leaves_nothing(smollm2_pair, servers, tmp_p
         assert said["choices"][0]["message"]["content"] == tokenizer.decode(
             told, skip_special_tokens=True
         )
+        said = (tmp_path / "err").read_text()
+        assert "\nlink: " in said and " of the longest requests (1,024 tokens, 96 pages" in said
         refuse_a_foreign_partner(tmp_path / "err", servers[1])
         children = group_members(popen.pid)
         os.kill(popen.pid, signal.SIGINT)
