@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pdtrim.errors import PdtrimError
+from pdtrim.runtime.start import child_env, python_module
 
 SAYS = "pdtrim-nixl "
 """What the other process's line begins with."""
@@ -43,10 +44,10 @@ class NixlLink:
         self._agent = _agent("pdtrim-source")
         self._registered = self._agent.register_memory(self._buffer)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pdtrim.bench.nixl_link", str(target), str(size)],
+            python_module("pdtrim.bench.nixl_link", str(target), str(size)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, **LOG},
+            env=child_env(LOG),
             text=True,
         )
         assert self._process.stdout is not None
