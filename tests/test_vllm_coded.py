@@ -15,6 +15,7 @@ from pdtrim.engines.vllm import coded_worker, pages_io
 from pdtrim.engines.vllm.coded import TICKET, Encoded
 from pdtrim.engines.vllm.coded_scheduler import CodedScheduler
 from pdtrim.engines.vllm.coded_worker import RemotePool
+from pdtrim.engines.vllm.metrics import LOCAL
 from pdtrim.engines.vllm.preempted import HostPages
 from pdtrim.engines.vllm.stage import Served, check_config
 from pdtrim.errors import PlanError
@@ -303,6 +304,18 @@ def test_a_preempted_prompt_comes_back_in_its_new_pages():
     finish(made, one)
     meta = step(made, preempted={"a"}, finished={"a"})
     assert not meta.pdtrim_to_keep and meta.pdtrim_finished == {"a"}
+
+
+def test_a_local_prompt_that_is_preempted_is_computed_again_and_counted_once():
+    made = scheduler("decode")
+    made._count_local = True
+    one = request("a", 40)
+    for one.num_preemptions in (0, 1):
+        assert made.get_num_new_matched_tokens(one, 0) == GOES
+        made.update_state_after_alloc(one, pages([3, 4], [0, 5]), 0)
+        preempted = {"a"} if one.num_preemptions else set()
+        assert not step(made, preempted=preempted).pdtrim_to_keep
+    assert made.take_stats().data[LOCAL] == [1]
 
 
 def test_pages_wait_on_the_host_and_come_back_whole():

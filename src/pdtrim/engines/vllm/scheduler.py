@@ -92,8 +92,8 @@ class Scheduler(NixlPullConnectorScheduler):
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         """As vLLM's for a handover; a refused request waits for a load that will fail."""
-        if request.request_id in self._loaded:  # preempted, or a prompt of one token, again
-            # of that one nothing is handed over, so nothing is computed even behind its load
+        if request.request_id in self._loaded:
+            # asked again: it was preempted, or has one token, none of which is handed over
             tokens = request.num_prompt_tokens if request.num_prompt_tokens > 1 else 0
             missing = max(0, tokens - num_computed_tokens)
             return missing, missing > 0
@@ -103,8 +103,7 @@ class Scheduler(NixlPullConnectorScheduler):
         params = request.kv_transfer_params
         local = not (isinstance(params, dict) and params.get("do_remote_prefill"))
         if self._stage == "decode" and local and self._count_local:
-            if request.num_preemptions == 0:
-                self._local.add(request.request_id)
+            self._local.add(request.request_id)
             return 0, False
         self._refused[request.request_id] = problem
         return request.num_prompt_tokens - num_computed_tokens, True
@@ -118,8 +117,8 @@ class Scheduler(NixlPullConnectorScheduler):
             self._to_fail.add(request.request_id)
             return
         if request.request_id in self._local:
-            self._local.remove(request.request_id)
-            self._stats.note(LOCAL, 1)
+            if request.num_preemptions == 0:
+                self._stats.note(LOCAL, 1)
         elif request.request_id in self._loaded:
             self._moved[request.request_id] = self._pages(request, blocks)
             if num_external_tokens > 0:
