@@ -259,7 +259,10 @@ def config_of(pair, stage="decode", **changes):
     "change, words",
     [
         ({"role": "kv_producer"}, "decode checkpoint cannot serve as kv_producer"),
-        ({"prefix": True}, "a plan that drops or codes tokens: pass --no-enable-prefix-caching"),
+        (
+            {"prefix": True},
+            "codes them or narrows blocks: pass --no-enable-prefix-caching",
+        ),
         ({"policy": "recompute"}, "kv_load_failure_policy"),
         ({"block_size": 16}, "pages of 32, the engine's hold 16"),
         ({"speculative": object()}, "speculative decoding"),

@@ -21,7 +21,7 @@ from pdtrim.bench.lanes import device_of, facts_of
 from pdtrim.bench.nixl_link import NixlLink
 from pdtrim.bench.traffic import Sizes, random_cache
 from pdtrim.clock import timed
-from pdtrim.engines.pages import is_coded, page_bytes, pages_of, pages_sent
+from pdtrim.engines.pages import bytes_sent, is_coded, pages_of, pages_sent
 from pdtrim.engines.ranges import NONCE_BYTES, Form
 from pdtrim.exported import read_pair
 from pdtrim.kv.kernels import kernels_of, together
@@ -120,13 +120,14 @@ def measure(
         PdtrimError: NIXL is not there or fails, or a device is not there.
     """
     kind, (source, target) = dtype_named(dtype), (device_of(name) for name in devices)
-    page = page_bytes(plan, block_size, kind.itemsize)
     layers = plan.model.num_layers
+    page = 2 * plan.model.num_kv_heads * plan.model.head_dim * block_size * kind.itemsize
     most = MOST_BYTES // (page * layers) * block_size
     tokens = max(1, min(longest, LONGEST, most))
     whole = layers * pages_of(tokens, block_size)
-    sent = pages_sent(plan, tokens, block_size)
-    wanted, coded = [(page * whole, whole), (page * sent, sent)], None
+    sent = sum(pages_sent(plan, layer, tokens, block_size) for layer in plan.sent_layers)
+    wanted = [(page * whole, whole), (bytes_sent(plan, tokens, block_size, kind.itemsize), sent)]
+    coded = None
     if is_coded(plan):
         form = Form.of(plan, kind, tokens, block_size)
         nbytes, encode_s, decode_s = _code(form, source, target)
@@ -138,10 +139,9 @@ def measure(
             encode_s=encode_s,
             decode_s=decode_s,
             raw_bytes=2
-            * form.heads
             * form.width
             * kind.itemsize
-            * sum(part.tokens for part in form.parts),
+            * sum(part.heads * part.tokens for part in form.parts),
             unaided=_unaided(form, source),
         )
     cache = torch.zeros(page * whole, dtype=torch.uint8, device=target)
@@ -165,7 +165,10 @@ def _reads(
     """Reads of so many bytes in so many descriptors, in turn, so that all meet the same noise."""
     room = max(nbytes for nbytes, _ in wanted)
     with closing(NixlLink(target, source, room)) as link:
-        rounds = [[link.read(*one) for one in wanted] for _ in range(REPEATS + 1)][1:]
+        rounds = [
+            [link.read(nbytes - nbytes % pieces, pieces) for nbytes, pieces in wanted]
+            for _ in range(REPEATS + 1)
+        ][1:]
     return [
         Read(nbytes=nbytes, pieces=pieces, seconds=statistics.median(taken))
         for (nbytes, pieces), taken in zip(wanted, zip(*rounds, strict=True), strict=True)
@@ -178,13 +181,14 @@ def _code(form: Form, source: torch.device, target: torch.device) -> tuple[int, 
     Keys and values are random, with a few loud channels.
     """
     nonce = bytes(NONCE_BYTES)
-    most = max(part.tokens for part in form.parts)
-    sizes = Sizes(layers=1, heads=form.heads, tokens=most, width=form.width)
+    heads, tokens = (max(getattr(p, size) for p in form.parts) for size in ("heads", "tokens"))
+    sizes = Sizes(layers=1, heads=heads, tokens=tokens, width=form.width)
     k_GND, v_GND = random_cache(sizes, form.dtype, source)[:, 0]
     room = torch.zeros(form.most, dtype=torch.uint8, device=source)
 
     def write() -> int:
-        layers = ((k_GND[:, : part.tokens], v_GND[:, : part.tokens]) for part in form.parts)
+        kv_2GND = (k_GND, v_GND)
+        layers = (tuple(x[: p.heads, : p.tokens] for x in kv_2GND) for p in form.parts)
         return form.write(room, nonce, layers)
 
     def read() -> None:

@@ -86,10 +86,13 @@ def is_coded(plan: PrunePlan) -> bool:
 def shares_prefixes(plan: PrunePlan) -> bool:
     """Whether the pages of a prompt's first tokens are the same whatever follows them.
 
-    A rule that drops tokens, and a codec, look at the whole prompt.
+    A rule that drops tokens, and a codec, look at the whole prompt. Narrower blocks may share
+    groups of a cache with others, of which vLLM's own manager keeps answers too.
     """
-    return not is_coded(plan) and all(
-        isinstance(plan.kv[layer].selector, Full) for layer in plan.sent_layers
+    return (
+        plan.widths is None
+        and not is_coded(plan)
+        and all(isinstance(plan.kv[layer].selector, Full) for layer in plan.sent_layers)
     )
 
 

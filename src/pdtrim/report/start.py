@@ -61,12 +61,14 @@ def _saved(plan: PrunePlan, measured: Measured) -> Iterator[Line]:
         how="encoding, reading and decoding one after the other on idle devices, with no handshake"
         " and no engine",
     )
-    page = page_bytes(plan, 1, dtype_named(measured.dtype).itemsize)
-    held = len(plan.sent_layers)
+    itemsize = dtype_named(measured.dtype).itemsize
+    token = sum(page_bytes(plan, layer, 1, itemsize) for layer in plan.sent_layers)
+    dense_token = 2 * layers * plan.model.num_kv_heads * plan.model.head_dim * itemsize
     yield Line(
-        text=f"memory: a token takes {page * held:,} bytes of decode's cache, the dense model's"
-        f" {page * layers:,}; {_holes(plan, measured)}",
-        how=f"keys and values of the {held} layers that decode reads; dropped pages take none",
+        text=f"memory: a token takes {token:,} bytes of decode's cache, the dense model's"
+        f" {dense_token:,}; {_holes(plan, measured)}",
+        how=f"keys and values of the {len(plan.sent_layers)} layers that decode reads; dropped"
+        " pages take none",
     )
 
 

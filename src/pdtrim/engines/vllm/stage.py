@@ -82,8 +82,8 @@ def check_config(config: Any) -> Served:
     decode = served.stage == "decode"
     shared = decode and cache.enable_prefix_caching
     refused = {
-        "prefix caching on decode under a plan that drops or codes tokens: pass"
-        " --no-enable-prefix-caching": shared and not shares_prefixes(served.plan),
+        "prefix caching on decode under a plan that drops tokens, codes them or narrows blocks:"
+        " pass --no-enable-prefix-caching": shared and not shares_prefixes(served.plan),
         "prefix caching on decode beside local_prefill count: pass --no-enable-prefix-caching": (
             shared and transfer.get_from_extra_config("local_prefill", "refuse") != "refuse"
         ),
