@@ -79,7 +79,7 @@ OF_VERBS = {
     "generate": {"folder", "prompt", "max_new_tokens", "chat"},
     "report": {"runs"},
     "roi": {"pair"},
-    "serve": {"dry_run"},
+    "serve": {"dry_run", "explain"},
     "watch": {"target", "log", "once"},
 }
 WITHOUT_RECORD = {"demo", "export", "inspect"}

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import typer
 
+from helpers import first_last
 from pdtrim.cli import app
+from pdtrim.plan import LayerKV
 from pdtrim.runtime.start import python_module
 from pdtrim.verbs.watch import WatchConfig
 from serving import commands, export_tiny, flags
@@ -39,8 +41,9 @@ def read_yaml(pattern):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Prefill skips a block, decode is whole."""
-    return export_tiny(tmp_path_factory.mktemp("deploy") / "pair")
+    """Prefill skips a block, decode is whole; a rule drops tokens: the files are for any plan."""
+    kv = (LayerKV(), first_last(32, 32), LayerKV(), LayerKV())
+    return export_tiny(tmp_path_factory.mktemp("deploy") / "pair", kv=kv, block_size=32)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ from helpers import first_last, make_plan, tiny_model
 from pdtrim.engines.pages import (
     bytes_sent,
     check_servable,
+    groups,
     hole_of,
     padding,
     page_bytes,
@@ -56,7 +57,8 @@ def test_padding_is_what_vllm_fills_its_groups_with(trimmed, padded):
 def test_padding_fills_up_what_does_not_divide():
     """5 and 8: groups of 5, the second of the 8 short of two."""
     kv = tuple(first_last(1, 1) if i < 5 else LayerKV() for i in range(13))
-    assert padding(make_plan(tiny_model(layers=13), Gates.dense(13), kv, 32)) == 2
+    plan = make_plan(tiny_model(layers=13), Gates.dense(13), kv, 32)
+    assert groups(plan) == (3, 5) and padding(plan) == 2
 
 
 def test_what_pages_cannot_carry_is_refused():

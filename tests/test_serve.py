@@ -16,6 +16,7 @@ from pdtrim.engines.config import ServeConfig
 from pdtrim.engines.vllm import launch
 from pdtrim.engines.vllm.launch import check_runnable, processes
 from pdtrim.errors import ModelError, PdtrimError, PlanError
+from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.selectors import SnapKV
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.runtime.start import python_module
@@ -53,7 +54,6 @@ def test_servers_come_first_and_each_stage_gets_its_own_settings(pair):
         assert one["--hf-overrides"] == [{"architectures": ["PDTrimLlamaForCausalLM"]}]
         assert "--max-model-len" not in one
     assert not {"--enforce-eager"} & {*prefill, *decode}
-    assert "--no-enable-prefix-caching" in decode and "--no-enable-prefix-caching" not in prefill
     assert prefill["--kv-transfer-config"] == [
         {
             "kv_connector": "PDTrimConnector",
@@ -123,6 +123,26 @@ def test_the_plans_pages_are_the_engines(tmp_path):
     kv = (LayerKV(), first_last(16, 32), LayerKV(), LayerKV())
     folder = export_tiny(tmp_path / "pair", kv=kv, block_size=16)
     assert flags(commands(folder)[0].command)["--block-size"] == ["16"]
+
+
+@pytest.mark.parametrize(
+    "rule, options, shared",
+    [
+        (LayerKV(), {}, True),
+        (LayerKV(), {"local_prefill": "count"}, False),
+        (LayerKV(codec=parse_codec("lossless")), {}, False),
+        (first_last(32, 32), {}, False),
+    ],
+)
+def test_decode_has_a_prefix_cache_where_pages_mean_the_same_in_every_prompt(
+    tmp_path, rule, options, shared
+):
+    kv = (LayerKV(), rule, LayerKV(), LayerKV())
+    folder = export_tiny(tmp_path / "pair", kv=kv, block_size=32)
+    prefill, decode, _ = commands(folder, decode_args=("--seed", "3"), **options)
+    assert "--no-enable-prefix-caching" not in prefill.command
+    assert ("--no-enable-prefix-caching" not in decode.command) == shared
+    assert decode.command[-2:] == ("--seed", "3")
 
 
 REFUSED = {
@@ -253,6 +273,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
+        if self.path == "/metrics":
+            self.wfile.write(b'vllm:cache_config_info{block_size="32",num_gpu_blocks="33"} 1.0')
         if "--vllm-pd-disaggregation" in sys.argv:
             os.kill(int(os.environ["SUPERVISOR"]), signal.SIGINT)
 
@@ -276,10 +298,14 @@ def test_the_verb_serves_until_ctrl_c(pair, tmp_path, monkeypatch):
     monkeypatch.setenv("SUPERVISOR", str(os.getpid()))
     monkeypatch.setattr(launch, "find_router", lambda: str(router))
     port = str(launch.free_port())
-    done = CliRunner().invoke(app, ["serve", str(pair), "--port", port])
+    words = ["serve", str(pair), "--port", port, "--max-model-len", "512", "--no-probe"]
+    done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.exception
     assert done.stdout == f"OpenAI endpoint: http://127.0.0.1:{port}/v1\n"
     assert "prefill 0 | [/x] listens\n" in done.stderr
+    assert "warning: decode 0: 32 pages, 2.0 of the longest requests: it will" in done.stderr
+    assert "(512 tokens, 16 pages without a hole)\n" in done.stderr
+    assert "measured" not in done.stderr
     assert done.stderr.endswith("stopped\n")
 
 

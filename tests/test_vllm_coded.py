@@ -15,6 +15,8 @@ from pdtrim.engines.vllm import coded_worker, pages_io
 from pdtrim.engines.vllm.coded import TICKET, Encoded
 from pdtrim.engines.vllm.coded_scheduler import CodedScheduler
 from pdtrim.engines.vllm.coded_worker import RemotePool
+from pdtrim.engines.vllm.metrics import LOCAL
+from pdtrim.engines.vllm.preempted import HostPages
 from pdtrim.engines.vllm.stage import Served, check_config
 from pdtrim.errors import PlanError
 from pdtrim.kv.codecs import parse_codec
@@ -135,12 +137,17 @@ def prompt(name, tokens):
     return request(name, tokens, do_remote_decode=True)
 
 
-def step(made, *scheduled):
+def step(made, *scheduled, preempted=(), finished=()):
     """One step's metadata; ``scheduled`` are (request, tokens of this step)."""
     state = SimpleNamespace(get_block_ids=lambda name: ([1, 2, 3],))
     counts = {one.request_id: count for one, count in scheduled}
     return made.build_connector_meta(
-        SimpleNamespace(num_scheduled_tokens=counts, kv_connector_block_state=state)
+        SimpleNamespace(
+            num_scheduled_tokens=counts,
+            kv_connector_block_state=state,
+            preempted_req_ids={*preempted},
+            finished_req_ids={*finished},
+        )
     )
 
 
@@ -162,6 +169,17 @@ def finish(made, one, status="FINISHED_LENGTH_CAPPED"):
 
 
 WAITS, GOES = (None, False), (0, False)
+WHERE = {
+    "do_remote_prefill": True,
+    "remote_engine_id": "e",
+    "remote_request_id": "r",
+    "remote_host": "127.0.0.1",
+    "remote_port": 1,
+    "tp_size": 1,
+    "remote_block_ids": [[3, 4]],
+    "remote_num_tokens": 40,
+}
+"""What prefill tells decode of a prompt of 40 tokens."""
 
 
 def test_prompts_wait_in_turn_for_a_range():
@@ -218,25 +236,15 @@ def test_the_clients_ticket_has_the_length_that_was_encoded(encoded_first):
 def test_decode_refuses_what_has_no_sound_ticket():
     made = scheduler("decode")
     form = Form.of(served("decode").plan, torch.float32, 40, BLOCK)
-    where = {
-        "do_remote_prefill": True,
-        "remote_engine_id": "e",
-        "remote_request_id": "r",
-        "remote_host": "127.0.0.1",
-        "remote_port": 1,
-        "tp_size": 1,
-        "remote_block_ids": [[3, 4]],
-        "remote_num_tokens": 40,
-    }
     ticket = Ticket(offset=64, nbytes=form.most, nonce=bytes(16))
-    good = request("a", 40, **where, **{TICKET: ticket.to_json()})
+    good = request("a", 40, **WHERE, **{TICKET: ticket.to_json()})
     assert made._problem(good) is None
-    assert "name no range" in made._problem(request("b", 40, **where))
+    assert "name no range" in made._problem(request("b", 40, **WHERE))
     long = ticket.to_json() | {"bytes": form.most + 8}
-    assert "a prompt of 40 tokens has" in made._problem(request("c", 40, **where, **{TICKET: long}))
+    assert "a prompt of 40 tokens has" in made._problem(request("c", 40, **WHERE, **{TICKET: long}))
     made._reqs_need_recv = {
         "a": (good, ([1],), (), True),
-        "gone": (request("gone", 40, **where), [], (), False),  # tells prefill to let go
+        "gone": (request("gone", 40, **WHERE), [], (), False),  # tells prefill to let go
     }
     assert step(made).pdtrim_tickets == {"a": ticket}
 
@@ -245,10 +253,87 @@ def test_a_prompt_of_one_token_is_loaded_once():
     """Behind its load nothing is computed, so vLLM asks again: that is not a local prompt."""
     made = scheduler("decode")
     one = request("a", 1, do_remote_prefill=False)
-    made._loaded.add("a")
+    made._loaded["a"] = ([3],)
     assert made.get_num_new_matched_tokens(one, 0) == GOES
-    one.num_preemptions = 1  # its pages are gone
-    assert made.get_num_new_matched_tokens(one, 0) == (1, True) and "a" in made._refused
+    one.num_preemptions = 1  # its pages are gone, and decode itself wrote them
+    assert made.get_num_new_matched_tokens(one, 0) == GOES
+    assert not made._refused
+
+
+# ------------------------------------------------------------------ preempted requests
+
+
+def pages(*groups, hashed=()):
+    """vLLM's record of what a request holds; page 0 is the null block."""
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+    def block(number):
+        made = KVCacheBlock(number)
+        made.is_null = number == 0
+        if number in hashed:
+            made._block_hash = b"hash"
+        return made
+
+    return KVCacheBlocks(tuple([block(number) for number in group] for group in groups))
+
+
+def test_a_preempted_prompt_comes_back_in_its_new_pages():
+    made = scheduler("decode")
+    form = Form.of(served("decode").plan, torch.float32, 40, BLOCK)
+    ticket = Ticket(offset=64, nbytes=form.most, nonce=bytes(16)).to_json()
+    one = request("a", 40, **WHERE, **{TICKET: ticket})
+    assert made.get_num_new_matched_tokens(one, 0) == (40, True)
+    made.update_state_after_alloc(one, pages([3, 4], [0, 5]), 40)
+    assert step(made).reqs_to_recv.keys() == {"a"}
+    one.num_preemptions = 1
+    meta = step(made, preempted={"a", "local"})
+    assert meta.pdtrim_to_keep == {"a": ([3, 4], [5])} and not meta.pdtrim_to_restore
+    assert made.get_num_new_matched_tokens(one, 0) == (40, True)
+    made.update_state_after_alloc(one, pages([7, 9], [0, 8]), 40)
+    meta = step(made)
+    assert meta.pdtrim_to_restore == {"a": ([7, 9], [8])}
+    assert not meta.pdtrim_to_keep and not meta.reqs_to_recv
+    # preempted and back within one step; a page was found in decode's own prefix cache
+    assert made.get_num_new_matched_tokens(one, 32) == (8, True)
+    made.update_state_after_alloc(one, pages([7, 1, 2], [8, 6], hashed={7, 8}), 8)
+    meta = step(made, preempted={"a"})
+    assert meta.pdtrim_to_keep == {"a": ([7, 9], [8])}
+    assert meta.pdtrim_to_restore == {"a": ([1, 2], [6])}
+    assert made.get_num_new_matched_tokens(one, 64) == GOES, "all of it was found there"
+    finish(made, one)
+    meta = step(made, preempted={"a"}, finished={"a"})
+    assert not meta.pdtrim_to_keep and meta.pdtrim_finished == {"a"}
+
+
+def test_a_local_prompt_that_is_preempted_is_computed_again_and_counted_once():
+    made = scheduler("decode")
+    made._count_local = True
+    one = request("a", 40)
+    for one.num_preemptions in (0, 1):
+        assert made.get_num_new_matched_tokens(one, 0) == GOES
+        made.update_state_after_alloc(one, pages([3, 4], [0, 5]), 0)
+        preempted = {"a"} if one.num_preemptions else set()
+        assert not step(made, preempted=preempted).pdtrim_to_keep
+    assert made.take_stats().data[LOCAL] == [1]
+
+
+def test_pages_wait_on_the_host_and_come_back_whole():
+    caches = {name: torch.randn(9, 2, BLOCK, 16) for name in ("first", "second")}
+    before = {name: cache.clone() for name, cache in caches.items()}
+    host = HostPages(caches, {"first": 0, "second": 1})
+    host.keep("a", ([3, 4, 5], [6]))
+    for cache in caches.values():
+        cache.zero_()
+    host.restore("a", ([8, 1], [2]))
+    assert torch.equal(caches["first"][[8, 1]], before["first"][[4, 5]])
+    assert torch.equal(caches["second"][2], before["second"][6])
+    assert [int(cache.any((1, 2, 3)).sum()) for cache in caches.values()] == [2, 1]
+    host.keep("b", ([1], [2]))
+    host.drop("b")
+    host.drop("unknown")
+    with pytest.raises(KeyError):
+        host.restore("b", ([1], [2]))
 
 
 def test_a_pool_of_nothing_is_refused():

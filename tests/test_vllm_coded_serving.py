@@ -15,6 +15,7 @@ from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.plan import LayerKV
 from vllm_servers import (
+    ARGS,
     BLOCK,
     DTYPE,
     LENGTHS,
@@ -26,6 +27,7 @@ from vllm_servers import (
     post,
     prefill,
     prompt_of,
+    refill,
     running,
     tiny_pair,
     tokens_of,
@@ -36,6 +38,10 @@ pytestmark = pytest.mark.slow
 
 TIE = max(0.05, vllm_servers.TIE)
 """Nats between the simulator's first two: rounding that flips a code may swap what is nearer."""
+
+
+FEW = ("--num-gpu-blocks-override", str(4 * 1024 // BLOCK + 1))
+"""Decode's pages hold one of the longest requests: of seven layers, four groups of two."""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +57,7 @@ def pair(tmp_path_factory, tiny_folder):
 
 @pytest.fixture(scope="module")
 def servers(pair, tmp_path_factory):
-    started = commands(pair)
+    started = commands(pair, decode_args=(*ARGS, *FEW))
     with running(started, tmp_path_factory.mktemp("log")) as answering:
         yield answering
 
@@ -76,6 +82,23 @@ def test_tokens_are_the_simulators_and_bytes_one_range_a_prompt(pair, servers):
     raw = sum(bytes_sent(plan, n, BLOCK, DTYPE.itemsize) for n in LENGTHS)
     assert decode.metric("pdtrim:kv_bytes_skipped_total", reason="codec") == raw - sent > 0
     until(lambda: idle(source, decode))
+
+
+def test_preempted_requests_come_back(pair, servers):
+    """In layers with and without a hole, coded and not."""
+    source, decode, router = servers
+    refill(load_pair(pair), decode, router, TIE)
+    until(lambda: idle(source, decode))
+
+
+def test_prefill_shares_prefixes(pair, servers):
+    source, _, router = servers
+    first = prompt_of(300, 8)
+    assert post(router.url, completion(first))[0] == 200
+    before = source.metric("vllm:prefix_cache_hits_total")
+    second = [*first[:200], *prompt_of(77, 9)]
+    assert agree(load_pair(pair), second, tokens_of(post(router.url, completion(second))), tie=TIE)
+    assert source.metric("vllm:prefix_cache_hits_total") == before + 192
 
 
 def test_a_range_of_another_request_is_refused(servers):

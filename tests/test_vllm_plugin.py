@@ -13,7 +13,8 @@ import prometheus_client
 from helpers import export, first_last, make_plan, tiny_model
 from pdtrim.engines.vllm import blocks, compat
 from pdtrim.engines.vllm.attention import compact, trimmed_backend
-from pdtrim.engines.vllm.cache import TrimmedManager, TrimmedSpec, register
+from pdtrim.engines.vllm.cache import SharedSpec, TrimmedManager, TrimmedSpec, register
+from pdtrim.engines.vllm.compat import FullAttentionSpec, KVCacheSpecRegistry
 from pdtrim.engines.vllm.metrics import HANDOVER, Metrics, Stats
 from pdtrim.engines.vllm.scheduler import handover_problem
 from pdtrim.engines.vllm.stage import check_config, prefill_to_decode
@@ -75,6 +76,34 @@ def test_a_prompt_that_decode_runs_itself_has_none(manager):
 
 def test_nothing_is_found_in_a_prefix_cache(manager):
     assert TrimmedManager.find_longest_cache_hit([b"x"], 8, [0, 1]) == (([], []), 0)
+
+
+def test_a_prefix_cache_holds_what_was_handed_over_only():
+    """Of 16 prompt tokens and 8 of an answer 15 came from prefill: three whole pages."""
+    from vllm.v1.core.block_pool import BlockPool
+
+    register()
+    spec = SharedSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    pool = BlockPool(num_gpu_blocks=40, enable_caching=True, hash_block_size=BLOCK)
+    manager = KVCacheSpecRegistry.get_manager_class(spec)(
+        spec,
+        block_pool=pool,
+        enable_caching=True,
+        kv_cache_group_id=0,
+        scheduler_block_size=BLOCK,
+    )
+    request = SimpleNamespace(
+        request_id="r",
+        num_prompt_tokens=16,
+        shared_prefix_boundary=None,
+        block_hashes=[bytes([number]) * 32 for number in range(6)],
+    )
+    manager.add_local_computed_blocks("r", [], 0, 24)
+    manager.allocate_external_computed_blocks("r", 0, 24)
+    manager.cache_blocks(request, 24, replay_boundaries=())
+    held = [block.block_hash is not None for block in manager.req_to_blocks["r"]]
+    assert held == [True] * 3 + [False] * 3
+    assert KVCacheSpecRegistry.get_uniform_type_base_spec(spec) is FullAttentionSpec
 
 
 def test_tables_are_compacted_and_other_rows_left():
@@ -197,10 +226,14 @@ def config_of(pair, stage="decode", **changes):
         "pipeline": 1,
         "context": 1,
         "enforce": True,
+        "local_prefill": "refuse",
         **data,
         **changes,
     }
-    extra = {"enforce_handshake_compat": settings["enforce"]}
+    extra = {
+        "enforce_handshake_compat": settings["enforce"],
+        "local_prefill": settings["local_prefill"],
+    }
     hf = {k: v for k, v in settings.items() if k in (*data, "layer_types")}
     return SimpleNamespace(
         model_config=SimpleNamespace(hf_config=SimpleNamespace(**hf)),
@@ -226,7 +259,10 @@ def config_of(pair, stage="decode", **changes):
     "change, words",
     [
         ({"role": "kv_producer"}, "decode checkpoint cannot serve as kv_producer"),
-        ({"prefix": True}, "prefix caching on decode: pass --no-enable-prefix-caching"),
+        (
+            {"prefix": True},
+            "codes them or narrows blocks: pass --no-enable-prefix-caching",
+        ),
         ({"policy": "recompute"}, "kv_load_failure_policy"),
         ({"block_size": 16}, "pages of 32, the engine's hold 16"),
         ({"speculative": object()}, "speculative decoding"),
@@ -243,6 +279,14 @@ def test_settings_that_would_break_the_plan_are_refused(pair, change, words):
     assert check_config(config_of(pair, "prefill", prefix=True)).stage == "prefill"
     with pytest.raises(PlanError, match=words):
         check_config(config_of(pair, **change))
+
+
+def test_a_plan_that_sends_whole_pages_may_have_a_prefix_cache_on_decode(tmp_path):
+    model = tiny_model()
+    made = export(make_plan(model, Gates.dense(4)), model, tmp_path / "pair")
+    assert check_config(config_of(made, prefix=True)).stage == "decode"
+    with pytest.raises(PlanError, match="prefix caching on decode beside local_prefill count"):
+        check_config(config_of(made, prefix=True, local_prefill="count"))
 
 
 def test_one_window_for_all_layers_is_refused_too(tmp_path):

@@ -41,6 +41,7 @@ from vllm_servers import (
     post,
     prefill,
     prompt_of,
+    refill,
     running,
     tiny_pair,
     tokens_of,
@@ -93,14 +94,36 @@ def test_tokens_are_the_simulators_and_bytes_the_plans(servers, simulated):
     until(lambda: idle(*servers[:-1]))
 
 
-def test_fused_projections_are_served(tmp_path, tiny_folder):
-    """Phi-3, with every kind of gate: keys and values alone are rows of the fused matrix."""
-    kv = (RULE if layer in (1, 4) else LayerKV() for layer in range(8))
+def test_fused_projections_are_served_and_prefixes_shared(tmp_path, tiny_folder):
+    """Phi-3, with every kind of gate: keys and values alone are rows of the fused matrix.
+
+    Nothing is dropped or coded, so decode keeps pages of prompts for those that begin alike. Of an
+    answer it keeps none: in the next prompt prefill computes those tokens, with other blocks.
+    """
+    kv = (LayerKV() for layer in range(8))
     pair = tiny_pair(tmp_path, tiny_folder, kv, "phi3", sliding_window=None)
-    with running(commands(pair), tmp_path) as (*_, router):
-        for length in (33, 129):
-            prompt = prompt_of(length)
-            assert agree(load_pair(pair), prompt, tokens_of(post(router.url, completion(prompt))))
+    simulated = load_pair(pair)
+    page = page_bytes(simulated[1], BLOCK, DTYPE.itemsize) * 7  # the layers that decode runs
+    few = ("--num-gpu-blocks-override", str(1024 // BLOCK + 1))
+    with running(commands(pair, decode_args=(*ARGS, *few)), tmp_path) as (source, decode, router):
+
+        def arrive(pages):
+            until(lambda: decode.metric("pdtrim:kv_bytes_sent_total") == pages * page)
+
+        prompt, pages = prompt_of(200, 5), 7
+        for shared in (192, 320):  # what was handed over before, in whole pages
+            answer = tokens_of(post(router.url, completion(prompt, 80)))
+            assert agree(simulated, prompt, answer)
+            arrive(pages)
+            found = source.metric("vllm:prefix_cache_hits_total")
+            prompt = [*prompt, *answer, *prompt_of(50, shared)]
+            pages += len(prompt) // BLOCK + 1 - shared // BLOCK
+        assert found == 192
+        assert agree(simulated, prompt, tokens_of(post(router.url, completion(prompt, 80))))
+        arrive(pages)
+        assert decode.metric("vllm:prefix_cache_hits_total") == 192 + 320
+        refill(simulated, decode, router)
+        until(lambda: idle(source, decode))
 
 
 def test_the_trimmed_pages_change_what_is_said(simulated):
@@ -230,6 +253,8 @@ def test_the_verb_serves_smollm2_and_leaves_nothing(smollm2_pair, servers, tmp_p
         assert said["choices"][0]["message"]["content"] == tokenizer.decode(
             told, skip_special_tokens=True
         )
+        said = (tmp_path / "err").read_text()
+        assert "\nlink: " in said and " of the longest requests (1,024 tokens, 96 pages" in said
         refuse_a_foreign_partner(tmp_path / "err", servers[1])
         children = group_members(popen.pid)
         os.kill(popen.pid, signal.SIGINT)
@@ -309,4 +334,4 @@ def test_a_server_of_the_wrong_settings_does_not_start(pair):
         timeout=300,
     )
     assert done.returncode != 0
-    assert "pdtrim does not serve with prefix caching on decode" in done.stdout + done.stderr
+    assert "prefix caching on decode under a plan that drops" in done.stdout + done.stderr

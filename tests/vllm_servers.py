@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -105,6 +106,21 @@ def tokens_of(answer):
     return body["choices"][0]["token_ids"]
 
 
+def refill(simulated, decode, router, tie=TIE):
+    """Requests that fit in decode's few pages at first, and do not when they have grown."""
+    before = decode.metric("pdtrim:handover_seconds_count")
+    preempted = decode.metric("vllm:num_preemptions_total")
+    prompts = [prompt_of(n, 3) for n in (300, 280, 260)]
+    with ThreadPoolExecutor(3) as pool:
+        made = list(pool.map(lambda p: post(router.url, completion(p, 200)), prompts))
+    assert decode.metric("vllm:num_preemptions_total") > preempted
+    for prompt, answer in zip(prompts, made, strict=True):
+        assert len(tokens_of(answer)) == 200
+        assert agree(simulated, prompt, tokens_of(answer), tie=tie)
+    assert decode.metric("pdtrim:refused_requests_total") == 0
+    assert decode.metric("pdtrim:handover_seconds_count") == before + 3
+
+
 def idle(*servers):
     """No request holds a page."""
     return all(server.used == 0 for server in servers)
@@ -168,16 +184,9 @@ def until(condition, seconds=90):
 
 def commands(pair, **config):
     """pdtrim's own commands, with a short lease and room for one small host."""
+    usual = {"max_model_len": 1024, "prefill_args": ARGS, "decode_args": ARGS}
     made = processes(
-        ServeConfig(
-            pair=pair,
-            port=free_port(),
-            max_model_len=1024,
-            prefill_args=ARGS,
-            decode_args=ARGS,
-            **config,
-        ),
-        free_port=free_port,
+        ServeConfig(pair=pair, port=free_port(), **(usual | config)), free_port=free_port
     )
     return [replace(p, command=_short_lease(p.command), env={**p.env, **ENV}) for p in made]
 

@@ -159,6 +159,11 @@ def read_pair(folder: Path) -> tuple[dict[Stage, dict[str, Any]], PrunePlan]:
     return {stage: config.data for stage, config in found.items()}, prefill.plan
 
 
+def longest_of(config: dict[str, Any]) -> int:
+    """Tokens of the longest sequence of a checkpoint; a million where its config does not say."""
+    return int(config.get("max_position_embeddings") or 1 << 20)
+
+
 def check_pair(prefill: str, decode: str) -> None:
     """Raise PlanError unless the digests agree."""
     if prefill != decode:

@@ -1,8 +1,9 @@
-"""Moves into another process by NIXL over UCX, as serving engines hand caches over.
+"""Moves into and out of another process by NIXL over UCX, as engines hand caches over.
 
 The other process, ``python -m pdtrim.bench.nixl_link``, owns a buffer on the receiving device,
 says where it is on its standard output, and ends when its standard input does. Both sides register
-one buffer; each move writes from one into the other, by as many descriptors as it is asked for.
+one buffer; each move writes from one into the other, or reads, by as many descriptors as it is
+asked for.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import os
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pdtrim.errors import PdtrimError
+from pdtrim.runtime.start import child_env, python_module
 
 SAYS = "pdtrim-nixl "
 """What the other process's line begins with."""
@@ -42,10 +44,10 @@ class NixlLink:
         self._agent = _agent("pdtrim-source")
         self._registered = self._agent.register_memory(self._buffer)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pdtrim.bench.nixl_link", str(target), str(size)],
+            python_module("pdtrim.bench.nixl_link", str(target), str(size)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, **LOG},
+            env=child_env(LOG),
             text=True,
         )
         assert self._process.stdout is not None
@@ -72,9 +74,31 @@ class NixlLink:
         self._buffer[: flat.numel()].copy_(flat)
         if self._source.type == "cuda":
             torch.cuda.synchronize(self._source)
-        size = flat.numel() // pieces
         started = time.perf_counter()
-        ends = [
+        self._run("WRITE", flat.numel(), self._ends(flat.numel(), pieces))
+        return time.perf_counter() - started
+
+    def read(self, count: int, pieces: int = 1) -> float:
+        """Seconds in which so many of the other buffer's bytes are read into the one here.
+
+        Descriptors are built before, as an engine prepares those of its pages once.
+
+        Args:
+            pieces: descriptors of one length, into which the bytes are cut.
+
+        Raises:
+            PdtrimError: NIXL reports an error.
+        """
+        assert count <= self._buffer.numel() and count % pieces == 0
+        ends = self._ends(count, pieces)
+        started = time.perf_counter()
+        self._run("READ", count, ends)
+        return time.perf_counter() - started
+
+    def _ends(self, count: int, pieces: int) -> list[Any]:
+        """Descriptors here, and of the other buffer."""
+        size = count // pieces
+        return [
             self._agent.get_xfer_descs(
                 [(start + i * size, size, _number(place)) for i in range(pieces)], _kind(place)
             )
@@ -83,15 +107,15 @@ class NixlLink:
                 (self._address, self._target),
             )
         ]
-        handle = self._agent.initialize_xfer("WRITE", *ends, self._name)
+
+    def _run(self, operation: Literal["READ", "WRITE"], count: int, ends: list[Any]) -> None:
+        handle = self._agent.initialize_xfer(operation, *ends, self._name)
         state = self._agent.transfer(handle)
         while state == "PROC":
             state = self._agent.check_xfer_state(handle)
-        taken = time.perf_counter() - started
         self._agent.release_xfer_handle(handle)
         if state != "DONE":
-            raise PdtrimError(f"NIXL could not move {flat.numel()} bytes: its state is {state}")
-        return taken
+            raise PdtrimError(f"NIXL could not move {count} bytes: its state is {state}")
 
     def received(self, count: int) -> int:
         """The sum of the first bytes that lie in the other process."""

@@ -24,9 +24,14 @@ app = typer.Typer()
 def serve(
     config: ServeConfig,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands only.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print how each measured number came about.")
+    ] = False,
 ) -> None:
     """Serve a pair with vLLM behind a router, a GPU each server, until Ctrl-C."""
-    lines = serve_pair(config, dry_run=dry_run, say=_say, log=_log, advise=err.print)
+    lines = serve_pair(
+        config, dry_run=dry_run, explain=explain, say=_say, log=_log, advise=err.print
+    )
     if dry_run:
         for line in lines:
             print(line)

@@ -48,6 +48,8 @@ class Engine:
             it cannot serve; starts nothing.
         check_runnable: refuses, with PdtrimError, what is missing on this machine.
         advice: what a pair's plan could do better on it, in a line; None if nothing.
+        room: how many requests a server that answers can hold, in a line; None of one that keeps
+            none.
     """
 
     name: str
@@ -56,3 +58,4 @@ class Engine:
     processes: Callable[..., Sequence[Process]]
     check_runnable: Callable[[Any], None]
     advice: Callable[[Any], str | None]
+    room: Callable[[Any, Process], str | None]

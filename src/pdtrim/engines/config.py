@@ -30,6 +30,7 @@ class ServeConfig:
         prefill_args: one more argument of vLLM for the prefill servers.
         decode_args: one more for the decode servers, as --decode-arg=--gpu-memory-utilization=0.8.
         start_seconds: seconds that the servers may take to start.
+        probe: whether to measure the link and the codecs before the servers start.
 
     Raises:
         PdtrimError: a value out of range.
@@ -48,6 +49,7 @@ class ServeConfig:
     prefill_args: tuple[str, ...] = ()
     decode_args: tuple[str, ...] = ()
     start_seconds: float = 900
+    probe: bool = True
 
     def __post_init__(self) -> None:
         counts = ("prefill_replicas", "decode_replicas", "block_size", "max_model_len")

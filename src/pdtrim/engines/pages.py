@@ -58,23 +58,42 @@ def bytes_sent(plan: PrunePlan, prompt_tokens: int, block_size: int, itemsize: i
     )
 
 
-def padding(plan: PrunePlan) -> int:
-    """Layers whose pages decode allocates and does not use.
+def groups(plan: PrunePlan) -> tuple[int, int]:
+    """How many groups vLLM makes of decode's layers, and layers of each.
 
-    vLLM gives all groups of a cache equally many layers: as many as the least kind has, or as the
+    It gives all groups of a cache equally many layers: as many as the least kind has, or as the
     largest if that is less than 1.5 times as many (0.32). What does not divide is filled up.
     """
     kinds = Counter(plan.kv[layer].selector for layer in plan.sent_layers)
     if not kinds:
-        return 0
+        return 0, 0
     least, most = min(kinds.values()), max(kinds.values())
     size = most if most < 1.5 * least else least
-    return sum(-count % size for count in kinds.values())
+    return sum(-(-count // size) for count in kinds.values()), size
+
+
+def padding(plan: PrunePlan) -> int:
+    """Layers whose pages decode allocates and does not use."""
+    number, size = groups(plan)
+    return number * size - len(plan.sent_layers)
 
 
 def is_coded(plan: PrunePlan) -> bool:
     """Whether a layer travels in another form than pages."""
     return any(not isinstance(plan.kv[layer].codec, Raw) for layer in plan.sent_layers)
+
+
+def shares_prefixes(plan: PrunePlan) -> bool:
+    """Whether the pages of a prompt's first tokens are the same whatever follows them.
+
+    A rule that drops tokens, and a codec, look at the whole prompt. Narrower blocks may share
+    groups of a cache with others, of which vLLM's own manager keeps answers too.
+    """
+    return (
+        plan.widths is None
+        and not is_coded(plan)
+        and all(isinstance(plan.kv[layer].selector, Full) for layer in plan.sent_layers)
+    )
 
 
 def check_servable(plan: PrunePlan, block_size: int) -> None:

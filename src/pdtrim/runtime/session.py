@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pdtrim.calibration.tokens import encode
 from pdtrim.errors import PdtrimError
-from pdtrim.exported import check_pair, read_pair
+from pdtrim.exported import check_pair, longest_of, read_pair
 from pdtrim.models.tokenizers import chat_text, load_tokenizer
 from pdtrim.plan import STAGES
 from pdtrim.reading.text import clean
@@ -93,7 +93,7 @@ class Session:
         folder = Path(folder)
         configs, self.plan = read_pair(folder)
         config = configs["decode"]
-        self.max_tokens = int(config.get("max_position_embeddings") or 1 << 20)
+        self.max_tokens = longest_of(config)
         self.vocab_size = int(config["vocab_size"])
         self.folder = folder
         self.overlap = overlap

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import subprocess
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pdtrim.engines.base import Process
     from pdtrim.engines.config import ServeConfig
+
+PROBE_SECONDS = 300
+INDENT = "    "
 
 
 def serve_pair(
     config: ServeConfig,
     *,
     dry_run: bool = False,
+    explain: bool = False,
     say: Callable[[str], None] = print,
     log: Callable[[str, str], None] = lambda name, line: None,
     advise: Callable[[str], None] = lambda text: None,
@@ -21,9 +28,10 @@ def serve_pair(
 
     Args:
         dry_run: start nothing.
+        explain: advise how each number came about, too.
         say: takes what people wait for, such as the address.
         log: takes a process's name and a line that it wrote.
-        advise: takes what the plan could do better on this engine.
+        advise: takes lines on what the plan saves on this machine, and on what could be better.
 
     Returns:
         The shell lines of the processes.
@@ -40,7 +48,66 @@ def serve_pair(
     started = engine.processes(config, free_port=free_port)
     if not dry_run:
         engine.check_runnable(config)
+        if config.probe:
+            for line in _report(config, started, explain=explain):
+                advise(line)
         if words := engine.advice(config):
             advise(words)
-        serve(started, start_seconds=config.start_seconds, say=say, log=log)
+
+        def answer(text: str) -> None:
+            for process in started:
+                if words := engine.room(config, process):
+                    advise(words)
+            say(text)
+
+        serve(started, start_seconds=config.start_seconds, say=answer, log=log)
     return tuple(process.shell for process in started)
+
+
+def _report(config: ServeConfig, started: Sequence[Process], *, explain: bool) -> list[str]:
+    """What was measured, in lines; of a measurement that fails one line that says so."""
+    from pdtrim.bench.start import SAYS, Measured
+    from pdtrim.engines import engine_named
+    from pdtrim.exported import longest_of, read_pair
+    from pdtrim.report.start import start_lines
+    from pdtrim.runtime.start import child_env, python_module
+
+    configs, plan = read_pair(config.pair)
+    settings = {
+        "dtype": str(configs["decode"].get("dtype")),
+        "block_size": engine_named("vllm").page_size(plan, config.block_size),
+        "longest": config.max_model_len or longest_of(configs["decode"]),
+        "devices": _devices(started),
+    }
+    command = python_module("pdtrim.bench.start", str(config.pair), json.dumps(settings))
+    env = {k: v for k, v in started[0].env.items() if k.startswith("UCX_")}
+    try:
+        done = subprocess.run(
+            command, env=child_env(env), capture_output=True, text=True, timeout=PROBE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return [f"nothing was measured: it took more than {PROBE_SECONDS} s"]
+    said = [line for line in done.stdout.splitlines() if line.startswith(SAYS)]
+    if not said:
+        *_, last = ["it said nothing", *done.stderr.strip().splitlines()]
+        return [f"nothing was measured: {last}"]
+    measured = Measured.from_json(json.loads(said[0].removeprefix(SAYS)))
+    lines = start_lines(plan, measured)
+    return [
+        text for line in lines for text in (line.text, *([INDENT + line.how] if explain else ()))
+    ]
+
+
+def _devices(started: Sequence[Process]) -> tuple[str, str]:
+    """Those of the first prefill server and of the first decode server."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu", "cpu"
+    prefill, decode = (
+        next(process for process in started if process.name == f"{stage} 0")
+        for stage in ("prefill", "decode")
+    )
+    numbers = (process.env.get("CUDA_VISIBLE_DEVICES", "0") for process in (prefill, decode))
+    first, second = (f"cuda:{number}" for number in numbers)
+    return first, second

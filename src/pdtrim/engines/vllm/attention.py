@@ -10,12 +10,13 @@ Shapes: R requests of a batch, P pages of a block table's row.
 from __future__ import annotations
 
 import functools
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pdtrim.engines.vllm.cache import TrimmedSpec
+from pdtrim.engines.vllm.cache import SharedSpec, TrimmedSpec
 from pdtrim.engines.vllm.compat import Attention, subclass_attention_backend
 
 
@@ -117,3 +118,12 @@ def trim(attention: Attention, *, first: int, last: int) -> None:
     attention.__class__ = TrimmedAttention
     attention.pdtrim_first, attention.pdtrim_last = first, last
     attention.attn_backend = trimmed_backend(attention.attn_backend)
+
+
+class SharedAttention(Attention):
+    """A whole attention layer of vLLM, of a decode with a prefix cache."""
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        """Its own kind, so that the cache holds what was handed over only."""
+        spec = super().get_kv_cache_spec(vllm_config)
+        return SharedSpec(**{field.name: getattr(spec, field.name) for field in fields(spec)})

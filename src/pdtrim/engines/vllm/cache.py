@@ -1,4 +1,4 @@
-"""Decode's cache of a trimmed layer: no memory for the pages that the plan drops.
+"""Decode's cache: no memory for what the plan drops, and nothing shared but what prefill wrote.
 
 The dropped pages of a prompt stand in the block table as vLLM's null block from the first
 allocation on. Only a prompt that comes by handover has the hole: one that decode computes itself
@@ -16,6 +16,7 @@ from pdtrim.engines.pages import hole, pages_of
 from pdtrim.engines.vllm.compat import (
     AttentionSpec,
     FullAttentionManager,
+    FullAttentionSpec,
     KVCacheSpecRegistry,
     iter_layer_specs,
 )
@@ -123,7 +124,28 @@ def hole_in(group_spec: Any, prompt_tokens: int) -> tuple[int, int]:
     return spec.hole(prompt_tokens) if isinstance(spec, TrimmedSpec) else (0, 0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SharedSpec(FullAttentionSpec):
+    """Keys and values of a whole layer whose pages several prompts may share."""
+
+
+class SharedManager(FullAttentionManager):
+    """Finds again what came by handover only.
+
+    Decode's blocks are not prefill's: what decode writes for an answer, and for a prompt's last
+    token, is not what prefill would send for the same tokens in the next prompt.
+    """
+
+    supports_fine_grained_hash_lookup = False
+
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Of the tokens so far, those that were handed over."""
+        handed_over = min(num_tokens, request.num_prompt_tokens - 1)
+        super().cache_blocks(request, handed_over, *args, **kwargs)
+
+
 def register() -> None:
-    """Tell vLLM which manager allocates for the spec; twice does no harm."""
+    """Tell vLLM which manager allocates for which spec; twice does no harm."""
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(TrimmedSpec, TrimmedManager)
+    KVCacheSpecRegistry.register(SharedSpec, SharedManager, FullAttentionSpec)

@@ -124,17 +124,11 @@ class CodedWorker(Worker):
         for part in form.parts:
             start, stop = part.hole
             if part.hole not in pages:
-                here = self._kernel_pages([*job.pages[:start], *job.pages[stop:]])
+                (here,) = self._kernel_pages(([*job.pages[:start], *job.pages[stop:]],))
                 pages[part.hole] = numbers(here, self._staging.device)
             k_GMD, v_GMD = gather(*self._cache_of(part.layer), pages[part.hole], part.tokens)
             kv = k_GMD[: part.heads], v_GMD[: part.heads]  # decode's come first (widths.py)
             yield self._bias.taken_from(part, job.tokens - 1, kv)
-
-    def _kernel_pages(self, pages: list[int]) -> list[int]:
-        (expanded,) = self._logical_to_kernel_block_ids(
-            (pages,), self._physical_blocks_per_logical_kv_block
-        )
-        return list(expanded)
 
     def take_encoded(self) -> Encoded | None:
         """What was encoded since the last call."""

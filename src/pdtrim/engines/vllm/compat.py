@@ -130,6 +130,7 @@ SIGNATURES: dict[Callable[..., Any], tuple[str, ...]] = {
     NixlPullConnectorScheduler.build_connector_meta: ("self", "scheduler_output"),
     NixlPullConnectorScheduler.request_finished: ("self", "request", "block_ids"),
     NixlPullConnectorScheduler.update_connector_output: ("self", "connector_output"),
+    NixlPullConnector.handle_preemptions: ("self", "kv_connector_metadata"),
     NixlPullConnector.wait_for_save: ("self",),
     NixlPullConnector.build_connector_worker_meta: ("self",),
     KVConnectorBlockState.get_block_ids: ("self", "req_id"),
@@ -150,6 +151,13 @@ SIGNATURES: dict[Callable[..., Any], tuple[str, ...]] = {
         "num_tokens_main_model",
         "apply_admission_cap",
         "prefill_end",
+    ),
+    FullAttentionManager.cache_blocks: (
+        "self",
+        "request",
+        "num_tokens",
+        "retention_interval",
+        "replay_boundaries",
     ),
     subclass_attention_backend: ("name_prefix", "attention_backend_cls", "builder_cls"),
 }

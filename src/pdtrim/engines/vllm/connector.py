@@ -46,6 +46,10 @@ class PDTrimConnector(NixlPullConnector):
             worker = CodedWorker if coded else Worker
             self.connector_worker = worker(*engine, served=served)
 
+    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
+        """Called before each step, when nothing has been written yet to pages that were freed."""
+        self.connector_worker.keep_preempted(kv_connector_metadata)
+
     def wait_for_save(self) -> None:
         """Called behind each forward."""
         super().wait_for_save()

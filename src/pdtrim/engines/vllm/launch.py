@@ -12,14 +12,16 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pdtrim.engines.base import Engine, Process
 from pdtrim.engines.config import LOOPBACK, ServeConfig
-from pdtrim.engines.pages import check_servable, padding
+from pdtrim.engines.pages import check_servable, padding, shares_prefixes
 from pdtrim.engines.vllm.plugin import FAMILIES
+from pdtrim.engines.vllm.room import room
 from pdtrim.engines.vllm.stage import ROLE_OF
 from pdtrim.errors import ModelError, PdtrimError, PlanError
 from pdtrim.exported import read_pair
@@ -33,11 +35,7 @@ READS_BY_COPY = "UCX_CUDA_IPC_ENABLE_GET_ZCOPY"
 """Decode reads prefill's memory. UCX 1.x decides by itself whether GPUs of one host may copy for a
 READ, and where it decides against it emulates the READ on the CPU: 0.5 GB/s in place of 1,000
 between two processes of one H100."""
-STAGE_FLAGS: dict[Stage, tuple[str, ...]] = {
-    "prefill": (),
-    # a page that this cache holds says nothing of the tokens that were dropped before it
-    "decode": ("--no-enable-prefix-caching",),
-}
+UNSHARED = "--no-enable-prefix-caching"
 
 
 def page_size(plan: PrunePlan, asked: int | None) -> int:
@@ -70,6 +68,8 @@ def processes(config: ServeConfig, *, free_port: Callable[[], int]) -> list[Proc
     configs, plan = read_pair(config.pair)
     block_size = page_size(plan, config.block_size)
     check_plan(plan, block_size)
+    if not shares_prefixes(plan) or config.local_prefill != "refuse":
+        config = replace(config, decode_args=(UNSHARED, *config.decode_args))
     name = config.name or PurePosixPath(plan.model.name).name or plan.model.family
     ports = _distinct(free_port, config.port)
     replicas = {"prefill": config.prefill_replicas, "decode": config.decode_replicas}
@@ -89,8 +89,8 @@ def advice(config: ServeConfig) -> str | None:
     if not wasted:
         return None
     return (
-        f"vLLM pads {len(plan.sent_layers)} layers by {wasted}: trimmed and whole layers in numbers"
-        " that divide one another waste no KV memory"
+        f"warning: vLLM pads {len(plan.sent_layers)} layers by {wasted}: trimmed and whole layers"
+        " in numbers that divide one another waste no KV memory"
     )
 
 
@@ -169,7 +169,6 @@ def _server(
     command += ["--host", LOOPBACK, "--port", str(port), "--block-size", str(block_size)]
     command += ["--kv-transfer-config", json.dumps(_transfer(config, stage))]
     command += ["--hf-overrides", json.dumps({"architectures": [_architecture(data, folder)]})]
-    command += STAGE_FLAGS[stage]
     if config.max_model_len is not None:
         command += ["--max-model-len", str(config.max_model_len)]
     command += config.prefill_args if stage == "prefill" else config.decode_args
@@ -226,5 +225,6 @@ ENGINE = Engine(
     processes=processes,
     check_runnable=check_runnable,
     advice=advice,
+    room=room,
 )
 """vLLM, with its NIXL connector and its router."""

@@ -18,7 +18,7 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from pdtrim.engines.vllm import blocks, compat
-from pdtrim.engines.vllm.attention import trim
+from pdtrim.engines.vllm.attention import SharedAttention, trim
 from pdtrim.engines.vllm.blocks import GatedBlock
 from pdtrim.engines.vllm.stage import Served
 from pdtrim.engines.vllm.widths import arranged, narrow
@@ -43,6 +43,10 @@ class Staged:
         close_gates(layers, served, vllm_config)
         if served.stage == "decode":
             trim_layers(layers, served)
+            if vllm_config.cache_config.enable_prefix_caching:
+                for block in layers:
+                    if block.self_attn is not None:
+                        block.self_attn.attn.__class__ = SharedAttention
         self._served = served
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

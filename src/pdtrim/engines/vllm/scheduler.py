@@ -3,7 +3,8 @@
 Prefill's tokens mean nothing (its gates are closed to the last), so it must not answer anyone, and
 decode's blocks are not made for prompts. A request outside of a handover is failed as vLLM fails a
 load that went wrong, with status 500 and one line in the log; on decode the option ``count`` lets
-it run on decode's own blocks, in full attention, and counts it.
+it run on decode's own blocks, in full attention, and counts it. A prompt that was handed over and
+is preempted comes back from the copy that the worker keeps (``preempted.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from pdtrim.engines.pages import pages_of
 from pdtrim.engines.vllm.compat import NixlPullConnectorScheduler
 from pdtrim.engines.vllm.metrics import LOCAL, REFUSED, Stats
+from pdtrim.engines.vllm.preempted import Pages
 from pdtrim.engines.vllm.stage import Served
 from pdtrim.errors import PlanError
 
@@ -68,7 +70,9 @@ class Scheduler(NixlPullConnectorScheduler):
         self._stage = served.stage
         self._stats = Stats()
         self._local: set[str] = set()
-        self._loaded: set[str] = set()
+        self._loaded: dict[str, Pages] = {}
+        self._moved: dict[str, Pages] = {}
+        self._to_restore: dict[str, Pages] = {}
         self._refused: dict[str, str] = {}
         self._to_fail: set[str] = set()
 
@@ -88,8 +92,11 @@ class Scheduler(NixlPullConnectorScheduler):
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         """As vLLM's for a handover; a refused request waits for a load that will fail."""
-        if request.request_id in self._loaded and request.num_preemptions == 0:
-            return 0, False  # a prompt of one token has nothing computed even behind its load
+        if request.request_id in self._loaded:
+            # asked again: it was preempted, or has one token, none of which is handed over
+            tokens = request.num_prompt_tokens if request.num_prompt_tokens > 1 else 0
+            missing = max(0, tokens - num_computed_tokens)
+            return missing, missing > 0
         problem = self._problem(request)
         if problem is None:
             return super().get_num_new_matched_tokens(request, num_computed_tokens)
@@ -110,23 +117,45 @@ class Scheduler(NixlPullConnectorScheduler):
             self._to_fail.add(request.request_id)
             return
         if request.request_id in self._local:
-            self._local.remove(request.request_id)
-            self._stats.note(LOCAL, 1)
+            if request.num_preemptions == 0:
+                self._stats.note(LOCAL, 1)
+        elif request.request_id in self._loaded:
+            self._moved[request.request_id] = self._pages(request, blocks)
+            if num_external_tokens > 0:
+                new = self.get_exchange_clipped_blocks(blocks.get_unhashed_block_ids_all_groups())
+                self._to_restore[request.request_id] = tuple(new)
+            return
         elif self._stage == "decode":
-            self._loaded.add(request.request_id)
+            self._loaded[request.request_id] = self._pages(request, blocks)
         super().update_state_after_alloc(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         """What the worker needs to know of this step."""
         meta = super().build_connector_meta(scheduler_output)
         meta.pdtrim_to_fail, self._to_fail = self._to_fail, set()
+        # in this order: a request may be preempted and come back within one step
+        preempted = self._loaded.keys() & scheduler_output.preempted_req_ids
+        meta.pdtrim_to_keep = {name: self._loaded[name] for name in preempted}
+        self._loaded |= self._moved
+        self._moved = {}
+        meta.pdtrim_to_restore, self._to_restore = self._to_restore, {}
+        meta.pdtrim_finished = scheduler_output.finished_req_ids
         return meta
+
+    def _pages(self, request: Any, blocks: Any) -> Pages:
+        """Of a request's blocks those that hold its prompt."""
+        count = pages_of(request.num_prompt_tokens, self.block_size)
+        pages = [
+            [block.block_id for block in group[:count] if not block.is_null]
+            for group in blocks.blocks
+        ]
+        return tuple(self.get_exchange_clipped_blocks(pages))
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         """Forget the request."""
         self._refused.pop(request.request_id, None)
         self._local.discard(request.request_id)
-        self._loaded.discard(request.request_id)
+        self._loaded.pop(request.request_id, None)
         params = request.kv_transfer_params
         if self._stage == "decode" and isinstance(params, dict) and not _is_addressed(params):
             params["do_remote_prefill"] = False  # vLLM would look for prefill, to tell it

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pdtrim.engines.pages import check_servable, is_coded
+from pdtrim.engines.pages import check_servable, is_coded, shares_prefixes
 from pdtrim.errors import PlanError
 from pdtrim.models.families import family_named
 from pdtrim.plan import PrunePlan, Stage
@@ -80,9 +80,13 @@ def check_config(config: Any) -> Served:
             f" {ROLE_OF[served.stage]}"
         )
     decode = served.stage == "decode"
+    shared = decode and cache.enable_prefix_caching
     refused = {
-        "prefix caching on decode: pass --no-enable-prefix-caching": decode
-        and cache.enable_prefix_caching,
+        "prefix caching on decode under a plan that drops tokens, codes them or narrows blocks:"
+        " pass --no-enable-prefix-caching": shared and not shares_prefixes(served.plan),
+        "prefix caching on decode beside local_prefill count: pass --no-enable-prefix-caching": (
+            shared and transfer.get_from_extra_config("local_prefill", "refuse") != "refuse"
+        ),
         "speculative decoding: drop --speculative-config": config.speculative_config is not None,
         "pipeline parallelism: use --pipeline-parallel-size 1": parallel.pipeline_parallel_size > 1,
         "context parallelism: use sizes of 1": (

@@ -22,6 +22,7 @@ from pdtrim.engines.vllm.metrics import (
     Stats,
     cache_itemsize,
 )
+from pdtrim.engines.vllm.preempted import HostPages, Pages
 from pdtrim.engines.vllm.stage import Served, prefill_to_decode, slot_of
 from pdtrim.plan import STAGES
 
@@ -53,6 +54,7 @@ class Worker(NixlPullConnectorWorker):
         self._page_tokens: int = vllm_config.cache_config.block_size
         self.xfer_stats = Stats()
         self._to_fail: set[str] = set()
+        self._restored: set[str] = set()
         self._began: dict[str, float] = {}
 
     def _tracks_region_layers(self) -> bool:
@@ -70,6 +72,8 @@ class Worker(NixlPullConnectorWorker):
             compatibility_hash=self.compat_hash,
             agent_metadata_bytes=self.xfer_handshake_metadata.agent_metadata_bytes,
         )
+        groups = self.kv_cache_config.transfer_group_index_by_layer
+        self._host_pages = HostPages(kv_caches, groups)
 
     def _align_remote_regions_by_layer(self, nixl_agent_meta: Any) -> None:
         """Call prefill's layers by decode's names; those that decode has not match none."""
@@ -99,9 +103,24 @@ class Worker(NixlPullConnectorWorker):
             self.dst_region_group_ids[nixl_agent_meta.engine_id] = self.region_group_ids
         return name
 
+    def _kernel_pages(self, pages: Pages) -> Pages:
+        """Pages as the kernels count them, which may have smaller ones."""
+        ratio = self._physical_blocks_per_logical_kv_block
+        return tuple(self._logical_to_kernel_block_ids(pages, ratio))
+
+    def keep_preempted(self, metadata: Any) -> None:
+        """Copy the prompts that lose their pages in this step, before anything is written there."""
+        for request in metadata.pdtrim_finished:
+            self._host_pages.drop(request)
+        for request, pages in metadata.pdtrim_to_keep.items():
+            self._host_pages.keep(request, self._kernel_pages(pages))
+
     def start_load_kv(self, metadata: Any) -> None:
         """Begin to read what was scheduled."""
         self._to_fail |= metadata.pdtrim_to_fail
+        for request, pages in metadata.pdtrim_to_restore.items():
+            self._host_pages.restore(request, self._kernel_pages(pages))
+            self._restored.add(request)
         now = time.perf_counter()
         for request, meta in metadata.reqs_to_recv.items():
             if meta.awaiting_kvs:
@@ -120,9 +139,10 @@ class Worker(NixlPullConnectorWorker):
         (pages,) = meta.remote.block_ids
         tokens = meta.remote.num_tokens
         groups = []
-        for group in self.kv_cache_config.transfer_groups:
+        computed = meta.local_num_computed_blocks
+        for group, found in zip(self.kv_cache_config.transfer_groups, computed, strict=True):
             start, stop = hole_in(group.kv_cache_spec, tokens)
-            groups.append([*pages[:start], *pages[stop:]])
+            groups.append([*pages[:start], *pages[stop:]][found:])  # the first are here already
         if [len(ids) for ids in groups] != [len(ids) for ids in meta.local_block_ids]:
             return False
         meta.remote.block_ids = groups
@@ -147,11 +167,11 @@ class Worker(NixlPullConnectorWorker):
         """What is left to do for requests whose bytes came: of raw pages, nothing."""
 
     def get_transfer_results(self) -> Any:
-        """Add the requests that the scheduler refused."""
+        """Add the requests that the scheduler refused, and those that came from the host."""
         results = super().get_transfer_results()
-        results.finished_recving |= self._to_fail
+        results.finished_recving |= self._to_fail | self._restored
         results.failed_recving |= self._to_fail
-        self._to_fail = set()
+        self._to_fail, self._restored = set(), set()
         self._arrived(results)
         for request in results.finished_recving:
             began = self._began.pop(request, None)

@@ -1,0 +1,230 @@
+"""What handing over a prompt takes on the machine that is about to serve a pair.
+
+``pdtrim serve`` runs this as a process of its own, ``python -m pdtrim.bench.start``, before it
+starts any server: what the measurement holds of a GPU's memory is free again when it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pdtrim.bench.lanes import device_of, facts_of
+from pdtrim.bench.nixl_link import NixlLink
+from pdtrim.bench.traffic import Sizes, random_cache
+from pdtrim.clock import timed
+from pdtrim.engines.pages import bytes_sent, is_coded, pages_of, pages_sent
+from pdtrim.engines.ranges import NONCE_BYTES, Form
+from pdtrim.exported import read_pair
+from pdtrim.kv.kernels import kernels_of, together
+from pdtrim.models.loading import dtype_named
+from pdtrim.plan import PrunePlan
+
+SAYS = "pdtrim-start "
+"""What the line begins with that holds the result."""
+REPEATS = 7
+LONGEST = 8192
+MOST_BYTES = 2**28
+"""Of the dense model's cache of the prompt, in a buffer of each process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """One READ by NIXL from another process: bytes, descriptors, median seconds."""
+
+    nbytes: int
+    pieces: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coded:
+    """A prompt under the plan's codecs.
+
+    Attributes:
+        raw_bytes: of the tokens that are coded, before.
+        unaided: codecs that no kernel codes on this GPU.
+    """
+
+    read: Read
+    encode_s: float
+    decode_s: float
+    raw_bytes: int
+    unaided: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A prompt's handover, on empty machines, one step after the other.
+
+    Attributes:
+        dense: the pages that vLLM's own connector reads of the dense model.
+        pages: the plan's, before any codec.
+        copy_gb_s: of a plain copy of as many bytes as ``dense`` on the device that reads.
+    """
+
+    tokens: int
+    block_size: int
+    dtype: str
+    devices: tuple[str, str]
+    hardware: str | None
+    dense: Read
+    pages: Read
+    coded: Coded | None
+    copy_gb_s: float
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Measured:
+        """Of :func:`dataclasses.asdict`, from the process that measured."""
+        coded = data["coded"]
+        if coded is not None:
+            coded = Coded(
+                **{**coded, "read": Read(**coded["read"]), "unaided": tuple(coded["unaided"])}
+            )
+        read = {name: Read(**data[name]) for name in ("dense", "pages")}
+        return cls(**{**data, **read, "coded": coded, "devices": tuple(data["devices"])})
+
+    @property
+    def read(self) -> Read:
+        """What decode reads of this plan."""
+        return self.coded.read if self.coded else self.pages
+
+    @property
+    def seconds(self) -> float:
+        """Of the plan's handover."""
+        if self.coded is None:
+            return self.pages.seconds
+        return self.coded.encode_s + self.coded.read.seconds + self.coded.decode_s
+
+
+@torch.inference_mode()
+def measure(
+    plan: PrunePlan, *, dtype: str, block_size: int, longest: int, devices: tuple[str, str]
+) -> Measured:
+    """Measure a pair's handover, of the longest prompt that two buffers of 256 MiB hold.
+
+    Args:
+        block_size: tokens of an engine's page.
+        longest: tokens of the longest prompt.
+        devices: prefill's and decode's.
+
+    Raises:
+        PdtrimError: NIXL is not there or fails, or a device is not there.
+    """
+    kind, (source, target) = dtype_named(dtype), (device_of(name) for name in devices)
+    layers = plan.model.num_layers
+    page = 2 * plan.model.num_kv_heads * plan.model.head_dim * block_size * kind.itemsize
+    most = MOST_BYTES // (page * layers) * block_size
+    tokens = max(1, min(longest, LONGEST, most))
+    whole = layers * pages_of(tokens, block_size)
+    sent = sum(pages_sent(plan, layer, tokens, block_size) for layer in plan.sent_layers)
+    wanted = [(page * whole, whole), (bytes_sent(plan, tokens, block_size, kind.itemsize), sent)]
+    coded = None
+    if is_coded(plan):
+        form = Form.of(plan, kind, tokens, block_size)
+        nbytes, encode_s, decode_s = _code(form, source, target)
+        wanted.append((nbytes, 1))
+    dense, pages, *more = _reads(wanted, source, target)
+    if more:
+        coded = Coded(
+            read=more[0],
+            encode_s=encode_s,
+            decode_s=decode_s,
+            raw_bytes=2
+            * form.width
+            * kind.itemsize
+            * sum(part.heads * part.tokens for part in form.parts),
+            unaided=_unaided(form, source),
+        )
+    cache = torch.zeros(page * whole, dtype=torch.uint8, device=target)
+    copy_s = _median(lambda: timed(cache.clone, target))
+    return Measured(
+        tokens=tokens,
+        block_size=block_size,
+        dtype=dtype,
+        devices=(str(source), str(target)),
+        hardware=facts_of(target)["hardware"],
+        dense=dense,
+        pages=pages,
+        coded=coded,
+        copy_gb_s=page * whole / copy_s / 1e9,
+    )
+
+
+def _reads(
+    wanted: Sequence[tuple[int, int]], source: torch.device, target: torch.device
+) -> list[Read]:
+    """Reads of so many bytes in so many descriptors, in turn, so that all meet the same noise."""
+    room = max(nbytes for nbytes, _ in wanted)
+    with closing(NixlLink(target, source, room)) as link:
+        rounds = [
+            [link.read(nbytes - nbytes % pieces, pieces) for nbytes, pieces in wanted]
+            for _ in range(REPEATS + 1)
+        ][1:]
+    return [
+        Read(nbytes=nbytes, pieces=pieces, seconds=statistics.median(taken))
+        for (nbytes, pieces), taken in zip(wanted, zip(*rounds, strict=True), strict=True)
+    ]
+
+
+def _code(form: Form, source: torch.device, target: torch.device) -> tuple[int, float, float]:
+    """Bytes of the plan's range, and median seconds to write it on one device and read on another.
+
+    Keys and values are random, with a few loud channels.
+    """
+    nonce = bytes(NONCE_BYTES)
+    heads, tokens = (max(getattr(p, size) for p in form.parts) for size in ("heads", "tokens"))
+    sizes = Sizes(layers=1, heads=heads, tokens=tokens, width=form.width)
+    k_GND, v_GND = random_cache(sizes, form.dtype, source)[:, 0]
+    room = torch.zeros(form.most, dtype=torch.uint8, device=source)
+
+    def write() -> int:
+        kv_2GND = (k_GND, v_GND)
+        layers = (tuple(x[: p.heads, : p.tokens] for x in kv_2GND) for p in form.parts)
+        return form.write(room, nonce, layers)
+
+    def read() -> None:
+        with together():
+            for _ in form.read(staged, nonce):
+                pass
+
+    encode_s = _median(lambda: timed(write, source))
+    nbytes = write()
+    staged = room[:nbytes].to(target)
+    return nbytes, encode_s, _median(lambda: timed(read, target))
+
+
+def _unaided(form: Form, device: torch.device) -> tuple[str, ...]:
+    if device.type != "cuda":
+        return ()
+    parts = (part for part in form.parts if part.codec.kernels is not None)
+    names = {
+        part.codec.name: None
+        for part in parts
+        if kernels_of(part.codec, device, part.tokens, form.width) is None
+    }
+    return tuple(names)
+
+
+def _median(run: Callable[[], float]) -> float:
+    """Behind a run that warms up."""
+    run()
+    return statistics.median(run() for _ in range(REPEATS))
+
+
+def _main(pair: str, settings: dict[str, Any]) -> None:
+    _, plan = read_pair(Path(pair))
+    made = measure(plan, **{**settings, "devices": tuple(settings["devices"])})
+    print(SAYS + json.dumps(asdict(made)), flush=True)
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], json.loads(sys.argv[2]))
