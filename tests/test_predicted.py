@@ -47,15 +47,22 @@ def test_the_load_generators_times_are_those_that_were_served(predict):
     assert at[-1] == pytest.approx(15.0)
 
 
-def test_the_kept_codec_times_of_a_layer_are_the_benchmarks(predict):
+@pytest.fixture
+def calibrate(predict, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    yield importlib.import_module("calibrate")
+    del sys.modules["calibrate"]
+
+
+def test_the_kept_codec_times_of_a_layer_are_the_benchmarks(calibrate):
     kept = json.loads((CODECS / "bench_8_3824_128.json").read_text(encoding="utf-8"))
-    assert kept == predict.layer_codecs()
+    assert kept == calibrate.layer_codecs()
 
 
-def test_the_kept_times_of_an_h200_are_calibrated_by_the_script(predict, tmp_path, monkeypatch):
+def test_the_kept_times_of_an_h200_are_calibrated_by_the_script(calibrate, tmp_path, monkeypatch):
     pytest.importorskip("aiconfigurator_core")
     kept = StageTimes.load(STAGES / "llama-3.1-8b_h200_sxm.json")
-    monkeypatch.setattr(predict, "STAGES", tmp_path)
-    monkeypatch.setattr(predict, "CODECS", tmp_path)
-    predict.calibrate()
+    monkeypatch.setattr(calibrate, "STAGES", tmp_path)
+    monkeypatch.setattr(calibrate, "CODECS", tmp_path)
+    calibrate.calibrate()
     assert StageTimes.load(tmp_path / "llama-3.1-8b_h200_sxm.json") == kept

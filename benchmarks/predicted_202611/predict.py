@@ -1,7 +1,7 @@
 """What the cost model predicts of pairs that were measured, and the table of both.
 
-    python predict.py -o README.md       # the table, from files of this repository alone
-    python predict.py --calibrate        # writes the kept files that it reads (AIConfigurator)
+    python predict.py -o README.md    # from files of this repository alone
+    python calibrate.py               # writes the kept files that it reads (AIConfigurator)
 
 Four rows of the dense pair in pages of 128 tokens (``stock128``) say what AIConfigurator's tables
 do not: how much slower vLLM's prefill and decode steps are, what a request spends outside the GPUs,
@@ -24,12 +24,11 @@ import numpy as np
 
 from pdtrim.cost.fleet import Simulation
 from pdtrim.cost.handover import CodecFile, Link
-from pdtrim.cost.kept import CODECS, STAGES, codec_files, stage_times
+from pdtrim.cost.kept import CODECS, codec_files, stage_times
 from pdtrim.cost.load import Requests
 from pdtrim.cost.pair import PairCost, read_pair
 from pdtrim.cost.queueing import station
 from pdtrim.cost.service import Service
-from pdtrim.cost.times import StageTimes
 from pdtrim.kvfit.link import exposed
 
 HERE = Path(__file__).parent
@@ -202,7 +201,7 @@ def handovers() -> Iterator[tuple[str, str, dict[str, Cell]]]:
     """``bench-transfer`` on one H100: one after the other, and exposed behind prefill."""
     data = json.loads(HANDOVERS.read_text(encoding="utf-8"))
     raw, layer_s = data["raw_bytes"], data["prefill_s"]["median"] / LAYERS
-    speeds = _speeds(data)
+    speeds = layer_speeds(data)
     whole = CodecFile.load(CODECS / "bench_256_3824_128.json").speeds
     for row in data["rows"]:
         name, bytes_sent = row["name"], float(row["bytes"])
@@ -224,7 +223,7 @@ def handovers() -> Iterator[tuple[str, str, dict[str, Cell]]]:
             yield row["link"], name, cells
 
 
-def _speeds(data: dict[str, Any]) -> dict[str, tuple[float, float]]:
+def layer_speeds(data: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """Seconds in and out of a way to send; the rows of the measured link, which are read."""
     rows = (row for row in data["rows"] if not row["paced"])
     return {r["name"]: (r["encode_s"]["median"], r["decode_s"]["median"]) for r in rows}
@@ -346,80 +345,11 @@ def report() -> str:
     return page
 
 
-def calibrate() -> None:
-    """Write the stage times of an H200 and the codec times of single layers that pdtrim keeps."""
-    from pdtrim.cost.aiconfigurator import aiconfigurator_times
-
-    rows = served()
-    times = aiconfigurator_times("meta-llama/Meta-Llama-3.1-8B", "h200_sxm")
-    busy = rows["stock128", f"{PROMPT}@5"]
-    at = np.array(arrivals(busy["requests"], 5)) + busy["ttft_s"]
-    queued = np.array(busy["ttft_s"])[1:] > 0.45
-    slower = float(np.median(np.diff(at)[queued])) / times.prompt(PROMPT)
-    steps = {n: statistics.median(rows["stock128", str(n)]["tpot_s"]) for n in PROMPTS}
-    step = statistics.mean(s / times.step(1, n + ANSWER / 2) for n, s in steps.items())
-    own = scaled(times, slower, step)
-    service = Service(
-        pair=PairCost.dense(LAYERS), times=own, link=link(rows, 128), codecs=codec_files((), "h100")
-    )
-    left = [
-        statistics.median(rows["stock128", str(n)]["ttft_s"])
-        - service.prefill_s(n) - service.handover(n).seconds - service.step_s(1, n, ANSWER / 2)
-        for n in PROMPTS
-    ]  # fmt: skip
-    token_s, front_s = np.polyfit(PROMPTS, left, 1)
-    own = own.model_copy(
-        update={
-            "source": f"{times.source}, prefill x {slower:.3f} and decode x {step:.3f} as served in"
-            " benchmarks/serving_h200_202611",
-            "front_s": round(float(front_s), 5), "front_token_s": round(float(token_s), 8),
-        }
-    )  # fmt: skip
-    text = own.model_dump_json(by_alias=True, exclude_none=True).replace("},{", "},\n  {")
-    (STAGES / "llama-3.1-8b_h200_sxm.json").write_text(text + "\n", encoding="utf-8")
-    layers = layer_codecs()
-    (CODECS / "bench_8_3824_128.json").write_text(json.dumps(layers, indent=1) + "\n")
-
-
-def scaled(times: StageTimes, prefill: float, decode: float) -> StageTimes:
-    """All of a stage's seconds times a number."""
-
-    def row(of: Any, by: float) -> Any:
-        seconds = {k: v for k, v in of.model_dump().items() if k.endswith("_s") or k == "seconds"}
-        made = {k: float(f"{v * by:.5g}") for k, v in seconds.items() if v is not None}
-        return of.model_copy(update=made)
-
-    return times.model_copy(
-        update={
-            "prefill": tuple(row(one, prefill) for one in times.prefill),
-            "decode": tuple(row(one, decode) for one in times.decode),
-        }
-    )
-
-
-def layer_codecs() -> dict[str, Any]:
-    """Codecs a layer at a time, as ``bench-codec`` would write them."""
-    data = json.loads(HANDOVERS.read_text(encoding="utf-8"))
-    raw, codecs = data["raw_bytes"], []
-    sizes = {row["name"]: row["bytes"] for row in data["rows"]}
-    for name, (encode, decode) in _speeds(data).items():
-        if name.startswith("full+"):
-            one = {"codec": name.removeprefix("full+"), "compression": raw / sizes[name]}
-            one |= {"encode_gb_s": raw / encode / 1e9, "decode_gb_s": raw / decode / 1e9}
-            codecs.append(one)
-    return {"raw_bytes": raw // LAYERS, "hardware": data["hardware"], "codecs": codecs}
-
-
 def main() -> None:
-    """Write the table, or what it reads."""
+    """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--calibrate", action="store_true")
-    options = parser.parse_args()
-    if options.calibrate:
-        calibrate()
-    if options.output:
-        options.output.write_text(report(), encoding="utf-8")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.parse_args().output.write_text(report(), encoding="utf-8")
 
 
 if __name__ == "__main__":
