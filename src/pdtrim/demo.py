@@ -141,7 +141,14 @@ def run_demo(
 def _plans(
     model: Model, rows: tuple[DemoRow, ...], seed: int, progress: Progress
 ) -> dict[str, TrimPlan]:
-    config = CalibrationConfig(search=8, rerank=4, fit=0, seed=seed)
+    config = CalibrationConfig(
+        prompt_tokens=LENGTHS.prompt,
+        continuation_tokens=LENGTHS.continuation,
+        search=8,
+        rerank=4,
+        fit=0,
+        seed=seed,
+    )
     text = load_calibration(model, config, progress=progress)
     return {
         row.name: row.method.plan(model, text, replace(row.target, seed=seed), progress=progress)
