@@ -1,4 +1,4 @@
-"""Every verb as a user runs it: a new process, its output, its exit code."""
+"""Every verb as a user runs it: its output, its exit code; what is made, by new processes."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from in_process import run_here
 from pdtrim.cli import app
 from pdtrim.evaluate.result import Result
 from pdtrim.plan import PrunePlan
@@ -154,7 +155,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_clear_line_and_exit_code_2(made, tiny_folder, tiny_text, mistake):
+def test_a_mistake_is_one_clear_line_and_exit_code_2(
+    made, tiny_folder, tiny_text, mistake, monkeypatch, capsys
+):
     args, words = MISTAKES[mistake]
     places = {
         "MODEL": tiny_folder,
@@ -163,7 +166,7 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(made, tiny_folder, tiny_tex
         "TEXT": tiny_text,
         "HERE": tiny_folder,
     }
-    done = pdtrim(*(places.get(a, a) for a in args), code=2)
-    assert words in done.stderr
+    code, _, said = run_here(monkeypatch, capsys, *(places.get(a, a) for a in args))
+    assert code == 2 and words in said
     if mistake != "option":  # typer draws its own usage box
-        assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+        assert said.count("\n") == 1 and said.startswith("error: ")

@@ -14,7 +14,7 @@ from pdtrim.evaluate.kv_suite import KvSuiteConfig, retrieval_scores, run_suite,
 from pdtrim.evaluate.retrieval import Probe
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.policy import HandoverPolicy
-from pdtrim.kv.selectors import Random, SnapKV
+from pdtrim.kv.selectors import FirstLast, Random, SnapKV
 from pdtrim.models.loading import load_model
 from pdtrim.models.narrow import narrow_blocks
 from pdtrim.plan import Gates, LayerKV, Width
@@ -24,6 +24,7 @@ LAYERS = 4
 DENSE = Gates.dense(LAYERS)
 FULL = HandoverPolicy.full(LAYERS)
 WHOLE = (first_last(500, 500),) * LAYERS  # keeps everything, and is asked
+WATCHED = HandoverPolicy(rules=WHOLE)
 ENDS = HandoverPolicy(rules=(first_last(1, 1),) * LAYERS)
 # (context, question, answer) lengths in words; two groups can be batched, one probe stands alone
 SHAPES = [(9, 4, 3)] * 6 + [(12, 3, 2)] * 5 + [(7, 5, 4)]
@@ -149,25 +150,29 @@ def test_an_answer_made_without_the_needle_is_found_without_it_only(model, probe
     assert sum(scores(model, said, ENDS, hidden=not hidden)) < len(said)
 
 
-class Watched(HandoverPolicy):
-    """Remembers what selectors were shown."""
+@pytest.fixture
+def shown(monkeypatch):
+    """Shapes of what the selectors of WATCHED are shown."""
+    shapes = []
+    plain = FirstLast.keep
 
-    shapes: list[tuple[int, ...]] = []  # noqa: RUF012
+    def keep(self, view, *, block_size):
+        if self == WHOLE[0].selector:
+            shapes.append(tuple(view.k_BGND.shape))
+        return plain(self, view, block_size=block_size)
 
-    def keep(self, layer, view):
-        self.shapes.append(tuple(view.k_BGND.shape))
-        return super().keep(layer, view)
+    monkeypatch.setattr(FirstLast, "keep", keep)
+    return shapes
 
 
 @pytest.mark.parametrize("hidden", [False, True])
-def test_a_selector_sees_the_question_only_where_it_is_visible(model, probes, hidden):
-    Watched.shapes = []
-    scores(model, probes, Watched(rules=WHOLE), hidden=hidden)
+def test_a_selector_sees_the_question_only_where_it_is_visible(model, probes, hidden, shown):
+    scores(model, probes, WATCHED, hidden=hidden)
     lengths = {c - 1 if hidden else c + q - 1 for c, q, _ in SHAPES}
-    assert {shape[2] for shape in Watched.shapes} == lengths
+    assert {shape[2] for shape in shown} == lengths
     # 6 rows as 4 and 2, 5 as 4 and 1, and one alone: batched, and each seen by every layer
-    assert sum(shape[0] for shape in Watched.shapes) == LAYERS * len(SHAPES)
-    assert len(Watched.shapes) == LAYERS * 5
+    assert sum(shape[0] for shape in shown) == LAYERS * len(SHAPES)
+    assert len(shown) == LAYERS * 5
 
 
 @pytest.mark.parametrize("hidden", [False, True])
@@ -193,7 +198,7 @@ def beginning(model, tokenizer):
     return copy
 
 
-def test_the_begin_token_opens_each_prompt(model, probes, tiny_folder):
+def test_the_begin_token_opens_each_prompt(model, probes, tiny_folder, shown):
     raw = Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
@@ -217,9 +222,9 @@ def test_the_begin_token_opens_each_prompt(model, probes, tiny_folder):
         found = scores(other, probes, ENDS, hidden=hidden)
         assert found == expected(model, probes, "ends", hidden=hidden, begin=(1,))
     assert sum(scores(model, said)) < len(said)  # without it these are other prompts
-    Watched.shapes = []
-    scores(other, probes, Watched(rules=WHOLE))
-    assert {shape[2] for shape in Watched.shapes} == {c + q for c, q, _ in SHAPES}
+    shown.clear()
+    scores(other, probes, WATCHED)
+    assert {shape[2] for shape in shown} == {c + q for c, q, _ in SHAPES}
 
 
 def probe_of(context="w1 w2 w3", question=" w4", answer=" w5 w6") -> Probe:
@@ -295,7 +300,7 @@ def letters():
     return model
 
 
-def test_the_suite_end_to_end(letters):
+def test_the_suite_end_to_end(letters, shown):
     config = KvSuiteConfig(tasks=("needle", "system"), probes=3, tokens=200, seed=4)
     told: list[float] = []
 
@@ -309,9 +314,8 @@ def test_the_suite_end_to_end(letters):
         def __exit__(self, *error):
             return None
 
-    Watched.shapes = []
     policies = {"ends": ENDS, "random": HandoverPolicy(rules=(LayerKV(selector=Random()),) * 4)}
-    policies["watched"] = Watched(rules=WHOLE)
+    policies["watched"] = WATCHED
     result = run_suite(trimmed(Pair.dense(letters), DENSE), policies, config, Bar)
     assert list(result) == ["full", "ends", "random", "watched"]
     assert sum(told) == pytest.approx(0) and min(told) == -2 * 3 * 4
@@ -323,7 +327,7 @@ def test_the_suite_end_to_end(letters):
         for key, hits_n in result.hits[name].items():
             assert hits_n.shape == (3,) and row[key] == hits_n.mean()
     # visible prompts of at most 200 tokens come first, one of which decode reads
-    seen = [N for B, _, N, _ in Watched.shapes for _ in range(B)]
+    seen = [N for B, _, N, _ in shown for _ in range(B)]
     visible, hidden = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     assert len(hidden) == 2 * 3 * LAYERS
     assert 150 < max(visible) < 200 and max(hidden) < min(visible)

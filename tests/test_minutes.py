@@ -72,7 +72,7 @@ def test_repairs_stop_when_there_is_no_time(model):
     left = iter([False, False, True])
     few = best_repair(model, pair, text.fit, text.rerank, over=lambda: next(left, True))
     assert list(few.tried["prefill"]) == ["none", "scalar", "diagonal"]
-    assert few.kl == min(few.tried["prefill"].values())
+    assert few.score.loss == min(few.tried["prefill"].values())
 
 
 def test_halving_measures_few_candidates_on_the_whole_text(model):

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import pdtrim.cli as cli
 from helpers import make_plan, tiny_model
+from in_process import run_here
 from pdtrim.cli.common import console, visible
 from pdtrim.cli.run import _stream
 from pdtrim.errors import PdtrimError
@@ -21,20 +22,6 @@ from pdtrim.progress import lines
 
 HOSTILE = "[/INST] [red]x[/red] :smile: \x1b[2J\x1b]8;;http://x\x07 \x9b1m \u202e\ud83d"
 SHOWN = r"[/INST] [red]x[/red] :smile: \x1b[2J\x1b]8;;http://x\x07 \x9b1m \u202e\ud83d"
-
-
-def run(monkeypatch, capsys, *words):
-    """The command, as its entry point runs it: exit code, output, error output."""
-    monkeypatch.setattr(sys, "argv", ["pdtrim", *map(str, words)])
-    for name in ("out", "err"):  # made anew, as they hold the streams of the first test
-        made = console(stderr=name == "err")
-        for module in (cli, cli.make, cli.run, cli.measure, cli.compare, cli.serve):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, made)
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    shown = capsys.readouterr()
-    return ended.value.code, shown.out, shown.err
 
 
 @pytest.fixture
@@ -62,10 +49,12 @@ def clean_of_controls(text):
 
 
 def test_a_plans_words_are_not_obeyed(plan_file, monkeypatch, capsys):
-    code, out, err = run(monkeypatch, capsys, "inspect", plan_file)
+    code, out, err = run_here(monkeypatch, capsys, "inspect", plan_file)
     assert code == 0 and r"[/INST] [red]x[/red] :smile: \x1b[2J" in out
     assert clean_of_controls(out + err)
-    code, out, err = run(monkeypatch, capsys, "export", plan_file, "-o", plan_file.parent / "pair")
+    code, out, err = run_here(
+        monkeypatch, capsys, "export", plan_file, "-o", plan_file.parent / "pair"
+    )
     assert code == 2 and len(err.splitlines()) == 1 and r"\x1b[2J" in err
     assert clean_of_controls(out + err)
 
@@ -98,7 +87,7 @@ def test_a_hostile_path_is_one_line_with_what_was_asked(verb, tmp_path, monkeypa
             *("--link-gbit-s", "9", "--gpu-hour", "2"),
         ],
     }
-    code, out, err = run(monkeypatch, capsys, verb, path, *more.get(verb, []))
+    code, out, err = run_here(monkeypatch, capsys, verb, path, *more.get(verb, []))
     assert code == 2 and out == "" and len(err.splitlines()) == 1
     assert r"[red]x[/red]\x1b[2J" in err and clean_of_controls(err)
 
@@ -109,9 +98,9 @@ def test_wrong_options_are_one_line(monkeypatch, capsys):
         (["no\x1b[2Jverb"], r"No such command 'no\x1b[2Jverb'"),
         (["inspect", "p.json", "--prompt-tokens", "0"], "--prompt-tokens"),
     ):
-        code, _, err = run(monkeypatch, capsys, *words)
+        code, _, err = run_here(monkeypatch, capsys, *words)
         assert code == 2 and len(err.splitlines()) == 1 and said in err
-    code, out, _ = run(monkeypatch, capsys)
+    code, out, _ = run_here(monkeypatch, capsys)
     assert code == 2 and "Usage" in out and "distill" in out
 
 
@@ -120,7 +109,7 @@ def test_an_error_of_the_system_is_one_line(plan_file, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pdtrim.report.inspect.picture", full)
-    code, _, err = run(monkeypatch, capsys, "inspect", plan_file)
+    code, _, err = run_here(monkeypatch, capsys, "inspect", plan_file)
     assert code == 2 and err.splitlines() == ["error: [Errno 28] No space left on device"]
 
 

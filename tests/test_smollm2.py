@@ -89,7 +89,7 @@ def test_a_codec_that_breaks_the_model_is_refused(smollm2):
 
 def test_the_demo_keeps_its_promise_with_a_short_search(tmp_path, monkeypatch, smollm2_folder):
     monkeypatch.setattr("pdtrim.demo.MODEL", str(smollm2_folder))
-    monkeypatch.setattr("pdtrim.demo.LENGTHS", Lengths(prompt=192, continuation=64))
+    monkeypatch.setattr("pdtrim.demo.LENGTHS", Lengths(prompt=96, continuation=48))
     paper = next(row for row in ROWS if row.name == "paper")
     short = PDTrim(shortlist=2, annealing=Annealing(steps=0), finalists=1)
     row = type(paper)(name="pdtrim", method=short, target=Target(prefill_remove=8, decode_remove=0))

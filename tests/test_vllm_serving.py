@@ -103,7 +103,7 @@ def test_fused_projections_are_served_and_prefixes_shared(tmp_path, tiny_folder)
     kv = (LayerKV() for layer in range(8))
     pair = tiny_pair(tmp_path, tiny_folder, kv, "phi3", sliding_window=None)
     simulated = load_pair(pair)
-    page = page_bytes(simulated[1], BLOCK, DTYPE.itemsize) * 7  # the layers that decode runs
+    page = page_bytes(simulated[1], 0, BLOCK, DTYPE.itemsize) * 7  # the layers that decode runs
     few = ("--num-gpu-blocks-override", str(1024 // BLOCK + 1))
     with running(commands(pair, decode_args=(*ARGS, *few)), tmp_path) as (source, decode, router):
 
