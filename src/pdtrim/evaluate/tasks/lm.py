@@ -29,7 +29,7 @@ WINDOW = 2048
 
 
 class PDTrimLM(TemplateLM):
-    """Scores and generates with both stages of a variant; equal requests are run once.
+    """Scores and generates with both stages of a trimmed pair; equal requests are run once.
 
     Args:
         batch_tokens: tokens that run together, see :func:`score`.
@@ -41,15 +41,15 @@ class PDTrimLM(TemplateLM):
 
     def __init__(
         self,
-        variant: Trimmed,
+        trimmed: Trimmed,
         *,
         batch_tokens: int = 8192,
         window: int = WINDOW,
         progress: Progress = silent,
     ) -> None:
         super().__init__()
-        model = variant.pair.decode
-        self.variant = variant
+        model = trimmed.pair.decode
+        self.trimmed = trimmed
         self.tokenizer = model.need_tokenizer()
         self.batch_tokens = batch_tokens
         self.max_length = int(model.config.max_position_embeddings)
@@ -77,7 +77,7 @@ class PDTrimLM(TemplateLM):
     ) -> list[int]:
         """Token ids, behind the token that this tokenizer puts before every text, if it does."""
         del kwargs
-        ids = encode_for(self.variant.pair.decode, string)
+        ids = encode_for(self.trimmed.pair.decode, string)
         if add_special_tokens is False or ids[: len(self._begin)] == self._begin:
             return ids
         return self._begin + ids
@@ -105,7 +105,7 @@ class PDTrimLM(TemplateLM):
 
     def _score(self, queries: list[Query]) -> list[Likelihood]:
         new = [query for query in dict.fromkeys(queries) if query not in self._scored]
-        found = score(self.variant, new, batch_tokens=self.batch_tokens, progress=self.progress)
+        found = score(self.trimmed, new, batch_tokens=self.batch_tokens, progress=self.progress)
         self._scored.update(zip(new, found, strict=True))
         return [self._scored[query] for query in queries]
 
@@ -160,7 +160,7 @@ class PDTrimLM(TemplateLM):
             return any(stop in text for stop in stops)
 
         new = generate_greedy(
-            self.variant,
+            self.trimmed,
             prompts,
             max_new_tokens=tokens,
             finished=finished,

@@ -71,18 +71,18 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor(filled, dtype=torch.long, device=device).view(len(rows), longest)
 
 
-def handed_over(variant: Trimmed, prompts: Prompts) -> Iterator[tuple[int, list[HeadGroup]]]:
+def handed_over(trimmed: Trimmed, prompts: Prompts) -> Iterator[tuple[int, list[HeadGroup]]]:
     """What decode sees of each layer that it reads, U rows, as that layer's prefill ends."""
     lengths_U = torch.tensor(prompts.lengths, device=prompts.ids_UN.device)
     hidden_UN = padding(lengths_U, prompts.ids_UN.shape[1])
-    for layer, view in prefill(variant.pair.prefill, prompts.ids_UN, variant.gates):
-        rule = variant.policy.rules[layer]
+    for layer, view in prefill(trimmed.pair.prefill, prompts.ids_UN, trimmed.gates):
+        rule = trimmed.policy.rules[layer]
         if isinstance(rule.selector, Full) and isinstance(rule.codec, Raw):
-            groups = hand_over(variant.policy, layer, view)  # all tokens, whatever the row
+            groups = hand_over(trimmed.policy, layer, view)  # all tokens, whatever the row
             yield layer, [replace(group, padded_BM=hidden_UN) for group in groups]
         else:
             rows = (view.row(row, tokens) for row, tokens in enumerate(prompts.lengths))
-            yield layer, join([_alone(variant.policy, layer, row) for row in rows])
+            yield layer, join([_alone(trimmed.policy, layer, row) for row in rows])
 
 
 def _alone(policy: HandoverPolicy, layer: int, view: BlockView) -> SentLayer:
@@ -105,14 +105,14 @@ def for_rows(group: HeadGroup, prompt_R: Tensor | None) -> HeadGroup:
 
 
 @torch.inference_mode()
-def decode_rows(variant: Trimmed, prompts: Prompts, rows: DecodeRows) -> Tensor:
+def decode_rows(trimmed: Trimmed, prompts: Prompts, rows: DecodeRows) -> Tensor:
     """Decode's last stream ``[R, C, E]`` over the rows' tokens, behind their prompts' handover."""
-    model, gates = variant.pair.decode, variant.gates
+    model, gates = trimmed.pair.decode, trimmed.gates
     C = rows.ids_RC.shape[1]
     at_RC = rows.starts_R[:, None] + torch.arange(C, device=rows.ids_RC.device)
     rope = model.rope(at_RC)
     y_RCE = model.embed(rows.ids_RC)
-    handed = handed_over(variant, prompts)
+    handed = handed_over(trimmed, prompts)
     for layer in range(gates.num_layers):
         cache = None
         if gates.decode_attention[layer]:

@@ -1,4 +1,4 @@
-"""Run one benchmark task on one variant."""
+"""Run one benchmark task on one trimmed pair."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pdtrim.stage.forward import Trimmed
 
 
 def run_task(
-    variant: Trimmed, task: str, config: TasksConfig, *, progress: Progress = silent
+    trimmed: Trimmed, task: str, config: TasksConfig, *, progress: Progress = silent
 ) -> TaskScores:
     """Scores of a task's items under prefill/decode inference.
 
@@ -34,7 +34,7 @@ def run_task(
         if config.shots:
             raise PdtrimError("'wikitext' has no shots: leave --shots out")
         return perplexity(
-            variant,
+            trimmed,
             text_of_source(config.data),
             source=config.source,
             window=config.window_tokens,
@@ -43,7 +43,7 @@ def run_task(
             progress=progress,
         )
     need_lm_eval()
-    return _run_lm_eval(variant, task, config, progress)
+    return _run_lm_eval(trimmed, task, config, progress)
 
 
 def need_lm_eval() -> None:
@@ -53,7 +53,7 @@ def need_lm_eval() -> None:
 
 
 def _run_lm_eval(
-    variant: Trimmed, task: str, config: TasksConfig, progress: Progress
+    trimmed: Trimmed, task: str, config: TasksConfig, progress: Progress
 ) -> TaskScores:
     from pdtrim.evaluate.tasks.harness import parts_of_hub, parts_of_rows, run_parts
 
@@ -64,7 +64,7 @@ def _run_lm_eval(
     else:
         rows = read_olmo(task) if config.data == "olmo" else read_folder(config.data, task)
         parts = parts_of_rows(task, definition, rows, limit=config.limit, shots=shots)
-    outcome = run_parts(variant, parts, batch_tokens=config.batch_tokens, progress=progress)
+    outcome = run_parts(trimmed, parts, batch_tokens=config.batch_tokens, progress=progress)
     items = {name: tuple(values) for name, values in outcome.items.items()}
     if "perplexity" in items:  # lm-eval gives the log-likelihood
         items["perplexity"] = tuple(-value for value in items["perplexity"])
