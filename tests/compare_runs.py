@@ -25,17 +25,17 @@ def scores_of(task="piqa", values=(0.0, 1.0), *, main="acc", ppl=20.0, items="h"
 
 
 class Runner:
-    """Scores made of the variant's gates, without running anything; it counts its calls."""
+    """Scores made of the trimmed pair's gates, without running anything; it counts its calls."""
 
     def __init__(self):
         self.calls = []
         self.stop_at = None
 
-    def __call__(self, variant, task, config, *, progress):
+    def __call__(self, trimmed, task, config, *, progress):
         if len(self.calls) == self.stop_at:
             raise KeyboardInterrupt
         self.calls.append(task)
-        text = f"{task} {variant.gates}"
+        text = f"{task} {trimmed.gates}"
         right = np.random.default_rng(list(hashlib.sha256(text.encode()).digest())).random(ITEMS)
         main = "ppl" if task == "wikitext" else "acc"
         return scores_of(task, tuple((right < 0.5).astype(float)), main=main)

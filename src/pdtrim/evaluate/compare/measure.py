@@ -45,7 +45,7 @@ class Runner(Protocol):
     """What runs a task; ``evaluate.tasks.run.run_task`` is one."""
 
     def __call__(
-        self, variant: Trimmed, task: str, config: TasksConfig, *, progress: Progress
+        self, trimmed: Trimmed, task: str, config: TasksConfig, *, progress: Progress
     ) -> TaskScores:
         """Scores of each item of a task."""
 
@@ -169,7 +169,7 @@ class Measurements:
         """All of a plan's cells."""
         cells = self.folder / "cells" / name
         plan, pair = trim.plan, trim.pair(self.model)
-        variant = Trimmed.of(plan, pair)
+        trimmed = Trimmed.of(plan, pair)
         own: Settings = {**self._of_model(), "plan": plan.digest}
 
         def facts() -> PairFacts:
@@ -183,7 +183,7 @@ class Measurements:
 
         def times() -> StageRatios:
             return stage_times(
-                variant,
+                trimmed,
                 Trimmed.dense(self.model),
                 prompt=TIMED_PROMPT,
                 new_tokens=TIMED_TOKENS,
@@ -191,7 +191,7 @@ class Measurements:
             )
 
         # tasks first: data that cannot be read should not wait for calibration text
-        scores = {task: self._cell(cells, task, variant, own) for task in self.config.tasks}
+        scores = {task: self._cell(cells, task, trimmed, own) for task in self.config.tasks}
         text = text_settings(self.model, self.config.calibration_of(self.config.seeds[0]))
         pair_facts = once(cells / "_pair.json", PairFacts, {**own, "text": text}, facts)
         taken = None
@@ -213,7 +213,7 @@ class Measurements:
         )
         return MeasuredRun(run=run, scores=scores)
 
-    def _cell(self, cells: Path, task: str, variant: Trimmed, own: Settings) -> TaskScores:
+    def _cell(self, cells: Path, task: str, trimmed: Trimmed, own: Settings) -> TaskScores:
         config = self.config
         data, place = config.data, Path(config.data)
         if place.is_dir():
@@ -232,7 +232,7 @@ class Measurements:
             cells / f"{task}.json",
             TaskScores,
             settings,
-            lambda: self.runner(variant, task, config.tasks_config, progress=self.progress),
+            lambda: self.runner(trimmed, task, config.tasks_config, progress=self.progress),
         )
 
     def _of_model(self) -> Settings:
