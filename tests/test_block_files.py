@@ -15,7 +15,7 @@ from pdtrim.calibration.batches import text_batch
 from pdtrim.cli import app
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.configs import EvalConfig
-from pdtrim.evaluate.handover import measured_plan_bytes
+from pdtrim.evaluate.handover import Ran, run_plan
 from pdtrim.evaluate.quality import measure_quality
 from pdtrim.evaluate.run import evaluate_text
 from pdtrim.exported import load_pair
@@ -188,7 +188,7 @@ def test_a_spoilt_file_is_refused_in_one_line(model, tmp_path, spoil, words):
     for use in (
         lambda: pair_of(plan, model, folder),
         lambda: trim_of(plan, folder).export(model, tmp_path / "pair"),
-        lambda: measured_plan_bytes(trim_of(plan, folder), model, random_batch(model)),
+        lambda: run_plan(trim_of(plan, folder), model, random_batch(model)),
     ):
         with pytest.raises(PlanError, match=words) as caught:
             use()
@@ -241,9 +241,9 @@ def test_eval_finds_the_blocks_beside_the_plan(tmp_path, tiny_folder, tiny_text,
 
     def count(trim, *_):  # the real one starts two processes
         places.append(getattr(trim.files, "folder", None))
-        return 100.0
+        return Ran(kv_bytes=100.0, answer=None)
 
-    monkeypatch.setattr("pdtrim.evaluate.run.measured_plan_bytes", count)
+    monkeypatch.setattr("pdtrim.evaluate.run.run_plan", count)
     model = load_model(str(tiny_folder), dtype="float32")
     plan = decode_plan(model, tmp_path)
     plan.save(tmp_path / "plan.json")

@@ -9,7 +9,7 @@ from helpers import trim_of
 from pdtrim.bundle import TrimPlan
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.configs import SweepConfig
-from pdtrim.evaluate.handover import loopback_bytes, measured_plan_bytes
+from pdtrim.evaluate.handover import loopback_bytes, run_plan
 from pdtrim.evaluate.kv_sweep import markdown, sweep
 from pdtrim.evaluate.result import Result
 from pdtrim.models.loading import load_model
@@ -93,7 +93,7 @@ def test_bytes_are_those_of_two_processes(model, tiny_text):
     batch = text_batch(model, str(tiny_text), prompt_tokens=20, continuation_tokens=2, limit=2)
     plan = TrimPlan.dense(model).plan
     counted = loopback_bytes(plan, model, batch)
-    assert counted.frame == measured_plan_bytes(trim_of(plan), model, batch)
+    assert counted.frame == run_plan(trim_of(plan), model, batch).kv_bytes
 
 
 def test_the_table_and_the_picture_show_every_row(result, tmp_path):

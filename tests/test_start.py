@@ -7,7 +7,7 @@ import pytest
 from helpers import first_last, make_plan, tiny_model
 from pdtrim.bench.start import Coded, Measured, Read
 from pdtrim.engines.config import ServeConfig
-from pdtrim.engines.vllm.launch import free_port, processes
+from pdtrim.engines.vllm.launch import ENGINE, free_port, processes
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.report.start import start_lines
@@ -80,7 +80,7 @@ def test_what_was_measured_travels_between_processes():
 
 def report_of(pair, **options):
     config = ServeConfig(pair=pair, max_model_len=300)
-    return serve._report(config, processes(config, free_port=free_port), **options)
+    return serve._report(ENGINE, config, processes(config, free_port=free_port), **options)
 
 
 def test_a_process_of_its_own_measures_the_plans_reads(tmp_path):

@@ -21,7 +21,7 @@ from pdtrim.engines.vllm.stage import Served, check_config
 from pdtrim.errors import PlanError
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.plan import Gates, LayerKV
-from test_vllm_plugin import config_of
+from test_vllm_plugin import GOOD, config_of
 
 BLOCK, LONGEST = 32, 256
 
@@ -169,16 +169,7 @@ def finish(made, one, status="FINISHED_LENGTH_CAPPED"):
 
 
 WAITS, GOES = (None, False), (0, False)
-WHERE = {
-    "do_remote_prefill": True,
-    "remote_engine_id": "e",
-    "remote_request_id": "r",
-    "remote_host": "127.0.0.1",
-    "remote_port": 1,
-    "tp_size": 1,
-    "remote_block_ids": [[3, 4]],
-    "remote_num_tokens": 40,
-}
+WHERE = GOOD | {"remote_block_ids": [[3, 4]], "remote_num_tokens": 40}
 """What prefill tells decode of a prompt of 40 tokens."""
 
 

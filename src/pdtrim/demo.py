@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pdtrim.bundle import TrimPlan
 from pdtrim.calibration.batches import CalibrationConfig, load_calibration, text_batch
+from pdtrim.evaluate.handover import Ran, run_pair
 from pdtrim.evaluate.quality import measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
 from pdtrim.evaluate.tasks.olmo import package, requests
@@ -23,7 +24,6 @@ from pdtrim.methods import Method, Paper, PDTrim, Target
 from pdtrim.models.loading import load_model
 from pdtrim.models.model import Model
 from pdtrim.progress import Progress, silent
-from pdtrim.runtime.session import Session
 from pdtrim.search.anneal import Annealing
 from pdtrim.stage.cost import Lengths
 from pdtrim.stage.forward import Batch, Trimmed
@@ -109,7 +109,7 @@ def run_demo(
     variants = {name: Trimmed.of(trim.plan, trim.pair(model)) for name, trim in plans.items()}
     qualities = measure_quality(model, variants, held_out, progress=progress)
     say("4/4 running each pair as two processes")
-    answers, sizes = _run_pairs(model, plans, held_out, folder, progress)
+    ran = _run_pairs(model, plans, held_out, folder, progress)
     settings = {row.name: row.settings for row in rows}
     result = Result(
         provenance=make_provenance(
@@ -126,10 +126,10 @@ def run_demo(
                 qualities[name],
                 trim.plan if name in settings else None,
                 lengths=LENGTHS,
-                kv_bytes=sizes[name],
-                dense_kv_bytes=sizes["dense"],
+                kv_bytes=ran[name].kv_bytes,
+                dense_kv_bytes=ran["dense"].kv_bytes,
                 settings=settings.get(name, ""),
-                answer=answers[name],
+                answer=ran[name].answer,
             )
             for name, trim in plans.items()
         ),
@@ -158,18 +158,15 @@ def _plans(
 
 def _run_pairs(
     model: Model, plans: dict[str, TrimPlan], batch: Batch, folder: Path, progress: Progress
-) -> tuple[dict[str, str], dict[str, float]]:
-    """Each pair's answer to the question, and its mean bytes for the held-out prompts."""
-    answers, sizes = {}, {}
+) -> dict[str, Ran]:
+    """Each pair's answer to the question, and its bytes for the held-out prompts."""
+    ran = {}
     with progress("running the pairs", len(plans)) as advance:
         for name, trim in plans.items():
             pair = trim.export(model, _plan_file(folder, name).with_name("pair"))
-            with Session(pair) as session:
-                answers[name] = session.generate([QUESTION], max_new_tokens=80)[0].text
-                session.generate(batch.prompt_BP.tolist(), max_new_tokens=1)
-                sizes[name] = sum(session.kv_bytes) / len(session.kv_bytes)
+            ran[name] = run_pair(pair, batch, QUESTION)
             advance(1)
-    return answers, sizes
+    return ran
 
 
 def _plan_file(folder: Path, row: str) -> Path:

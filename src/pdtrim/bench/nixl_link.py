@@ -75,8 +75,7 @@ class NixlLink:
         if self._source.type == "cuda":
             torch.cuda.synchronize(self._source)
         started = time.perf_counter()
-        self._run("WRITE", flat.numel(), self._ends(flat.numel(), pieces))
-        return time.perf_counter() - started
+        return self._run("WRITE", flat.numel(), self._ends(flat.numel(), pieces)) - started
 
     def read(self, count: int, pieces: int = 1) -> float:
         """Seconds in which so many of the other buffer's bytes are read into the one here.
@@ -92,8 +91,7 @@ class NixlLink:
         assert count <= self._buffer.numel() and count % pieces == 0
         ends = self._ends(count, pieces)
         started = time.perf_counter()
-        self._run("READ", count, ends)
-        return time.perf_counter() - started
+        return self._run("READ", count, ends) - started
 
     def _ends(self, count: int, pieces: int) -> list[Any]:
         """Descriptors here, and of the other buffer."""
@@ -108,14 +106,17 @@ class NixlLink:
             )
         ]
 
-    def _run(self, operation: Literal["READ", "WRITE"], count: int, ends: list[Any]) -> None:
+    def _run(self, operation: Literal["READ", "WRITE"], count: int, ends: list[Any]) -> float:
+        """The clock when the bytes are there."""
         handle = self._agent.initialize_xfer(operation, *ends, self._name)
         state = self._agent.transfer(handle)
         while state == "PROC":
             state = self._agent.check_xfer_state(handle)
+        done = time.perf_counter()
         self._agent.release_xfer_handle(handle)
         if state != "DONE":
             raise PdtrimError(f"NIXL could not move {count} bytes: its state is {state}")
+        return done
 
     def received(self, count: int) -> int:
         """The sum of the first bytes that lie in the other process."""

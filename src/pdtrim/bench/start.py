@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from pdtrim.bench.lanes import device_of, facts_of
 from pdtrim.bench.nixl_link import NixlLink
@@ -84,13 +85,7 @@ class Measured:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Measured:
         """Of :func:`dataclasses.asdict`, from the process that measured."""
-        coded = data["coded"]
-        if coded is not None:
-            coded = Coded(
-                **{**coded, "read": Read(**coded["read"]), "unaided": tuple(coded["unaided"])}
-            )
-        read = {name: Read(**data[name]) for name in ("dense", "pages")}
-        return cls(**{**data, **read, "coded": coded, "devices": tuple(data["devices"])})
+        return TypeAdapter(cls).validate_python(data)
 
     @property
     def read(self) -> Read:
@@ -103,6 +98,14 @@ class Measured:
         if self.coded is None:
             return self.pages.seconds
         return self.coded.encode_s + self.coded.read.seconds + self.coded.decode_s
+
+
+def dense_sizes(plan: PrunePlan, tokens: int) -> Sizes:
+    """Of the dense model's cache."""
+    model = plan.model
+    return Sizes(
+        layers=model.num_layers, heads=model.num_kv_heads, tokens=tokens, width=model.head_dim
+    )
 
 
 @torch.inference_mode()
@@ -121,7 +124,7 @@ def measure(
     """
     kind, (source, target) = dtype_named(dtype), (device_of(name) for name in devices)
     layers = plan.model.num_layers
-    page = 2 * plan.model.num_kv_heads * plan.model.head_dim * block_size * kind.itemsize
+    page = dense_sizes(plan, block_size).raw_bytes(kind) // layers
     most = MOST_BYTES // (page * layers) * block_size
     tokens = max(1, min(longest, LONGEST, most))
     whole = layers * pages_of(tokens, block_size)

@@ -162,7 +162,7 @@ def parse(text: str, source: str) -> Server:
 
 
 def _text(place: str) -> str:
-    data = _fetch(place) if "://" in place else read_bytes(place, limit=MAX_BYTES)
+    data = fetch(place) if "://" in place else read_bytes(place, limit=MAX_BYTES)
     with border(PdtrimError, f"{place} is no Prometheus text"):
         return data.decode("utf-8")
 
@@ -174,7 +174,12 @@ class _Stay(urllib.request.HTTPRedirectHandler):
         """Refuse."""
 
 
-def _fetch(url: str) -> bytes:
+def fetch(url: str) -> bytes:
+    """What a server on loopback answers.
+
+    Raises:
+        PdtrimError: no loopback, no answer, or more than :data:`MAX_BYTES`.
+    """
     with border(PdtrimError, f"cannot read {url}"):
         parts = urlsplit(url)
         if parts.scheme != "http" or not _is_loopback(parts.hostname or ""):

@@ -1,4 +1,4 @@
-"""Bytes of a handover, counted where they cross the socket between two real processes."""
+"""Real pairs at work: bytes counted where they cross the socket, and what two processes answer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,42 @@ from pdtrim.runtime.receiver import Receiver
 from pdtrim.runtime.session import Session
 from pdtrim.stage.forward import Batch
 
+ANSWER_TOKENS = 80
 
-def measured_bytes(folder: str | Path, batch: Batch) -> float:
-    """Mean bytes a prompt that an exported pair hands over for the batch's prompts."""
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """What two processes did.
+
+    Attributes:
+        kv_bytes: that crossed the socket, mean over the prompts.
+        answer: to what was asked; None if nothing was.
+    """
+
+    kv_bytes: float
+    answer: str | None
+
+
+def run_pair(folder: str | Path, batch: Batch, ask: str | None = None) -> Ran:
+    """Start an exported pair, hand the batch's prompts over, and ask it for some greedy text.
+
+    Raises:
+        PdtrimError: something is asked of a pair without a tokenizer, or a process failed.
+    """
+    answer = None
     with Session(folder) as session:
+        if ask is not None:
+            answer = session.generate([ask], max_new_tokens=ANSWER_TOKENS)[0].text
         session.generate(batch.prompt_BP.tolist(), max_new_tokens=1)
-        return sum(session.kv_bytes) / len(session.kv_bytes)
+        return Ran(kv_bytes=sum(session.kv_bytes) / len(session.kv_bytes), answer=answer)
+
+
+def run_plan(trim: TrimPlan, model: Model, batch: Batch, ask: str | None = None) -> Ran:
+    """The same of a plan; one that has not been exported is, for as long as it runs."""
+    if trim.exported is not None:
+        return run_pair(trim.exported, batch, ask)
+    with tempfile.TemporaryDirectory(prefix="pdtrim-") as folder:
+        return run_pair(trim.export(model, Path(folder) / "pair"), batch, ask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +88,3 @@ def loopback_bytes(plan: PrunePlan, prefill: Model, batch: Batch) -> Loopback:
         sender.close()
         receiver.close()
     return Loopback(frame=frames / len(batch), cache=caches / len(batch))
-
-
-def measured_plan_bytes(trim: TrimPlan, model: Model, batch: Batch) -> float:
-    """The same for a plan; one that has not been exported is, for as long as it is measured."""
-    if trim.exported is not None:
-        return measured_bytes(trim.exported, batch)
-    with tempfile.TemporaryDirectory(prefix="pdtrim-") as folder:
-        return measured_bytes(trim.export(model, Path(folder) / "pair"), batch)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from pdtrim.bundle import TrimPlan
 from pdtrim.calibration.batches import text_batch
-from pdtrim.evaluate.answers import answers_to
 from pdtrim.evaluate.configs import EvalConfig
-from pdtrim.evaluate.handover import measured_plan_bytes
+from pdtrim.evaluate.handover import Ran, run_plan
 from pdtrim.evaluate.kv_suite import KvSuiteConfig, run_suite
 from pdtrim.evaluate.quality import measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
@@ -52,11 +51,7 @@ def evaluate_text(
     variants = {"dense": Trimmed.dense(dense), name: Trimmed.of(plan, trim.pair(dense))}
     qualities = measure_quality(dense, variants, batch, progress=progress)
     metrics = _retrieval(variants, config, progress)
-    answers: dict[str, str] = {}
-    if config.ask is not None:
-        trims = {"dense": TrimPlan.dense(dense), name: trim}
-        answers = answers_to(config.ask, trims, dense, progress)
-    sizes = _bytes(trim, dense, batch[:WIRE_PROMPTS], progress)
+    whole, sent = _run_both(trim, dense, batch[:WIRE_PROMPTS], config.ask, progress)
     rows = tuple(
         make_row(
             row,
@@ -64,12 +59,12 @@ def evaluate_text(
             qualities[row],
             row_plan,
             lengths=config.lengths,
-            kv_bytes=size,
-            dense_kv_bytes=sizes[0],
-            answer=answers.get(row),
+            kv_bytes=ran.kv_bytes,
+            dense_kv_bytes=whole.kv_bytes,
+            answer=ran.answer,
             metrics=metrics[row],
         )
-        for row, row_plan, size in zip(("dense", name), (None, plan), sizes, strict=True)
+        for row, row_plan, ran in (("dense", None, whole), (name, plan, sent))
     )
     return Result(
         provenance=make_provenance(
@@ -93,11 +88,13 @@ def _retrieval(
     }
 
 
-def _bytes(trim: TrimPlan, dense: Model, prompts: Batch, progress: Progress) -> tuple[float, float]:
-    """Bytes a prompt that cross the wire, dense and under the plan."""
+def _run_both(
+    trim: TrimPlan, dense: Model, prompts: Batch, ask: str | None, progress: Progress
+) -> tuple[Ran, Ran]:
+    """What two processes do, dense and under the plan."""
     with progress("counting bytes on the wire", 2) as advance:
-        whole = measured_plan_bytes(TrimPlan.dense(dense), dense, prompts)
+        whole = run_plan(TrimPlan.dense(dense), dense, prompts, ask)
         advance(1)
-        sent = measured_plan_bytes(trim, dense, prompts)
+        sent = run_plan(trim, dense, prompts, ask)
         advance(1)
     return whole, sent

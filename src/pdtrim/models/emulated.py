@@ -22,7 +22,7 @@ INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # x86's, and ARM
 @cache
 def cpu_lacks_bf16() -> bool:
     """Whether this CPU is known to have no instructions for products of bf16."""
-    known = getattr(torch.cpu, "get_capabilities", None)  # torch 2.12 and later
+    known = getattr(torch.cpu, "get_capabilities", None)  # not in every torch
     return known is not None and not any(known().get(name) for name in INSTRUCTIONS)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pdtrim.bench.rounds import SLOW
-from pdtrim.bench.start import REPEATS, Measured, Read
+from pdtrim.bench.start import REPEATS, Measured, Read, dense_sizes
 from pdtrim.engines.pages import page_bytes, pages_of
 from pdtrim.models.loading import dtype_named
 from pdtrim.plan import PrunePlan
@@ -61,9 +61,9 @@ def _saved(plan: PrunePlan, measured: Measured) -> Iterator[Line]:
         how="encoding, reading and decoding one after the other on idle devices, with no handshake"
         " and no engine",
     )
-    itemsize = dtype_named(measured.dtype).itemsize
-    token = sum(page_bytes(plan, layer, 1, itemsize) for layer in plan.sent_layers)
-    dense_token = 2 * layers * plan.model.num_kv_heads * plan.model.head_dim * itemsize
+    dtype = dtype_named(measured.dtype)
+    token = sum(page_bytes(plan, layer, 1, dtype.itemsize) for layer in plan.sent_layers)
+    dense_token = dense_sizes(plan, 1).raw_bytes(dtype)
     yield Line(
         text=f"memory: a token takes {token:,} bytes of decode's cache, the dense model's"
         f" {dense_token:,}; {_holes(plan, measured)}",

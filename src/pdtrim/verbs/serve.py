@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pdtrim.engines.base import Process
+    from pdtrim.engines.base import Engine, Process
     from pdtrim.engines.config import ServeConfig
 
 PROBE_SECONDS = 300
@@ -49,7 +49,7 @@ def serve_pair(
     if not dry_run:
         engine.check_runnable(config)
         if config.probe:
-            for line in _report(config, started, explain=explain):
+            for line in _report(engine, config, started, explain=explain):
                 advise(line)
         if words := engine.advice(config):
             advise(words)
@@ -64,10 +64,11 @@ def serve_pair(
     return tuple(process.shell for process in started)
 
 
-def _report(config: ServeConfig, started: Sequence[Process], *, explain: bool) -> list[str]:
+def _report(
+    engine: Engine, config: ServeConfig, started: Sequence[Process], *, explain: bool
+) -> list[str]:
     """What was measured, in lines; of a measurement that fails one line that says so."""
     from pdtrim.bench.start import SAYS, Measured
-    from pdtrim.engines import engine_named
     from pdtrim.exported import longest_of, read_pair
     from pdtrim.report.start import start_lines
     from pdtrim.runtime.start import child_env, python_module
@@ -75,7 +76,7 @@ def _report(config: ServeConfig, started: Sequence[Process], *, explain: bool) -
     configs, plan = read_pair(config.pair)
     settings = {
         "dtype": str(configs["decode"].get("dtype")),
-        "block_size": engine_named("vllm").page_size(plan, config.block_size),
+        "block_size": engine.page_size(plan, config.block_size),
         "longest": config.max_model_len or longest_of(configs["decode"]),
         "devices": _devices(started),
     }

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-import urllib.request
-from http.client import HTTPException
 
+from pdtrim.cost.metrics import fetch
 from pdtrim.engines.base import Process
 from pdtrim.engines.config import ServeConfig
 from pdtrim.engines.pages import groups, pages_of
+from pdtrim.errors import PdtrimError
 from pdtrim.exported import longest_of, read_pair
 
 FEW = 4
 """Requests of the longest kind; fewer are worth a warning."""
 INFO = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
-MOST_BYTES = 2**24
 
 
 def room(config: ServeConfig, server: Process) -> str | None:
@@ -25,11 +24,9 @@ def room(config: ServeConfig, server: Process) -> str | None:
     """
     if not server.name.startswith("decode"):
         return None
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(f"{server.url}/metrics", timeout=10) as answer:
-            said = answer.read(MOST_BYTES).decode(errors="replace")
-    except (OSError, HTTPException) as error:
+        said = fetch(f"{server.url}/metrics").decode(errors="replace")
+    except PdtrimError as error:
         return f"{server.name} does not say how many pages it has: {error}"
     info = INFO.search(said)
     number, size = (

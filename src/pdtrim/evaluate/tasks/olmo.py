@@ -100,9 +100,8 @@ def _mmlu(root: Path) -> Rows:
 def _requests(*place: str, change: Callable[[Row], Row]) -> Callable[[Path], Rows]:
     def read(root: Path) -> Rows:
         docs: dict[object, Row] = {}
-        for request in requests(
-            root, *place
-        ):  # some items come twice, with and without their question
+        # some items come twice, with and without their question
+        for request in requests(root, *place):
             docs.setdefault(request["native_id"], request["doc"])
         return Rows(items=[change(doc) for doc in docs.values()])
 
