@@ -8,78 +8,34 @@ from vLLM's own ``bench serve``: random prompts of one length, answers of one le
 servers are started once and take all points; a point whose result is there is not run again.
 
 With two GPUs each stage has its own; with one (or none) both share it, and the result says so.
+``--together 3`` starts the servers of three systems at once, which takes as long as one's. They
+are asked one after another, and share the GPUs' memory: give each its part, as by
+``--decode-arg=--kv-cache-memory-bytes=12G``.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import io
 import json
 import os
 import sys
 import threading
 import time
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from servers import counters, lines_of, running, sum_of
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from serving_systems import NAME, SYSTEMS, commands, distinct, write_pair
 from vllm.benchmarks import serve as serve_benchmark
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from pdtrim.bench.removal import removing
-from pdtrim.bench.shapes import shape_config
-from pdtrim.bundle import TrimPlan
 from pdtrim.engines.base import Process
-from pdtrim.engines.config import ServeConfig
-from pdtrim.engines.vllm.launch import free_port, processes
-from pdtrim.kv.codecs import parse_codec
-from pdtrim.kv.selectors import FirstLast
-from pdtrim.models.checkpoint import WEIGHTS, seal, write_stage_config
-from pdtrim.models.model import Model
-from pdtrim.plan import STAGES, Gates, LayerKV
 from pdtrim.versions import host, versions
-
-NAME = "m"
-
-
-@dataclass(frozen=True, kw_only=True)
-class System:
-    """What is served.
-
-    Attributes:
-        ours: pdtrim's connector; vLLM's own NIXL connector if not.
-        pd: two stages; one server that does both if not.
-        removed: share of prefill's blocks that only make keys and values.
-        codec: of every layer.
-        trimmed: share of layers under ``first_last`` of 256 and 1,792 tokens.
-        page: tokens of a page; None is the default of pdtrim, or of vLLM.
-    """
-
-    ours: bool = True
-    pd: bool = True
-    removed: float = 0.0
-    codec: str = "raw"
-    trimmed: float = 0.0
-    page: int | None = None
-
-
-CODEC = "k3v2:rotate=true"
-SYSTEMS = {
-    "stock": System(ours=False),
-    "stock128": System(ours=False, page=128),
-    "pruned": System(removed=1 / 3),
-    "coded": System(codec=CODEC),
-    "both": System(removed=1 / 3, codec=CODEC),
-    "trimmed": System(removed=1 / 3, codec=CODEC, trimmed=0.5),
-    "dense": System(ours=False, pd=False),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,92 +59,6 @@ class Point:
         return least if self.rate is None else max(least, round(self.rate * seconds))
 
 
-def write_tokenizer(vocabulary: int, folder: Path) -> None:
-    """A word a token, so that texts and token counts agree whatever the model says."""
-    words = {f"w{i}": i for i in range(vocabulary)}
-    raw = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="w0").save_pretrained(folder)
-
-
-def write_pair(system: System, shape: str, folder: Path) -> None:
-    """Both checkpoints of a system without their weights."""
-    config = shape_config(shape)
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model = Model(network, name=shape)
-    vars(model)["fingerprint"] = hashlib.sha256(shape.encode()).hexdigest()  # it has no weights
-    layers = model.num_layers
-    gates = Gates.dense(layers).without_dead_work()
-    if system.removed:
-        gates = removing(layers, round(system.removed * layers))[0]
-    codec = parse_codec(system.codec)
-    rule = FirstLast(first=256, last=1792)
-    cut = (
-        {round(i / system.trimmed) for i in range(round(system.trimmed * layers))}
-        if (system.trimmed)
-        else set()
-    )
-    kv = tuple(
-        LayerKV(selector=rule, codec=codec) if i in cut else LayerKV(codec=codec)
-        for i in range(layers)
-    )
-    changes: dict[str, Any] = {"gates": gates, "kv": kv}
-    if cut:
-        changes["block_size"] = 32
-    plan = TrimPlan.dense(model).plan.model_copy(update=changes)
-    for stage in STAGES:
-        write_tokenizer(config.vocab_size, folder / stage)
-        save_file({}, folder / stage / WEIGHTS)
-        write_stage_config(model, plan, stage, folder / stage)
-    seal({stage: folder / stage for stage in STAGES})
-
-
-def started(system: System, folder: Path, options: argparse.Namespace) -> list[Process]:
-    """The processes of a system, the one that is asked last."""
-    config = ServeConfig(
-        pair=folder,
-        port=free_port(),
-        name=NAME,
-        max_model_len=options.max_model_len,
-        prefill_args=("--load-format", "dummy", *options.stage_arg),
-        decode_args=("--load-format", "dummy", *options.stage_arg),
-    )
-    made = [uncached(process) for process in processes(config, free_port=free_port)]
-    if system.ours:
-        return made
-    servers = [stock(process, folder / "decode", system) for process in made[:2]]
-    if system.pd:
-        return [*servers, made[2]]
-    return servers[1:]  # both stages are whole
-
-
-def uncached(process: Process) -> Process:
-    """Without a prefix cache: the load generator sends one of its prompts twice."""
-    flag = "--no-enable-prefix-caching"
-    if process.name == "router" or flag in process.command:
-        return process
-    return replace(process, command=(*process.command, flag))
-
-
-def stock(process: Process, dense: Path, system: System) -> Process:
-    """The same server as a user of plain vLLM starts it, with one model for both stages."""
-    words = list(process.command)
-    words[words.index("--model") + 1] = str(dense)
-    for flag in ("--hf-overrides", "--block-size", "--kv-transfer-config"):
-        at = words.index(flag)
-        if flag != "--kv-transfer-config":
-            del words[at : at + 2]
-        elif system.pd:
-            role = json.loads(words[at + 1])["kv_role"]
-            words[at + 1] = json.dumps({"kv_connector": "NixlConnector", "kv_role": role})
-        else:
-            del words[at : at + 2]
-    if system.page:
-        words += ["--block-size", str(system.page)]
-    return replace(process, command=tuple(words))
-
-
 class Watch:
     """The share of a server's KV pages that are taken, every quarter of a second."""
 
@@ -210,12 +80,14 @@ class Watch:
                 self.seen.append(sum_of(lines_of(self.url), "vllm:kv_cache_usage_perc"))
 
 
-def bench(url: str, tokenizer: Path, point: Point, count: int, answer: int, out: Path) -> dict:
+def bench(
+    url: str, tokenizer: Path, point: Point, count: int, answer: int, seed: int, out: Path
+) -> dict:
     """vLLM's own load generator, and what it saw of each request."""
     words = ["--backend", "vllm", "--base-url", url]
     words += ["--model", NAME, "--tokenizer", str(tokenizer), "--dataset-name", "random"]
     words += ["--random-input-len", str(point.prompt), "--random-output-len", str(answer)]
-    words += ["--num-prompts", str(count), "--ignore-eos", "--seed", str(point.prompt + count)]
+    words += ["--num-prompts", str(count), "--ignore-eos", "--seed", str(seed)]
     words += ["--request-rate", str(point.rate or "inf"), "--disable-tqdm"]
     words += ["--save-result", "--save-detailed", "--result-dir", str(out.parent)]
     words += ["--result-filename", out.name, "--num-warmups", "1"]
@@ -231,15 +103,16 @@ def bench(url: str, tokenizer: Path, point: Point, count: int, answer: int, out:
 
 
 def measure(
-    made: list[Process], tokenizer: Path, point: Point, options: argparse.Namespace
+    made: list[Process], tokenizer: Path, point: Point, again: int, options: argparse.Namespace
 ) -> dict:
     """One point: what clients saw, what crossed, and what decode held."""
     decode = next((p.url for p in made if p.name.startswith("decode")), made[-1].url)
     count = point.requests(options.seconds, options.least)
+    seed = point.prompt + count + 100_000 * again
     before = counters(decode)
     scratch = options.output / f".{os.getpid()}.json"
     with Watch(decode) as watch:
-        found = bench(made[-1].url, tokenizer, point, count, options.answer, scratch)
+        found = bench(made[-1].url, tokenizer, point, count, options.answer, seed, scratch)
     counted = {key: value - before[key] for key, value in counters(decode).items()}
     handovers = counted.pop("handovers")
     pages = next(x for x in lines_of(decode) if x.startswith("vllm:cache_config_info{"))
@@ -264,31 +137,78 @@ def quantile(values: list[float], q: float) -> float:
     return float(torch.tensor(values or [0.0], dtype=torch.float64).quantile(q))
 
 
-def run(name: str, points: list[Point], options: argparse.Namespace) -> None:
-    """All points of a system that have no result yet."""
+Load = tuple[int, Point]
+"""A repetition and its point."""
+
+
+def todo(options: argparse.Namespace) -> dict[str, list[Load]]:
+    """What has no result yet, by system."""
     results = options.output / "results.jsonl"
     rows = [json.loads(x) for x in results.read_text().splitlines()] if results.is_file() else []
-    there = {(row["system"], row["point"]) for row in rows}
-    todo = [point for point in points if (name, str(point)) not in there]
-    if not todo:
-        return
-    system, folder = SYSTEMS[name], options.output / "pairs" / name
-    if not folder.exists():
-        write_pair(system, options.shape, folder)
-    made = started(system, folder, options)
-    began = time.monotonic()
-    with running(made, options.output / f"{name}.log", options.start_seconds):
-        say(f"{name}: serves after {time.monotonic() - began:.0f} s")
-        warm = Point(prompt=max(p.prompt for p in todo), rate=None)
-        bench(made[-1].url, folder / "decode", warm, 2, 8, options.output / ".warm.json")
-        for point in todo:
-            row = measure(made, folder / "decode", point, options)
-            row = {"system": name, "point": str(point), **about(options), **row}
-            with results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            ttft, tpot = (quantile(row[key], 0.5) for key in ("ttft_s", "tpot_s"))
-            say(f"{name} {point}: {row['answered']} of {row['requests']} answered, TTFT"
-                f" {ttft * 1e3:.0f} ms, TPOT {tpot * 1e3:.2f} ms")  # fmt: skip
+    there = {(row["system"], row["point"], row["repetition"]) for row in rows}
+    points = [Point.parse(text) for text in options.points.split(",")]
+    loads = [(again, point) for again in range(options.repetitions) for point in points]
+    left = {
+        name: [load for load in loads if (name, str(load[1]), load[0]) not in there]
+        for name in options.systems.split(",")
+    }
+    return {name: of for name, of in left.items() if of}
+
+
+def run(left: dict[str, list[Load]], options: argparse.Namespace) -> None:
+    """Systems whose servers stand side by side, a repetition of each and then the next."""
+    port = distinct()
+    made = {}
+    for name in left:
+        folder = options.output / "pairs" / name
+        if not folder.exists():
+            write_pair(SYSTEMS[name], options.shape, folder)
+        made[name] = commands(SYSTEMS[name], folder, port, options)
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(made)) as pool:
+        began = time.monotonic()
+
+        def start(name: str) -> str | None:
+            """Its servers, to the end of all; None if they do not start."""
+            servers = running(made[name], options.output / f"{name}.log", options.start_seconds)
+            try:
+                stack.enter_context(servers)
+            except Exception as error:  # the others may still be measured
+                say(f"{name}: {type(error).__name__}: {error}")
+                return None
+            say(f"{name}: serves after {time.monotonic() - began:.0f} s")
+            return name
+
+        up = [name for name in pool.map(start, left) if name]
+        for name in up:
+            warm = Point(prompt=max(point.prompt for _, point in left[name]), rate=None)
+            tokenizer = options.output / "pairs" / name / "decode"
+            bench(made[name][-1].url, tokenizer, warm, 2, 8, 1, options.output / ".warm.json")
+        for again in range(options.repetitions):
+            for name in up:
+                for _, point in (load for load in left[name] if load[0] == again):
+                    take(name, made[name], point, again, up, options)
+
+
+def take(
+    name: str,
+    made: list[Process],
+    point: Point,
+    again: int,
+    up: list[str],
+    options: argparse.Namespace,
+) -> None:
+    """Measure a point and keep it."""
+    row = measure(made, options.output / "pairs" / name / "decode", point, again, options)
+    row = {"system": name, "point": str(point), "repetition": again, "beside": up,
+           **about(options), **row}  # fmt: skip
+    with (options.output / "results.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    ttft, tpot = (quantile(row[key], 0.5) * 1e3 for key in ("ttft_s", "tpot_s"))
+    handover = row["handover"].get("handover_s", 0.0) * 1e3
+    say(
+        f"{name} {point}: {row['answered']} of {row['requests']} answered, TTFT {ttft:.0f} ms,"
+        f" TPOT {tpot:.2f} ms, handover {handover:.1f} ms"
+    )
 
 
 def about(options: argparse.Namespace) -> dict[str, Any]:
@@ -299,6 +219,8 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
         "answer": options.answer,
         "gpus": gpus,
         "stage_args": options.stage_arg,
+        "prefill_args": options.prefill_arg,
+        "decode_args": options.decode_arg,
         "date": time.strftime("%Y-%m-%d"),
         "host": host(),
         "versions": versions(),
@@ -323,14 +245,19 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=17408)
     parser.add_argument("--start-seconds", type=float, default=600)
     parser.add_argument("--stage-arg", action="append", default=[], help="for vLLM's servers")
+    parser.add_argument("--prefill-arg", action="append", default=[])
+    parser.add_argument("--decode-arg", action="append", default=[])
+    parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument("--together", type=int, default=1, help="systems started at once")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    points = [Point.parse(text) for text in options.points.split(",")]
-    for name in options.systems.split(","):
+    names = list(todo(options))
+    for first in range(0, len(names), options.together):
+        batch = names[first : first + options.together]
         try:
-            run(name, points, options)
-        except Exception as error:  # the next system may still be measured
-            say(f"{name}: {type(error).__name__}: {error}")
+            run({name: todo(options)[name] for name in batch}, options)
+        except Exception as error:  # the next systems may still be measured
+            say(f"{', '.join(batch)}: {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
