@@ -38,7 +38,6 @@ from pdtrim.kv.kernels import kernels_of, refuse
 from pdtrim.records import MOST_TOKENS
 
 LARGEST = 127  # code
-NO_CODES = "entropy KV holds codes, a mean or a step that no encoder makes"
 STEPS = ((0.2, 0.5), (0.3, 0.7), (0.3, 1.1), (0.4, 0.9), (0.6, 0.9), (0.6, 1.4), (1.0, 1.8))
 """Of keys and of values, in menus and sweeps, the finest first."""
 
@@ -57,6 +56,7 @@ class Entropy(CodecBase):
     variable: ClassVar[bool] = True
     presets: ClassVar[str] = "entropy"
     kernels: ClassVar[str | None] = "entropy"
+    no_code: ClassVar[str] = "entropy KV holds codes, a mean or a step that no encoder makes"
 
     @classmethod
     def menu(cls, width: int) -> tuple[str, ...]:
@@ -93,7 +93,7 @@ class Entropy(CodecBase):
         N = tokens - start
         if kernels := kernels_of(self, data.device, tokens, D):
             k_LMD, v_LMD, broken = kernels.decode(self, data, L, tokens, D, dtype)
-            refuse(broken, NO_CODES)
+            refuse(broken, self.no_code)
             return k_LMD, v_LMD
         ends, mean, k_step, v_step, lanes, words = self.parts(data.cpu(), L, tokens, D, dtype)
         codes_PND = rans.decode(lanes, words, (2 * L, N, D))

@@ -36,6 +36,7 @@ class Fp8(CodecBase):
     largest: ClassVar[float] = LARGEST * 65504.0
     presets: ClassVar[str] = "fp8"
     kernels: ClassVar[str | None] = "fp8"
+    no_code: ClassVar[str] = "fp8 KV holds a scale or a value that is no number, or no scale"
 
     @torch.no_grad()  # it writes in place
     def encode(self, k_LMD: Tensor, v_LMD: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ class Fp8(CodecBase):
             raise WireError(f"fp8 KV of {data.numel()} bytes does not fit its shape")
         if kernels := kernels_of(self, data.device, M, D):
             k_LMD, v_LMD, broken = kernels.decode(self, data, L, M, D, dtype)
-            refuse(broken, "fp8 KV holds a scale or a value that is no number, or no scale")
+            refuse(broken, self.no_code)
             return k_LMD, v_LMD
         k_LMD, v_LMD = kv_2LMD = data.new_empty(2, L, M, D, dtype=dtype)
         if M == 0:

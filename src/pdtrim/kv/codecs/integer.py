@@ -61,6 +61,7 @@ class Integer(CodecBase):
 
     presets: ClassVar[str] = "int{2,3,4,8} or k{2,3,4,8}v{2,3,4,8}"
     kernels: ClassVar[str | None] = "integer"
+    no_code: ClassVar[str] = NO_GRID
 
     @classmethod
     def preset(cls, word: str) -> dict[str, Any] | None:
@@ -130,7 +131,7 @@ class Integer(CodecBase):
             raise WireError(f"int KV of {data.numel()} bytes does not fit its shape")
         if kernels := kernels_of(self, data.device, M, D):
             k_LMD, v_LMD, broken = kernels.decode(self, data, L, M, D, dtype)
-            refuse(broken, NO_GRID)
+            refuse(broken, self.no_code)
             return k_LMD, v_LMD
         start, stop = self.coded(M)
         N = stop - start

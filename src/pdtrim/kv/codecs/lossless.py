@@ -55,6 +55,7 @@ class Lossless(CodecBase):
     variable: ClassVar[bool] = True
     presets: ClassVar[str] = "lossless"
     kernels: ClassVar[str | None] = "lossless"
+    no_code: ClassVar[str] = "lossless KV holds codes that no encoder makes"
 
     @model_validator(mode="before")
     @classmethod
@@ -79,7 +80,7 @@ class Lossless(CodecBase):
         L, M, D = heads, tokens, width
         if kernels := kernels_of(self, data.device, M, D):
             k_LMD, v_LMD, broken = kernels.decode(self, data, L, M, D, dtype)
-            refuse(broken, "lossless KV holds codes that no encoder makes")
+            refuse(broken, self.no_code)
             return k_LMD, v_LMD
         plain, lanes, words = self.parts(data.cpu(), L, M, D, dtype)
         codes_PND = rans.decode(lanes, words, (2 * L, M, D))

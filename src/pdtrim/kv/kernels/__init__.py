@@ -10,14 +10,20 @@ bit. A codec's kernels are the module here of its name. A module has
 - ``decode(codec, data, heads, tokens, width, dtype)``: keys and values, and int32 ``[1]`` on the
   GPU that is not 0 where the bytes hold what ``encode`` cannot have made. The raw code needs none.
 
+The module of a codec of fixed length codes many layers in one launch, too:
+
+- ``encode_layers(codec, kv, kept_YLM, room_YS)``: from caches into a row of room for each layer;
+- ``decode_layers(codec, data_YS, kv, kept_YLM)``: from such rows into caches, and ``broken`` as of
+  ``decode``. Both need :func:`alike`.
+
 Which path codes a tensor is decided here and nowhere else. Triton is imported when first used.
 
-Shapes: L heads, T tokens of the cache, M of them kept, D head width.
+Shapes: Y layers, L heads, T tokens of the cache, M of them kept, D head width, S bytes of room.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -35,6 +41,9 @@ if TYPE_CHECKING:
 
 Way = Literal["triton", "torch"]
 
+ALIGNED = 16
+"""Bytes: memory that starts at a multiple of it is read and written by wide words."""
+
 _forced: ContextVar[Way | None] = ContextVar("forced", default=None)
 _unchecked: ContextVar[list[tuple[Tensor, str]] | None] = ContextVar("unchecked", default=None)
 
@@ -51,6 +60,19 @@ def uses_kernels(device: torch.device) -> bool:
     """Whether Triton works on a device's memory: on a GPU, unless :func:`use` says otherwise."""
     way = _forced.get() or ("triton" if device.type == "cuda" and _installed() else "torch")
     return way == "triton"
+
+
+def alike(kv: Sequence[tuple[Tensor, Tensor]], data_YS: Tensor) -> bool:
+    """Whether a launch can reach the pairs ``[L, T, D]`` of all layers from the first layer's.
+
+    That is so in caches of one shape, whole words of ``ALIGNED`` bytes from one another, in which a
+    token's channels lie together, with rows of data that begin with such words.
+    """
+    shapes = {(x.shape, x.stride(), x.dtype, x.data_ptr() % ALIGNED) for x, _ in kv}
+    shapes_v = {(x.shape, x.stride(), x.dtype, x.data_ptr() % ALIGNED) for _, x in kv}
+    together = all(x.stride(2) == 1 for x in kv[0])
+    rows = data_YS.data_ptr() % ALIGNED == 0 and data_YS.stride(0) % ALIGNED == 0
+    return len(shapes) == len(shapes_v) == 1 and together and rows
 
 
 @contextmanager

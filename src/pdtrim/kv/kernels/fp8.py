@@ -4,7 +4,7 @@ A head's scale needs all its pairs, so that encoding reads them twice, the secon
 caches where a head fits there. e4m3 is made and read by integers: GPUs before the fp8 ones code as
 well, and the interpreter rounds its conversions wrongly.
 
-Shapes: L heads, T tokens of the cache, M of them kept, D head width.
+Shapes: Y layers, L heads, T tokens of the cache, M of them kept, D head width, S bytes of room.
 """
 
 from __future__ import annotations
@@ -16,7 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdtrim.kv.kernels.launch import TILE, aligned, on, rows, source, threads, tokens_of
+from pdtrim.kv.kernels import ALIGNED
+from pdtrim.kv.kernels.launch import (
+    TILE,
+    Pairs,
+    aligned,
+    on,
+    rows,
+    shape_of,
+    source,
+    threads,
+    tokens_of,
+)
 from pdtrim.kv.kernels.numbers import (
     EXACT,
     GREATEST_FP16,
@@ -24,9 +35,10 @@ from pdtrim.kv.kernels.numbers import (
     channels,
     fp16_below,
     inverse_of,
+    layer_of,
     load_side,
-    narrowed,
     quotient,
+    store_side,
     widened,
 )
 
@@ -49,80 +61,113 @@ def takes(codec: Fp8, tokens: int, width: int) -> bool:
 
 def encode(codec: Fp8, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None = None) -> Tensor:
     """The wire bytes, as :meth:`Fp8.encode` makes them of the kept pairs."""
-    k_LTD, v_LTD = rows(k_LTD), rows(v_LTD)
-    L, M, D = *(k_LTD if kept_LM is None else kept_LM).shape[:2], k_LTD.shape[2]
-    size = codec.nbytes(L, M, D, k_LTD.dtype)
+    kv, kept_YLM = [(rows(k_LTD), rows(v_LTD))], None if kept_LM is None else kept_LM[None]
+    size = codec.nbytes(*shape_of(kv, kept_YLM)[1:], k_LTD.dtype)
     data = torch.empty(size, dtype=torch.uint8, device=k_LTD.device)
+    encode_layers(codec, kv, kept_YLM, data[None])
+    return data
+
+
+def encode_layers(codec: Fp8, kv: Pairs, kept_YLM: Tensor | None, room_YS: Tensor) -> None:
+    """The same of alike layers, each into the begin of a row."""
+    Y, L, M, D = shape_of(kv, kept_YLM)
     if L * M == 0:
-        return data
-    scales, codes = data[: 4 * L].view(torch.float16), data[4 * L :]
-    pointers, strides = source(k_LTD, v_LTD, kept_LM)
-    constants = {"D": D, "BM": tokens_of(D), "KEPT": kept_LM is not None, **threads(TILE)}
+        return
+    pointers, strides, kept = source(kv, kept_YLM)
+    constants = {"D": D, "BM": tokens_of(D), **kept, **threads(TILE)}
     tiles = triton.cdiv(M, tokens_of(D))
     runs = triton.cdiv(tiles, RUN)
-    peaks = torch.empty(2 * L * runs, dtype=torch.int32, device=data.device)
-    with on(data.device):
-        peak_kernel[(2 * L * runs,)](
-            *(*pointers, peaks, M, runs, *strides), **constants, RUN=RUN, **EXACT
+    peaks = torch.empty(Y * 2 * L * runs, dtype=torch.int32, device=room_YS.device)
+    with on(room_YS.device):
+        peak_kernel[(Y * 2 * L * runs,)](
+            *(*pointers, peaks, M, L, runs, *strides), **constants, RUN=RUN, **EXACT
         )
-        code_kernel[(2 * L * tiles,)](
-            *(*pointers, peaks, scales, codes, M, tiles, runs, *strides), **constants, **EXACT
+        code_kernel[(Y * 2 * L * tiles,)](
+            *(*pointers, peaks, *_parts(room_YS, L), M, L, tiles, runs),
+            *(room_YS.stride(0) // ALIGNED, *strides),
+            **constants,
+            **EXACT,
         )
-    return data
 
 
 def decode(
     codec: Fp8, data: Tensor, heads: int, tokens: int, width: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values ``[L, M, D]``, and int32 ``[1]``, not 0 where one is broken."""
-    L, M, D = heads, tokens, width
-    k_LMD, v_LMD = kv_2LMD = torch.empty(2, L, M, D, dtype=dtype, device=data.device)
-    if kv_2LMD.numel() == 0:
-        return k_LMD, v_LMD, torch.zeros(1, dtype=torch.int32, device=data.device)
-    data = aligned(data)
-    tiles = triton.cdiv(M * D, TILE)
-    broken = torch.zeros(1, dtype=torch.int32, device=data.device)
-    with on(data.device):
-        decode_kernel[(2 * L * tiles,)](
-            *(data[: 4 * L].view(torch.float16), data[4 * L :], kv_2LMD, broken, M * D, tiles),
-            BLOCK=TILE,
+    k_LMD, v_LMD = torch.empty(2, heads, tokens, width, dtype=dtype, device=data.device)
+    return k_LMD, v_LMD, decode_layers(codec, aligned(data)[None], [(k_LMD, v_LMD)], None)
+
+
+def decode_layers(codec: Fp8, data_YS: Tensor, kv: Pairs, kept_YLM: Tensor | None) -> Tensor:
+    """The begin of each row into alike layers, and ``broken`` of them all."""
+    Y, L, M, D = shape_of(kv, kept_YLM)
+    broken = torch.zeros(1, dtype=torch.int32, device=data_YS.device)
+    if L * M == 0:
+        return broken
+    pointers, strides, kept = source(kv, kept_YLM)
+    tiles = triton.cdiv(M, tokens_of(D))
+    with on(data_YS.device):
+        decode_kernel[(Y * 2 * L * tiles,)](
+            *(*_parts(data_YS, L), *pointers, broken, M, L, tiles),
+            *(data_YS.stride(0) // ALIGNED, *strides),
+            **{"D": D, "BM": tokens_of(D), **kept},
             **threads(TILE),
             **EXACT,
         )
-    return k_LMD, v_LMD, broken
+    return broken
 
 
-@triton.jit(do_not_specialize=["M", "runs"], do_not_specialize_on_alignment=["kept_ptr"])
+def _parts(data_YS: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """The first layer's scales and codes."""
+    return data_YS[0, : 4 * heads].view(torch.float16), data_YS[0, 4 * heads :]
+
+
+SCALARS = ["M", "heads", "tiles", "runs", "room", "kept_layer"]
+
+
+@triton.jit(do_not_specialize=SCALARS, do_not_specialize_on_alignment=["kept_ptr"])
 def peak_kernel(
-    k_ptr, v_ptr, kept_ptr, peak_ptr, M, runs, k_head, k_row, v_head, v_row, kept_head, kept_row,
-    D: tl.constexpr, BM: tl.constexpr, KEPT: tl.constexpr, RUN: tl.constexpr,
+    k_ptr, v_ptr, kept_ptr, apart_ptr, peak_ptr, M, heads, runs,
+    k_head, k_row, v_head, v_row, kept_head, kept_row, kept_layer,
+    D: tl.constexpr, BM: tl.constexpr, KEPT: tl.constexpr, MANY: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """int32 bits of the largest magnitude of ``RUN`` tiles, which order as the numbers do."""
     pid = tl.program_id(0)
-    heads = tl.num_programs(0) // runs // 2
+    side = pid // runs % (2 * heads)
+    layer, layers = pid // runs // (2 * heads), tl.num_programs(0) // runs // (2 * heads)
+    k_ptr, v_ptr, kept_ptr = layer_of(
+        k_ptr, v_ptr, kept_ptr, apart_ptr, layer, layers, kept_layer, KEPT, MANY
+    )
     peak = tl.zeros([BM, triton.next_power_of_2(D)], tl.int32)
     for tile in range(RUN):
         m = tl.minimum((pid % runs * RUN + tile) * BM + tl.arange(0, BM), M - 1)
         x = load_side(
-            k_ptr, v_ptr, kept_ptr, heads, pid // runs, m,
+            k_ptr, v_ptr, kept_ptr, heads, side, m,
             k_head, k_row, v_head, v_row, kept_head, kept_row, D, KEPT,
         )  # fmt: skip
         peak = tl.maximum(peak, widened(x).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     tl.store(peak_ptr + pid, tl.max(tl.max(peak, axis=1), axis=0))
 
 
-@triton.jit(do_not_specialize=["M", "tiles", "runs"], do_not_specialize_on_alignment=["kept_ptr"])
+@triton.jit(do_not_specialize=SCALARS, do_not_specialize_on_alignment=["kept_ptr"])
 def code_kernel(
-    k_ptr, v_ptr, kept_ptr, peak_ptr, scale_ptr, code_ptr, M, tiles, runs,
-    k_head, k_row, v_head, v_row, kept_head, kept_row,
-    D: tl.constexpr, BM: tl.constexpr, KEPT: tl.constexpr,
+    k_ptr, v_ptr, kept_ptr, apart_ptr, peak_ptr, scale_ptr, code_ptr, M, heads, tiles, runs, room,
+    k_head, k_row, v_head, v_row, kept_head, kept_row, kept_layer,
+    D: tl.constexpr, BM: tl.constexpr, KEPT: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """Codes of ``BM`` pairs, by the scale of the head's ``runs`` magnitudes."""
     pid = tl.program_id(0)
-    side, tile = pid // tiles, pid % tiles
+    side, tile = pid // tiles % (2 * heads), pid % tiles
+    layer, layers = pid // tiles // (2 * heads), tl.num_programs(0) // tiles // (2 * heads)
+    k_ptr, v_ptr, kept_ptr = layer_of(
+        k_ptr, v_ptr, kept_ptr, apart_ptr, layer, layers, kept_layer, KEPT, MANY
+    )
+    peak_ptr += layer * (2 * heads * runs)
+    scale_ptr += layer.to(tl.int64) * room * 8
+    code_ptr += layer.to(tl.int64) * room * 16
     m = tile * BM + tl.arange(0, BM)
     x = load_side(
-        k_ptr, v_ptr, kept_ptr, tl.num_programs(0) // tiles // 2, side, tl.minimum(m, M - 1),
+        k_ptr, v_ptr, kept_ptr, heads, side, tl.minimum(m, M - 1),
         k_head, k_row, v_head, v_row, kept_head, kept_row, D, KEPT,
     )  # fmt: skip
     peak = tl.zeros([PEAKS], tl.int32)
@@ -142,24 +187,35 @@ def code_kernel(
     tl.store(to, codes.to(tl.uint8), mask=(m < M)[:, None])
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit(do_not_specialize=SCALARS, do_not_specialize_on_alignment=["kept_ptr"])
 def decode_kernel(
-    scale_ptr, code_ptr, to_ptr, broken_ptr, elements, tiles, BLOCK: tl.constexpr
+    scale_ptr, code_ptr, k_ptr, v_ptr, kept_ptr, apart_ptr, broken_ptr, M, heads, tiles, room,
+    k_head, k_row, v_head, v_row, kept_head, kept_row, kept_layer,
+    D: tl.constexpr, BM: tl.constexpr, KEPT: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
-    """``BLOCK`` of a head's ``elements``."""
+    """``BM`` pairs of a head."""
     pid = tl.program_id(0)
-    side, e = pid // tiles, pid % tiles * BLOCK + tl.arange(0, BLOCK)
-    scale = tl.load(scale_ptr + side).to(tl.float32)
-    at, ok = side.to(tl.int64) * elements + e, e < elements
-    code = tl.load(code_ptr + at, mask=ok, other=0).to(tl.int32)
+    side, tile = pid // tiles % (2 * heads), pid % tiles
+    layer, layers = pid // tiles // (2 * heads), tl.num_programs(0) // tiles // (2 * heads)
+    k_ptr, v_ptr, kept_ptr = layer_of(
+        k_ptr, v_ptr, kept_ptr, apart_ptr, layer, layers, kept_layer, KEPT, MANY
+    )
+    scale = tl.load(scale_ptr + layer.to(tl.int64) * room * 8 + side).to(tl.float32)
+    m = tile * BM + tl.arange(0, BM)
+    at = (side.to(tl.int64) * M + m)[:, None] * D + channels(D)[None, :]
+    code_ptr += layer.to(tl.int64) * room * 16
+    code = tl.load(code_ptr + at, mask=(m < M)[:, None], other=0).to(tl.int32)
     sound = (scale > 0) & (scale <= GREATEST_FP16)
-    no_number = tl.max(((code & 0x7F) == 0x7F).to(tl.int32), axis=0)
+    no_number = tl.max(tl.max(((code & 0x7F) == 0x7F).to(tl.int32), axis=1), axis=0)
     if (no_number > 0) | (sound == 0):
         tl.store(broken_ptr, 1)
     # moved up by seven bits, the code is the fp16 of its value over 2**8
     half = ((code & 0x80) << 8 | (code & 0x7F) << 7).to(tl.int16).to(tl.float16, bitcast=True)
     x = half.to(tl.float32) * (scale * 256.0)
-    tl.store(to_ptr + at, narrowed(x, to_ptr.dtype.element_ty), mask=ok)
+    store_side(
+        k_ptr, v_ptr, kept_ptr, heads, side, m, x, m < M,
+        k_head, k_row, v_head, v_row, kept_head, kept_row, D, KEPT,
+    )  # fmt: skip
 
 
 @triton.jit

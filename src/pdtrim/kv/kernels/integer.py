@@ -1,6 +1,7 @@
 """What the integer codecs run on a GPU: sizes of tiles, and the launches.
 
-Shapes: L heads, T tokens of the cache, M of them kept, N coded, D head width, J groups.
+Shapes: Y layers, L heads, T tokens of the cache, M of them kept, N coded, D head width, S bytes of
+room.
 """
 
 from __future__ import annotations
@@ -11,9 +12,19 @@ import torch
 import triton
 from torch import Tensor
 
+from pdtrim.kv.kernels import ALIGNED
 from pdtrim.kv.kernels.integer_decode import decode_kernel
 from pdtrim.kv.kernels.integer_encode import encode_kernel
-from pdtrim.kv.kernels.launch import aligned, on, rows, source, threads, tokens_of
+from pdtrim.kv.kernels.launch import (
+    Pairs,
+    aligned,
+    on,
+    rows,
+    shape_of,
+    source,
+    threads,
+    tokens_of,
+)
 from pdtrim.kv.kernels.numbers import EXACT
 
 if TYPE_CHECKING:
@@ -29,54 +40,77 @@ def takes(codec: Integer, tokens: int, width: int) -> bool:
 
 def encode(codec: Integer, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None = None) -> Tensor:
     """The wire bytes, as :meth:`Integer.encode` makes them of the kept pairs."""
-    k_LTD, v_LTD = rows(k_LTD), rows(v_LTD)
-    L, M, D = *(k_LTD if kept_LM is None else kept_LM).shape[:2], k_LTD.shape[2]
-    plan = _Tiles(codec, M, D)
-    sizes = codec.sizes(L, M, D, k_LTD.dtype)
-    data = torch.empty(sum(sizes), dtype=torch.uint8, device=k_LTD.device)
-    ends, k_grid, v_grid, k_codes, v_codes = data.split(sizes)
+    kv, kept_YLM = [(rows(k_LTD), rows(v_LTD))], None if kept_LM is None else kept_LM[None]
+    size = codec.nbytes(*shape_of(kv, kept_YLM)[1:], k_LTD.dtype)
+    data = torch.empty(size, dtype=torch.uint8, device=k_LTD.device)
+    encode_layers(codec, kv, kept_YLM, data[None])
+    return data
+
+
+def encode_layers(codec: Integer, kv: Pairs, kept_YLM: Tensor | None, room_YS: Tensor) -> None:
+    """The same of alike layers, each into the begin of a row."""
+    Y, L, M, D = shape_of(kv, kept_YLM)
+    plan, dtype = _Tiles(codec, M, D), kv[0][0].dtype
     tiles = plan.groups + plan.v_tiles + plan.end_tiles
     if L * tiles == 0:
-        return data
-    pointers, strides = source(k_LTD, v_LTD, kept_LM)
-    with on(data.device):
-        encode_kernel[(L * tiles,)](
-            *(*pointers, ends.view(k_LTD.dtype)),
-            *(k_grid.view(torch.float16), v_grid.view(torch.float16), k_codes, v_codes),
+        return
+    pointers, strides, constants = source(kv, kept_YLM)
+    with on(room_YS.device):
+        encode_kernel[(Y * L * tiles,)](
+            *(*pointers, *_parts(codec, room_YS, L, M, D, dtype)),
             *(plan.coded, tiles, plan.groups, plan.v_tiles, plan.first, plan.last, plan.size),
-            *strides,
+            *(L, room_YS.stride(0) // ALIGNED, *strides),
             **plan.constants(codec, D),
-            **{"CHUNKS": plan.chunks, "KEPT": kept_LM is not None},
+            **{"CHUNKS": plan.chunks, **constants},
             **threads(plan.elements),
             **EXACT,
         )
-    return data
 
 
 def decode(
     codec: Integer, data: Tensor, heads: int, tokens: int, width: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values ``[L, M, D]``, and int32 ``[1]``, not 0 where a grid is broken."""
-    L, M, D = heads, tokens, width
-    plan = _Tiles(codec, M, D)
-    k_LMD, v_LMD = torch.empty(2, L, M, D, dtype=dtype, device=data.device)
+    k_LMD, v_LMD = torch.empty(2, heads, tokens, width, dtype=dtype, device=data.device)
+    return k_LMD, v_LMD, decode_layers(codec, aligned(data)[None], [(k_LMD, v_LMD)], None)
+
+
+def decode_layers(codec: Integer, data_YS: Tensor, kv: Pairs, kept_YLM: Tensor | None) -> Tensor:
+    """The begin of each row into alike layers, and ``broken`` of them all."""
+    Y, L, M, D = shape_of(kv, kept_YLM)
+    plan, dtype = _Tiles(codec, M, D), kv[0][0].dtype
     k_tiles = plan.groups * plan.chunks
     tiles = k_tiles + plan.v_tiles + plan.end_tiles
+    broken = torch.zeros(1, dtype=torch.int32, device=data_YS.device)
     if L * tiles == 0:
-        return k_LMD, v_LMD, torch.zeros(1, dtype=torch.int32, device=data.device)
-    ends, k_grid, v_grid, k_codes, v_codes = aligned(data).split(codec.sizes(L, M, D, dtype))
-    broken = torch.zeros(1, dtype=torch.int32, device=data.device)
-    with on(data.device):
-        decode_kernel[(L * tiles,)](
-            *(ends.view(dtype), k_grid.view(torch.float16), v_grid.view(torch.float16)),
-            *(k_codes, v_codes, k_LMD, v_LMD, broken),
+        return broken
+    pointers, strides, constants = source(kv, kept_YLM)
+    with on(data_YS.device):
+        decode_kernel[(Y * L * tiles,)](
+            *(*_parts(codec, data_YS, L, M, D, dtype), *pointers, broken),
             *(plan.coded, tiles, k_tiles, plan.v_tiles, plan.first, plan.last, plan.size),
-            plan.groups,
+            *(L, data_YS.stride(0) // ALIGNED, plan.groups, *strides),
             **plan.constants(codec, D),
+            **constants,
             **threads(plan.elements),
             **EXACT,
         )
-    return k_LMD, v_LMD, broken
+    return broken
+
+
+def _parts(
+    codec: Integer, data_YS: Tensor, heads: int, tokens: int, width: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """The first layer's bytes: raw ends, grids of keys and of values, codes of both."""
+    sizes = codec.sizes(heads, tokens, width, dtype)
+    ends, k_grid, v_grid, k_codes, v_codes = data_YS[0, : sum(sizes)].split(sizes)
+    return (
+        ends.view(dtype),
+        k_grid.view(torch.float16),
+        v_grid.view(torch.float16),
+        k_codes,
+        v_codes,
+    )
 
 
 class _Tiles:

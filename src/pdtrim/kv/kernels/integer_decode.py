@@ -1,8 +1,8 @@
-"""Decoding of ``kv/codecs/integer.py`` on a GPU: the bytes to dense pairs in one launch.
+"""Decoding of ``kv/codecs/integer.py`` on a GPU: the bytes to a cache's pairs in one launch.
 
 One program a tile of a head, as in encoding; a tile of keys is ``BT`` tokens of one group.
 
-Shapes: L heads, N coded tokens, D head width, J groups.
+Shapes: N coded tokens, D head width, J groups.
 """
 
 from __future__ import annotations
@@ -10,54 +10,65 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pdtrim.kv.kernels.integer_encode import SCALARS, bytes_of, unit_of
-from pdtrim.kv.kernels.numbers import broken, channels, hadamard, narrowed
+from pdtrim.kv.kernels.integer_encode import SCALARS, bytes_of, data_of, unit_of
+from pdtrim.kv.kernels.numbers import broken, channels, hadamard, layer_of, store_rows
 
 
 @triton.jit(
     do_not_specialize=[*SCALARS, "J"],
-    do_not_specialize_on_alignment=["ends_ptr", "k_grid_ptr", "v_grid_ptr", "k_codes_ptr"],
-)
+    do_not_specialize_on_alignment=["ends_ptr", "k_grid_ptr", "v_grid_ptr", "k_codes_ptr",
+                                    "kept_ptr"],
+)  # fmt: skip
 def decode_kernel(
-    ends_ptr, k_grid_ptr, v_grid_ptr, k_codes_ptr, v_codes_ptr, k_ptr, v_ptr, broken_ptr,
-    N, tiles, k_tiles, v_tiles, first, last, size, J,
+    ends_ptr, k_grid_ptr, v_grid_ptr, k_codes_ptr, v_codes_ptr,
+    k_ptr, v_ptr, kept_ptr, apart_ptr, broken_ptr,
+    N, tiles, k_tiles, v_tiles, first, last, size, heads, room, J,
+    k_head, k_row, v_head, v_row, kept_head, kept_row, kept_layer,
     D: tl.constexpr, STAGES: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
-    GROUP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
+    GROUP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, KEPT: tl.constexpr,
+    MANY: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys, of values or of raw ends; ``tiles`` of them a head, in that order.
 
-    ``broken_ptr`` is set where a grid is none that an encoder makes.
+    ``broken_ptr`` is set where a grid is none that an encoder makes. The rest is as in encoding.
     """
     pid = tl.program_id(0)
-    head, tile, heads = pid // tiles, pid % tiles, tl.num_programs(0) // tiles
-    k_to = k_ptr + head.to(tl.int64) * (first + N + last) * D
-    v_to = v_ptr + head.to(tl.int64) * (first + N + last) * D
+    head, tile = pid // tiles % heads, pid % tiles
+    layer, layers = pid // tiles // heads, tl.num_programs(0) // tiles // heads
+    k_ptr, v_ptr, kept_ptr = layer_of(
+        k_ptr, v_ptr, kept_ptr, apart_ptr, layer, layers, kept_layer, KEPT, MANY
+    )
+    ends_ptr, k_grid_ptr, v_grid_ptr, k_codes_ptr, v_codes_ptr = data_of(
+        ends_ptr, k_grid_ptr, v_grid_ptr, k_codes_ptr, v_codes_ptr, layer.to(tl.int64) * room
+    )
     if tile < k_tiles:
         _keys(
-            k_grid_ptr, k_codes_ptr, k_to + first * D, broken_ptr, heads, head,
-            tile // (k_tiles // J), tile % (k_tiles // J), N, J, size, D, STAGES, K_BITS, BT,
+            k_grid_ptr, k_codes_ptr, k_ptr, kept_ptr, broken_ptr, heads, head,
+            tile // (k_tiles // J), tile % (k_tiles // J), N, J, first, size,
+            k_head, k_row, kept_head, kept_row, D, STAGES, K_BITS, BT, KEPT,
         )  # fmt: skip
     elif tile < k_tiles + v_tiles:
         _values(
-            v_grid_ptr, v_codes_ptr, v_to + first * D, broken_ptr, heads, head, tile - k_tiles, N,
-            D, STAGES, V_BITS, GROUP, BV,
+            v_grid_ptr, v_codes_ptr, v_ptr, kept_ptr, broken_ptr, heads, head, tile - k_tiles, N,
+            first, v_head, v_row, kept_head, kept_row, D, STAGES, V_BITS, GROUP, BV, KEPT,
         )  # fmt: skip
     else:
         r = (tile - k_tiles - v_tiles) * BV + tl.arange(0, BV)
         ends = first + last
-        n = tl.where(r < first, r, r + N)
-        d = channels(D)
-        at = ends_ptr + (head.to(tl.int64) * ends + r)[:, None] * D + d[None, :]
-        ok = (r < ends)[:, None]
-        to = n[:, None] * D + d[None, :]
-        tl.store(k_to + to, tl.load(at, mask=ok), mask=ok)
-        tl.store(v_to + to, tl.load(at + heads.to(tl.int64) * ends * D, mask=ok), mask=ok)
+        n, ok = tl.where(r < first, r, r + N), r < ends
+        at = ends_ptr + (head.to(tl.int64) * ends + r)[:, None] * D + channels(D)[None, :]
+        k = tl.load(at, mask=ok[:, None])
+        store_rows(k_ptr, kept_ptr, head, n, k, ok, k_head, k_row, kept_head, kept_row, D, KEPT)
+        v = tl.load(at + heads.to(tl.int64) * ends * D, mask=ok[:, None])
+        store_rows(v_ptr, kept_ptr, head, n, v, ok, v_head, v_row, kept_head, kept_row, D, KEPT)
 
 
 @triton.jit
 def _keys(
-    grid_ptr, codes_ptr, to_ptr, broken_ptr, heads, head, j, chunk, N, J, size,
+    grid_ptr, codes_ptr, to_ptr, kept_ptr, broken_ptr, heads, head, j, chunk, N, J, first, size,
+    to_head, to_row, kept_head, kept_row,
     D: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr, BT: tl.constexpr,
+    KEPT: tl.constexpr,
 ):  # fmt: skip
     """``BT`` tokens of group ``j`` of every channel."""
     at = grid_ptr + head.to(tl.int64) * D * J + (channels(D) * J + j)
@@ -69,14 +80,18 @@ def _keys(
     codes_ptr += head.to(tl.int64) * bytes_of(D, BITS) * N
     codes = _load_codes(codes_ptr, j * size + n, ok, D, BITS, BT)
     x = codes.to(tl.float32) * scale[None, :] + lo[None, :]
-    _store(to_ptr, j * size + n, x, ok, D, STAGES, BT)
+    if STAGES:
+        x = hadamard(x, BT, D, STAGES)
+    n += first + j * size
+    store_rows(to_ptr, kept_ptr, head, n, x, ok, to_head, to_row, kept_head, kept_row, D, KEPT)
 
 
 @triton.jit
 def _values(
-    grid_ptr, codes_ptr, to_ptr, broken_ptr, heads, head, tile, N,
+    grid_ptr, codes_ptr, to_ptr, kept_ptr, broken_ptr, heads, head, tile, N, first,
+    to_head, to_row, kept_head, kept_row,
     D: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    BV: tl.constexpr,
+    BV: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """All groups of ``BV`` tokens."""
     J: tl.constexpr = (D + GROUP - 1) // GROUP
@@ -102,19 +117,11 @@ def _values(
         scale = tl.load(at + scales, mask=ok, other=1).to(tl.float32)
         _note(broken_ptr, tl.reshape(broken(lo, scale), [BV * DP]))
         x = codes.to(tl.float32) * scale + lo
-    _store(to_ptr, n, x, n < N, D, STAGES, BV)
-
-
-@triton.jit
-def _store(to_ptr, n, x, ok, D: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr):
-    """Pairs ``n`` of a head, turned back where there are stages."""
-    DP: tl.constexpr = triton.next_power_of_2(D)
     if STAGES:
-        x = hadamard(x, ROWS, D, STAGES)
-    to = to_ptr + n[:, None] * D + channels(D)[None, :]
-    # padding repeats the last unit, whose codes are not the last channel's
-    ok = ok[:, None] & (tl.arange(0, DP) < D)[None, :] if D < DP else ok[:, None]
-    tl.store(to, narrowed(x, to_ptr.dtype.element_ty), mask=ok)
+        x = hadamard(x, BV, D, STAGES)
+    store_rows(
+        to_ptr, kept_ptr, head, first + n, x, n < N, to_head, to_row, kept_head, kept_row, D, KEPT
+    )
 
 
 @triton.jit

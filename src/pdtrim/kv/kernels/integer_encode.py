@@ -1,6 +1,6 @@
 """Encoding of ``kv/codecs/integer.py`` on a GPU: each pair is read once, coded in registers.
 
-One launch, one program a tile of a head. Tiles of keys are the groups of ``size`` tokens, by ``BT``
+One launch for all layers, one program a tile of a head. Tiles of keys are the groups of ``size`` tokens, by ``BT``
 tokens at a time; tiles of values and of raw ends are ``BV`` tokens. A *unit* is the fewest codes
 that fill whole bytes: 8 of 3 bits in 3 bytes, else ``8 / bits`` in one. A token's codes follow one
 another and are whole units, so that a tile's are whole bytes, and those of a unit lie in one
@@ -19,31 +19,42 @@ from pdtrim.kv.kernels.numbers import (
     codes_of,
     grid_of,
     hadamard,
+    layer_of,
     load_rows,
     ordered,
     widened,
 )
 
-SCALARS = ["N", "tiles", "k_tiles", "v_tiles", "first", "last", "size"]
+SCALARS = [
+    *("N", "tiles", "k_tiles", "v_tiles", "first", "last", "size", "heads", "room", "kept_layer"),
+]
 """Numbers that change with a prompt's length: no kernel is compiled anew for a new one."""
 
 
 @triton.jit(do_not_specialize=SCALARS, do_not_specialize_on_alignment=["kept_ptr"])
 def encode_kernel(
-    k_ptr, v_ptr, kept_ptr, ends_ptr, k_grid_ptr, v_grid_ptr, k_codes_ptr, v_codes_ptr,
-    N, tiles, k_tiles, v_tiles, first, last, size,
-    k_head, k_row, v_head, v_row, kept_head, kept_row,
+    k_ptr, v_ptr, kept_ptr, apart_ptr, ends_ptr, k_grid_ptr, v_grid_ptr, k_codes_ptr, v_codes_ptr,
+    N, tiles, k_tiles, v_tiles, first, last, size, heads, room,
+    k_head, k_row, v_head, v_row, kept_head, kept_row, kept_layer,
     D: tl.constexpr, STAGES: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     GROUP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, CHUNKS: tl.constexpr,
-    KEPT: tl.constexpr,
+    KEPT: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys, of values or of raw ends; ``tiles`` of them a head, in that order.
 
-    ``first`` tokens before the coded ones are raw and ``last`` behind them. ``*_head`` and
-    ``*_row`` are strides. ``STAGES`` is log2 D with a rotation, else 0.
+    ``first`` tokens before the coded ones are raw and ``last`` behind them. ``*_head``, ``*_row``
+    and ``*_layer`` are strides, ``room`` that of layers' bytes in words of 16. ``STAGES`` is log2 D
+    with a rotation, else 0.
     """
     pid = tl.program_id(0)
-    head, tile, heads = pid // tiles, pid % tiles, tl.num_programs(0) // tiles
+    head, tile = pid // tiles % heads, pid % tiles
+    layer, layers = pid // tiles // heads, tl.num_programs(0) // tiles // heads
+    k_ptr, v_ptr, kept_ptr = layer_of(
+        k_ptr, v_ptr, kept_ptr, apart_ptr, layer, layers, kept_layer, KEPT, MANY
+    )
+    ends_ptr, k_grid_ptr, v_grid_ptr, k_codes_ptr, v_codes_ptr = data_of(
+        ends_ptr, k_grid_ptr, v_grid_ptr, k_codes_ptr, v_codes_ptr, layer.to(tl.int64) * room
+    )
     if tile < k_tiles:
         _keys(
             k_ptr, kept_ptr, k_grid_ptr, k_codes_ptr, heads, head, tile, N, k_tiles, first, size,
@@ -65,6 +76,14 @@ def encode_kernel(
         tl.store(to, k, mask=ok)
         v = load_rows(v_ptr, kept_ptr, head, n, v_head, v_row, kept_head, kept_row, D, KEPT)
         tl.store(to + heads.to(tl.int64) * ends * D, v, mask=ok)
+
+
+@triton.jit
+def data_of(ends_ptr, k_grid_ptr, v_grid_ptr, k_codes_ptr, v_codes_ptr, words):
+    """The parts of a layer's bytes, so many words of 16 after the first layer's."""
+    ends_ptr += words * (128 // ends_ptr.dtype.element_ty.primitive_bitwidth)
+    grid, codes = words * 8, words * 16
+    return ends_ptr, k_grid_ptr + grid, v_grid_ptr + grid, k_codes_ptr + codes, v_codes_ptr + codes
 
 
 @triton.jit

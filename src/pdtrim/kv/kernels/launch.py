@@ -1,18 +1,21 @@
 """What the launches of all codecs share.
 
-Shapes: L heads, T tokens of the cache, M of them kept, D head width.
+Shapes: Y layers, L heads, T tokens of the cache, M of them kept, D head width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 from torch import Tensor
 
-ALIGNED = 16
-"""Bytes: a tensor that starts at a multiple of it is read and written by wide words."""
+from pdtrim.kv.kernels import ALIGNED
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
+"""Keys and values ``[L, T, D]`` of each layer."""
 TILE = 8192
 """Elements a program holds in registers: 64 tokens of 128 channels."""
 
@@ -44,8 +47,31 @@ def aligned(data: Tensor) -> Tensor:
 
 
 def source(
-    k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Pointers to keys, values and kept tokens (to anything where all are kept), and strides."""
-    kept, at = (k_LTD, (0, 0)) if kept_LM is None else (kept_LM, kept_LM.stride())
-    return (k_LTD, v_LTD, kept), (*k_LTD.stride()[:2], *v_LTD.stride()[:2], *at)
+    kv: Pairs, kept_YLM: Tensor | None
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, bool]]:
+    """What kernels are told of where pairs lie: pointers, strides and constants.
+
+    The pointers are the first layer's, to anything where all tokens are kept or there is one layer.
+    """
+    k_LTD, v_LTD = kv[0]
+    kept, at = (k_LTD, (0, 0, 0)) if kept_YLM is None else (kept_YLM, kept_YLM.stride())
+    pointers = (k_LTD, v_LTD, kept, apart(kv) if len(kv) > 1 else k_LTD)
+    strides = (*k_LTD.stride()[:2], *v_LTD.stride()[:2], *at[1:], at[0])
+    return pointers, strides, {"KEPT": kept_YLM is not None, "MANY": len(kv) > 1}
+
+
+def apart(kv: Pairs) -> Tensor:
+    """int64 ``[2, Y]``: how many words of ``ALIGNED`` bytes after the first layer's each is."""
+    first = [x.data_ptr() for x in kv[0]]
+    steps = [[(pair[i].data_ptr() - first[i]) // ALIGNED for pair in kv] for i in range(2)]
+    device = kv[0][0].device
+    made = torch.tensor(
+        steps, pin_memory=device.type == "cuda"
+    )  # else the copy would be waited for
+    return made.to(device, non_blocking=True)
+
+
+def shape_of(kv: Pairs, kept_YLM: Tensor | None) -> tuple[int, int, int, int]:
+    """Layers, heads, tokens that travel, width."""
+    L, T, D = kv[0][0].shape
+    return len(kv), L, T if kept_YLM is None else kept_YLM.shape[2], D

@@ -40,10 +40,11 @@ def encode(codec: Lossless, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None
         plain = torch.empty(size, dtype=torch.uint8, device=k_LTD.device)
         exponents = torch.empty(elements, dtype=torch.int8, device=k_LTD.device)
         if elements:
-            pointers, strides = source(k_LTD, v_LTD, kept_LM)
+            kept_YLM = None if kept_LM is None else kept_LM[None]
+            (*pointers, _), strides, _ = source([(k_LTD, v_LTD)], kept_YLM)
             with on(k_LTD.device):
                 split_kernel[(2 * L * triton.cdiv(M, tile),)](
-                    *pointers, exponents, plain, M, triton.cdiv(M, tile), *strides,
+                    *pointers, exponents, plain, M, triton.cdiv(M, tile), *strides[:6],
                     D=D, ROWS=tile, KEPT=kept_LM is not None,
                 )  # fmt: skip
     else:

@@ -153,6 +153,46 @@ def load_side(
 
 
 @triton.jit
+def store_rows(x_ptr, kept_ptr, head, n, x, ok, x_head, x_row, kept_head, kept_row,
+               D: tl.constexpr, KEPT: tl.constexpr):  # fmt: skip
+    """The way back: a tile of fp32, or of the cache's own dtype, to the pairs ``n`` that are ok."""
+    DP: tl.constexpr = triton.next_power_of_2(D)
+    head = head.to(tl.int64)
+    row = tl.load(kept_ptr + head * kept_head + n * kept_row, mask=ok, other=0) if KEPT else n
+    to = x_ptr + head * x_head + row.to(tl.int64)[:, None] * x_row + channels(D)[None, :]
+    # channels too many may hold other numbers than the last one
+    ok = ok[:, None] & (tl.arange(0, DP) < D)[None, :] if D < DP else ok[:, None]
+    to_type: tl.constexpr = x_ptr.dtype.element_ty
+    tl.store(to, x if x.dtype == to_type else narrowed(x, to_type), mask=ok)
+
+
+@triton.jit
+def store_side(
+    k_ptr, v_ptr, kept_ptr, heads, side, n, x, ok, k_head, k_row, v_head, v_row,
+    kept_head, kept_row, D: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """The same to keys or to values, as :func:`load_side` counts them."""
+    if side < heads:
+        store_rows(k_ptr, kept_ptr, side, n, x, ok, k_head, k_row, kept_head, kept_row, D, KEPT)
+    else:
+        head = side - heads
+        store_rows(v_ptr, kept_ptr, head, n, x, ok, v_head, v_row, kept_head, kept_row, D, KEPT)
+
+
+@triton.jit
+def layer_of(k_ptr, v_ptr, kept_ptr, apart_ptr, layer, layers, kept_layer, KEPT: tl.constexpr,
+             MANY: tl.constexpr):  # fmt: skip
+    """Where a layer's keys, values and kept tokens are; ``apart_ptr`` is of ``launch.apart``."""
+    if MANY:
+        WORD: tl.constexpr = 128 // k_ptr.dtype.element_ty.primitive_bitwidth
+        k_ptr += tl.load(apart_ptr + layer) * WORD
+        v_ptr += tl.load(apart_ptr + layers + layer) * WORD
+        if KEPT:
+            kept_ptr += layer.to(tl.int64) * kept_layer
+    return k_ptr, v_ptr, kept_ptr
+
+
+@triton.jit
 def channels(D: tl.constexpr):
     """Channel numbers to the next power of two; the last channel's in those too many."""
     d = tl.arange(0, triton.next_power_of_2(D))
