@@ -97,7 +97,7 @@ class Frames:
         room = torch.zeros(self.form.most, dtype=torch.uint8)
         generator = torch.Generator().manual_seed(2)
         kept = [
-            tuple(torch.randn(2, part.tokens, 8, generator=generator).bfloat16() for _ in "kv")
+            ([torch.randn(2, 2, part.tokens, 8, generator=generator).bfloat16().unbind()], None)
             for part in self.form.parts
         ]
         self.range = room[: self.form.write(room, bytes(16), kept)].numpy().tobytes()
@@ -110,7 +110,9 @@ class Frames:
             staged = (
                 torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0)
             )
-            list(self.form.read(staged[: self.form.most], bytes(16)))
+            for parts, data in self.form.read(staged[: self.form.most], bytes(16)):
+                for part, row in zip(parts, data, strict=True):
+                    part.decode(row)
             same(data[: len(self.range)], self.range)
             return
         data, layout = damaged(self.frames[which], rng), self.layouts[which]

@@ -52,10 +52,18 @@ def prompt_kv(plan, tokens, dtype=torch.float32):
 
 
 def kept(form, kv):
-    """What prefill gathers from its pages."""
+    """What prefill gathers from its pages, a layer at a time."""
     for part in form.parts:
         start, stop = (page * BLOCK for page in part.hole)
-        yield tuple(torch.cat((x[0, :, :start], x[0, :, stop:]), dim=1) for x in kv[part.layer])
+        pair = (torch.cat((x[0, :, :start], x[0, :, stop:]), dim=1) for x in kv[part.layer])
+        yield [tuple(pair)], None
+
+
+def decoded(form, staged, nonce=NONCE):
+    """Each part with its keys and values."""
+    for parts, data in form.read(staged, nonce):
+        for part, row in zip(parts, data, strict=True):
+            yield part, *part.decode(row)
 
 
 def written(plan, tokens, dtype=torch.float32):
@@ -76,7 +84,7 @@ def test_decode_sees_what_the_simulator_sees(codec, dtype):
     for tokens in (1, 2, 33, 34, 84, 115, 200):
         form, staged, kv = written(plan, tokens, dtype)
         assert form.fits(len(staged))
-        for part, k_GMD, v_GMD in form.read(staged, NONCE):
+        for part, k_GMD, v_GMD in decoded(form, staged):
             k, v = kv[part.layer]
             (seen,) = hand_over(
                 policy, part.layer, SimpleNamespace(k_BGND=k, v_BGND=v, bias=lambda: None)
@@ -90,13 +98,46 @@ def test_only_layers_that_decode_reads_are_in_it():
     assert [part.layer for part in Form.of(plan, torch.float32, 50, BLOCK).parts] == [1, 3]
 
 
+def test_layers_that_are_alike_stand_together_and_are_written_at_once():
+    """From rows of a larger cache, to the bytes that they make one by one."""
+    form, *_ = written(plan_of("int8", "int8", "raw"), 200)
+    assert [[part.layer for part in run] for run in form.runs] == [[0], [1, 3], [2]]
+    form, staged, kv = written(plan_of("int8", "raw"), 200)
+    assert [[part.layer for part in run] for run in form.runs] == [[0, 2], [1, 3]]
+    room = torch.zeros(form.most, dtype=torch.uint8)
+
+    def batches():
+        for run in form.runs:
+            start, stop = (page * BLOCK for page in run[0].hole)
+            at_M = torch.cat((torch.arange(start), torch.arange(stop, 199)))
+            pairs = [tuple(x[0] for x in kv[part.layer]) for part in run]
+            yield pairs, at_M.expand(len(run), HEADS, -1)
+
+    assert form.write(room, NONCE, batches()) == len(staged)
+    assert torch.equal(room, staged)
+    for parts, data in form.read(staged, NONCE):
+        assert data.data_ptr() % 16 == 0 and data.stride(0) % 16 == 0, "no copy, wide words"
+        assert len(parts) == len(data) == 2
+
+
+def test_what_no_layer_wrote_is_zero():
+    """Between layers, and behind the table: a range may have held another prompt."""
+    plan = plan_of("fp8", "int3:group=32,first=0,recent=0")
+    clean, (form, staged, kv) = torch.zeros(2**20, dtype=torch.uint8), written(plan, 3)
+    assert any(part.most % 16 for part in form.parts)
+    assert form.write(clean, NONCE, kept(form, kv)) == len(staged)
+    assert torch.equal(clean[: len(staged)], staged)
+
+
 def test_a_range_that_is_not_this_requests_is_refused():
     form, staged, _ = written(plan_of("int4"), 100)
-    list(form.read(staged, NONCE))
+    list(decoded(form, staged))
     with pytest.raises(WireError, match="another request"):
         list(form.read(staged, NONCE[::-1]))
     with pytest.raises(WireError, match="not announced"):
         list(form.read(staged[:-8], NONCE))
+    with pytest.raises(WireError, match="less than its own head"):
+        list(form.read(staged[: HEAD.size], NONCE))
     with pytest.raises(WireError, match="not announced"):
         other = Form.of(plan_of("int4"), torch.float32, 101, BLOCK)
         list(other.read(staged, NONCE))
@@ -123,8 +164,8 @@ def test_a_range_that_another_prompt_overwrote_in_part_is_refused(cut):
 def test_a_table_that_lies_is_refused():
     """With a checksum that fits: sizes are bounded before anything is made from them."""
     form, staged, _ = written(plan_of("entropy"), 100)
-    table = staged[HEAD.size : form.start].view(torch.int64)
-    for change, words in ((form.most, "expected"), (-8, "add up")):
+    table = staged[HEAD.size :][: 8 * len(form.parts)].view(torch.int64)
+    for change, words in ((form.most, "expected"), (-16, "add up")):
         table[0] += change
         head = staged[HEAD.size - 8 : HEAD.size].view(torch.int64)
         head.copy_(checksum(staged[HEAD.size :]))
@@ -165,7 +206,7 @@ def test_the_kernel_makes_the_same_checksum(words):
 def test_no_flipped_bit_of_a_range_is_accepted(monkeypatch):
     """In the head, the table and the data; nothing of it is decoded."""
     form, staged, _ = written(plan_of("entropy", "raw"), 2)
-    list(form.read(staged, NONCE))
+    list(decoded(form, staged))
     for part in form.parts:
         monkeypatch.setattr(type(part.codec), "decode", lambda *a: pytest.fail("decoded"))
     assert len(staged) > 500
@@ -236,7 +277,9 @@ def test_a_ticket_is_checked_against_the_prompt(change, words):
 
 def test_a_ticket_of_a_fixed_length_has_that_length():
     form = Form.of(plan_of("int8"), torch.float32, 100, BLOCK)
-    assert form.fits(form.most) and not form.fits(form.most - 8)
+    assert form.fits(form.most) and not form.fits(form.most - 16)
+    varies = Form.of(plan_of("entropy"), torch.float32, 100, BLOCK)
+    assert varies.fits(varies.most - 16) and not varies.fits(varies.most - 8)
 
 
 def test_a_pool_gives_gaps_and_takes_them_back():

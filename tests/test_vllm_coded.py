@@ -1,6 +1,5 @@
 """A plan with codecs inside vLLM's own classes, without a server."""
 
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +10,10 @@ pytest.importorskip("vllm")
 from helpers import export, first_last, make_plan, tiny_model
 from pdtrim.engines.pages import is_coded
 from pdtrim.engines.ranges import Form, Ticket
-from pdtrim.engines.vllm import coded_worker, pages_io
+from pdtrim.engines.vllm import coded_worker
 from pdtrim.engines.vllm.coded import TICKET, Encoded
 from pdtrim.engines.vllm.coded_scheduler import CodedScheduler
-from pdtrim.engines.vllm.coded_worker import RemotePool
+from pdtrim.engines.vllm.coded_worker import CodedWorker, RemotePool
 from pdtrim.engines.vllm.metrics import LOCAL
 from pdtrim.engines.vllm.preempted import HostPages
 from pdtrim.engines.vllm.stage import Served, check_config
@@ -26,61 +25,6 @@ from test_vllm_plugin import GOOD, config_of
 BLOCK, LONGEST = 32, 256
 
 
-# ------------------------------------------------------------------ pages
-
-
-def cpu_attention(dtype, head_dim, block):
-    """What of an attention layer its cache writer looks at."""
-    from vllm.v1.attention.backend import AttentionType
-    from vllm.v1.attention.backends import cpu_attn
-
-    impl = SimpleNamespace(attn_type=AttentionType.DECODER, kv_cache_dtype="auto")
-    write = partial(cpu_attn.CPUAttentionBackendImpl.do_kv_cache_update, impl)
-    return SimpleNamespace(
-        attn_backend=cpu_attn.CPUAttentionBackend,
-        impl=SimpleNamespace(do_kv_cache_update=write),
-        isa=cpu_attn._get_attn_isa(dtype, block, head_dim),
-        _k_scale_float=1.0,
-        _v_scale_float=1.0,
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("head_dim", [32, 80, 128])
-def test_what_the_cpu_backend_wrote_is_read(dtype, head_dim):
-    attention = cpu_attention(dtype, head_dim, BLOCK)
-    cache = torch.full((9, 2, BLOCK, 2 * head_dim), 9.0, dtype=dtype)
-    pages_io.check_readable(attention, cache)
-    assert (cache == 9).all(), "the trial leaves the cache alone"
-    written = torch.randn(2, 2, 75, head_dim).to(dtype)
-    pages_B = pages_io.numbers([7, 2, 5], cache.device)
-    pages_io.scatter(attention, cache, pages_io.slots(pages_B, BLOCK, written.shape[2]), *written)
-    for tokens in (0, 1, 32, 33, 75):
-        read = pages_io.gather(attention, cache, pages_B, tokens)
-        assert torch.equal(torch.stack(read), written[:, :, :tokens])
-    untouched = [page for page in range(9) if page not in (7, 2, 5)]
-    assert (cache[untouched] == 9).all()
-
-
-def test_flash_attentions_rows_are_read():
-    """Its writer runs on GPUs only; the layout is that of its ``do_kv_cache_update``."""
-    rows = torch.randn(4, BLOCK, 2, 16).transpose(1, 2)  # the engine's tensor is not contiguous
-    k, v = pages_io.LAYOUTS["FLASH_ATTN"](rows)
-    key_cache, value_cache = rows.transpose(1, 2).split(8, dim=-1)
-    assert torch.equal(k, key_cache.transpose(1, 2)) and torch.equal(v, value_cache.transpose(1, 2))
-
-
-def test_an_unknown_layout_is_refused(monkeypatch):
-    attention = cpu_attention(torch.float32, 32, BLOCK)
-    cache = torch.zeros(4, 2, BLOCK, 64)
-    monkeypatch.setitem(pages_io.LAYOUTS, "CPU_ATTN", pages_io.LAYOUTS["FLASH_ATTN"])
-    with pytest.raises(PlanError, match="CPU_ATTN keeps its pages in a form"):
-        pages_io.check_readable(attention, cache)
-    monkeypatch.delitem(pages_io.LAYOUTS, "CPU_ATTN")
-    with pytest.raises(PlanError, match="choose --attention-backend CPU_ATTN or FLASH_ATTN"):
-        pages_io.check_readable(attention, cache)
-
-
 # ------------------------------------------------------------------ ranges
 
 
@@ -89,6 +33,31 @@ def served(stage, codec="int4"):
     plan = make_plan(tiny_model(head_dim=32), Gates.dense(4), kv, block_size=BLOCK)
     assert is_coded(plan)
     return Served(stage=stage, plan=plan)
+
+
+@pytest.mark.parametrize("states, asked", [(["PROC", "PROC", "DONE"], 3), (["ERR"], 1), ([], 1)])
+def test_a_step_that_runs_nothing_waits_for_a_read(states, asked, monkeypatch):
+    made, seen = object.__new__(CodedWorker), []
+
+    def check(handle):
+        seen.append(handle)
+        return states[len(seen) - 1]  # beyond the last it raises, as NIXL may
+
+    made.nixl_wrapper = SimpleNamespace(check_xfer_state=check)
+    made._reading, made._recving_transfers = {"a": None}, {"a": [5], "not ours": [6]}
+    monkeypatch.setattr(coded_worker, "POLL_SECONDS", 60)
+    made._await_read()
+    assert seen == [5] * asked
+    monkeypatch.setattr(coded_worker, "POLL_SECONDS", 0)
+    made._await_read()
+    assert len(seen) == asked, "not beyond the limit"
+
+
+def test_only_steps_that_run_nothing_wait():
+    made = scheduler("prefill")
+    one = prompt("a", 96)
+    made.get_num_new_matched_tokens(one, 0)
+    assert not step(made, (one, 64)).pdtrim_idle and step(made).pdtrim_idle
 
 
 def scheduler(stage, prompts=1, codec="int4"):

@@ -23,7 +23,7 @@ from pdtrim.bench.nixl_link import NixlLink
 from pdtrim.bench.traffic import Sizes, random_cache
 from pdtrim.clock import timed
 from pdtrim.engines.pages import bytes_sent, is_coded, pages_of, pages_sent
-from pdtrim.engines.ranges import NONCE_BYTES, Form
+from pdtrim.engines.ranges import NONCE_BYTES, Batch, Form, Part
 from pdtrim.exported import read_pair
 from pdtrim.kv.kernels import kernels_of, together
 from pdtrim.models.loading import dtype_named
@@ -142,9 +142,8 @@ def measure(
             encode_s=encode_s,
             decode_s=decode_s,
             raw_bytes=2
-            * form.width
             * kind.itemsize
-            * sum(part.heads * part.tokens for part in form.parts),
+            * sum(part.heads * part.tokens * part.width for part in form.parts),
             unaided=_unaided(form, source),
         )
     cache = torch.zeros(page * whole, dtype=torch.uint8, device=target)
@@ -184,20 +183,27 @@ def _code(form: Form, source: torch.device, target: torch.device) -> tuple[int, 
     Keys and values are random, with a few loud channels.
     """
     nonce = bytes(NONCE_BYTES)
-    heads, tokens = (max(getattr(p, size) for p in form.parts) for size in ("heads", "tokens"))
-    sizes = Sizes(layers=1, heads=heads, tokens=tokens, width=form.width)
-    k_GND, v_GND = random_cache(sizes, form.dtype, source)[:, 0]
+    heads, tokens, width = (
+        max(getattr(p, size) for p in form.parts) for size in ("heads", "tokens", "width")
+    )
+    sizes = Sizes(layers=1, heads=heads, tokens=tokens, width=width)
+    dtype = form.parts[0].dtype
+    cache = {place: random_cache(sizes, dtype, place)[:, 0] for place in {source, target}}
     room = torch.zeros(form.most, dtype=torch.uint8, device=source)
 
+    def rows(parts: Sequence[Part], device: torch.device) -> Batch:
+        """What stands for caches of these layers: one for all."""
+        k_GND, v_GND = (x[: parts[0].heads] for x in cache[device])
+        at_M = torch.arange(parts[0].tokens, device=device)
+        return [(k_GND, v_GND)] * len(parts), at_M.expand(len(parts), parts[0].heads, -1)
+
     def write() -> int:
-        kv_2GND = (k_GND, v_GND)
-        layers = (tuple(x[: p.heads, : p.tokens] for x in kv_2GND) for p in form.parts)
-        return form.write(room, nonce, layers)
+        return form.write(room, nonce, (rows(run, source) for run in form.runs))
 
     def read() -> None:
         with together():
-            for _ in form.read(staged, nonce):
-                pass
+            for parts, data_YS in form.read(staged, nonce):
+                parts[0].codec.decode_layers(data_YS, *rows(parts, target))
 
     encode_s = _median(lambda: timed(write, source))
     nbytes = write()
@@ -212,7 +218,7 @@ def _unaided(form: Form, device: torch.device) -> tuple[str, ...]:
     names = {
         part.codec.name: None
         for part in parts
-        if kernels_of(part.codec, device, part.tokens, form.width) is None
+        if kernels_of(part.codec, device, part.tokens, part.width) is None
     }
     return tuple(names)
 

@@ -2,22 +2,26 @@
 
     head    nonce 16 bytes, prompt tokens u64, bytes after the head u64, checksum of them u64
     table   bytes of each layer's data, u64
-    data    by layer, in the plan's order: what the layer's codec makes of its kept tokens
-    zeros   up to a multiple of 8 bytes
+    data    by layer: what the layer's codec makes of its kept tokens
 
-All integers are little-endian. A READ has no owner: behind the end of its lease a range may hold
+Layers are in the plan's order, but for layers that are alike (of one codec, hole and number of
+heads), which stand together. Zeros fill up the table and each layer's data to a multiple of 16
+bytes above 0, so that one launch codes the layers that are alike, by wide words. All integers are
+little-endian. A READ has no owner: behind the end of its lease a range may hold
 another request's bytes, or be overwritten while it is read. The nonce tells the one, the checksum
 the other. Both sides compute every bound from the plan and the prompt's length.
 
-No vLLM here. Shapes: G KV heads, M kept tokens, D head width.
+No vLLM here. Shapes: G KV heads, T tokens of a cache, M kept ones, D head width, Y layers that are
+alike, S bytes from one to the next.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -27,12 +31,16 @@ from pdtrim.engines.checksum import checksum
 from pdtrim.engines.pages import hole_of
 from pdtrim.errors import WireError
 from pdtrim.kv.codecs import CodecBase
+from pdtrim.kv.kernels import ALIGNED
 from pdtrim.plan import PrunePlan
 
 HEAD = struct.Struct("<16sQQQ")
 NONCE_BYTES = 16
 WORD = 8
-ALIGN = 64  # of ranges, so that the head and the words can be viewed as integers
+ALIGN = 64  # of ranges
+
+Batch = tuple[Sequence[tuple[Tensor, Tensor]], Tensor | None]
+"""Keys and values ``[G, T, D]`` of alike layers, and which tokens travel ``[Y, G, M]``, or all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +60,19 @@ class Part:
     hole: tuple[int, int]
     tokens: int
     heads: int
+    width: int
+    dtype: torch.dtype
     most: int
+
+    @property
+    def kind(self) -> tuple[CodecBase, tuple[int, int], int]:
+        """Equal in layers that are alike."""
+        return self.codec, self.hole, self.heads
+
+    def decode(self, data_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[G, M, D]`` of a row of :meth:`Form.read`."""
+        data = data_S if self.codec.variable else data_S[: self.most]
+        return self.codec.decode(data, self.heads, self.tokens, self.width, self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +80,6 @@ class Form:
     """What the range of a prompt of a certain length must look like."""
 
     prompt_tokens: int
-    width: int
-    dtype: torch.dtype
     parts: tuple[Part, ...]
 
     @classmethod
@@ -81,20 +99,29 @@ class Form:
                     hole=(start, stop),
                     tokens=tokens,
                     heads=heads,
+                    width=width,
+                    dtype=dtype,
                     most=most,
                 )
             )
-        return cls(prompt_tokens=prompt_tokens, width=width, dtype=dtype, parts=tuple(parts))
+        kinds = list(dict.fromkeys(part.kind for part in parts))
+        parts.sort(key=lambda part: kinds.index(part.kind))
+        return cls(prompt_tokens=prompt_tokens, parts=tuple(parts))
 
-    @property
+    @cached_property
     def start(self) -> int:
         """Where the data begin."""
-        return HEAD.size + WORD * len(self.parts)
+        return _filled(HEAD.size + WORD * len(self.parts))
+
+    @cached_property
+    def runs(self) -> tuple[tuple[Part, ...], ...]:
+        """Parts that are alike, in their order."""
+        return tuple(tuple(run) for _, run in groupby(self.parts, lambda part: part.kind))
 
     @cached_property
     def most(self) -> int:
         """Bytes of the range; a bound if a codec's length varies."""
-        return _words(self.start + sum(part.most for part in self.parts)) * WORD
+        return self.start + sum(_filled(part.most) for part in self.parts)
 
     @cached_property
     def exact(self) -> bool:
@@ -105,59 +132,77 @@ class Form:
         """Whether a range of this form can have so many bytes."""
         if self.exact:
             return nbytes == self.most
-        return self.start <= nbytes <= self.most and nbytes % WORD == 0
+        return self.start <= nbytes <= self.most and nbytes % ALIGNED == 0
 
-    def write(self, room: Tensor, nonce: bytes, layers: Iterable[tuple[Tensor, ...]]) -> int:
-        """Encode keys and values ``[G, M, D]`` of each part into ``room``; bytes written."""
-        at, sizes = self.start, []
-        for part, (k_GMD, v_GMD) in zip(self.parts, layers, strict=True):
-            data = part.codec.encode(k_GMD, v_GMD)
-            assert data.numel() <= part.most
-            room[at : at + data.numel()].copy_(data)
-            sizes.append(data.numel())
-            at += data.numel()
-        end = _words(at) * WORD
-        room[at:end].zero_()
+    def write(self, room: Tensor, nonce: bytes, batches: Iterable[Batch]) -> int:
+        """Encode all parts in their order into ``room``; bytes written.
+
+        Args:
+            batches: of one or more parts that are alike.
+        """
+        parts, at, sizes = iter(self.parts), self.start, []
+        for kv, kept_YGM in batches:
+            part, *_ = alike = list(islice(parts, len(kv)))
+            assert len(alike) == len(kv) and all(one.kind == part.kind for one in alike)
+            if part.codec.variable:
+                made = _encode(part.codec, kv, kept_YGM, room[at:])
+            else:
+                made = [part.most] * len(kv)
+                room_YS = room[at:][: len(kv) * _filled(part.most)].view(len(kv), -1)
+                part.codec.encode_layers(kv, kept_YGM, room_YS)
+                room_YS[:, part.most :].zero_()
+            sizes += made
+            at += sum(map(_filled, made))
+        assert len(sizes) == len(self.parts)
+        self._open(room[:at], nonce, sizes)
+        return at
+
+    def _open(self, room: Tensor, nonce: bytes, sizes: list[int]) -> None:
+        """Write head and table."""
         # pinned and not waited for: an engine goes on with the next step while this one runs
-        opening = torch.empty(self.start, dtype=torch.uint8, pin_memory=room.is_cuda)
-        head = HEAD.pack(nonce, self.prompt_tokens, end - HEAD.size, 0)
-        opening[: HEAD.size] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-        opening[HEAD.size :].view(torch.int64).copy_(torch.tensor(sizes, dtype=torch.int64))
+        opening = torch.zeros(self.start, dtype=torch.uint8, pin_memory=room.is_cuda)
+        head = HEAD.pack(nonce, self.prompt_tokens, room.numel() - HEAD.size, 0)
+        table = struct.pack(f"<{len(sizes)}Q", *sizes)
+        text = bytearray(head + table)
+        opening[: len(text)] = torch.frombuffer(text, dtype=torch.uint8)
         room[: self.start].copy_(opening, non_blocking=True)
         # on the device: prefill need not wait for its own encoding
-        room[HEAD.size - WORD : HEAD.size].view(torch.int64).copy_(checksum(room[HEAD.size : end]))
-        return end
+        room[HEAD.size - WORD : HEAD.size].view(torch.int64).copy_(checksum(room[HEAD.size :]))
 
-    def read(self, staged: Tensor, nonce: bytes) -> Iterator[tuple[Part, Tensor, Tensor]]:
-        """Each part with its keys and values ``[G, M, D]``.
+    def read(self, staged: Tensor, nonce: bytes) -> Iterator[tuple[tuple[Part, ...], Tensor]]:
+        """Parts that are alike and their data ``[Y, S]``; of a codec of variable length one part.
+
+        The data are ``staged`` itself.
 
         Raises:
             WireError: it is not what this request's prefill wrote. All is checked before the first
-                part is decoded, but for what a codec's own bytes say.
+                part, but for what a codec's own bytes say.
         """
-        sizes = self._sizes(staged, nonce)
-        at = self.start
-        for part, size in zip(self.parts, sizes, strict=True):
-            piece = staged[at : at + size].clone()  # aligned for any dtype
-            shape = (part.heads, part.tokens, self.width)
-            yield part, *part.codec.decode(piece, *shape, self.dtype)
-            at += size
+        sizes, at = iter(self._sizes(staged, nonce)), self.start
+        for run in self.runs:
+            variable = run[0].codec.variable
+            for parts in ((part,) for part in run) if variable else (run,):
+                size, *_ = islice(sizes, len(parts))
+                end = at + len(parts) * _filled(size)
+                data_YS = staged[at:end].view(len(parts), -1)
+                yield parts, data_YS[:, :size] if variable else data_YS
+                at = end
 
     def _sizes(self, staged: Tensor, nonce: bytes) -> list[int]:
         if staged.numel() < self.start:
             raise WireError(f"it holds {staged.numel()} bytes, which is less than its own head")
-        found, tokens, rest, claimed = HEAD.unpack(_host(staged[: HEAD.size]))
+        opening = staged[: HEAD.size + WORD * len(self.parts)]
+        found, tokens, rest, claimed, summed, *sizes = _opening(opening, staged[HEAD.size :])
         if found != nonce:
             raise WireError("it holds another request's KV: the lease had ended")
         if (tokens, rest) != (self.prompt_tokens, staged.numel() - HEAD.size):
             raise WireError(f"it holds {tokens} tokens in {rest} bytes, which were not announced")
-        if int(checksum(staged[HEAD.size :])) % 2**64 != claimed:
+        if summed != claimed:
             raise WireError("its bytes are not those that prefill wrote: overwritten, or changed")
-        sizes = struct.unpack(f"<{len(self.parts)}Q", _host(staged[HEAD.size : self.start]))
         for part, size in zip(self.parts, sizes, strict=True):
             if size > part.most or (size != part.most and not part.codec.variable):
                 raise WireError(f"layer {part.layer}: {size} bytes, {part.most} expected")
-        if _words(self.start + sum(sizes)) * WORD != staged.numel():
+        if self.start + sum(map(_filled, sizes)) != staged.numel():
             raise WireError("its layers do not add up to its length")
         return list(sizes)
 
@@ -246,9 +291,32 @@ def pool_bytes(
     return prompts * -(-most // ALIGN) * ALIGN
 
 
-def _words(nbytes: int) -> int:
-    return -(-nbytes // WORD)
+def _filled(nbytes: int) -> int:
+    """Bytes that data take, at least one word: even no data lie at an aligned address."""
+    return max(1, -(-nbytes // ALIGNED)) * ALIGNED
 
 
-def _host(data: Tensor) -> bytes:
-    return data.cpu().numpy().tobytes()
+def _encode(
+    codec: CodecBase,
+    kv: Sequence[tuple[Tensor, Tensor]],
+    kept_YGM: Tensor | None,
+    room: Tensor,
+) -> list[int]:
+    """Encodings of any length one behind the other, and their bytes."""
+    at, sizes = 0, []
+    for layer, pair in enumerate(kv):
+        data = codec.encode_kept(*pair, None if kept_YGM is None else kept_YGM[layer])
+        size = data.numel()
+        room[at : at + size].copy_(data)
+        room[at + size : at + _filled(size)].zero_()
+        sizes.append(size)
+        at += _filled(size)
+    return sizes
+
+
+def _opening(head: Tensor, rest: Tensor) -> tuple[Any, ...]:
+    """Head, checksum of the rest, and table, of bytes that lie on a GPU: waited for once."""
+    words = torch.cat((head.view(torch.int64), checksum(rest).view(1))).cpu()
+    found = words.numpy().tobytes()
+    *table, summed = struct.unpack_from(f"<{len(words) - HEAD.size // WORD}Q", found, HEAD.size)
+    return *HEAD.unpack_from(found), summed, *table

@@ -78,6 +78,7 @@ class CodedScheduler(Scheduler):
         meta = super().build_connector_meta(scheduler_output)
         meta.pdtrim_tickets = tickets
         meta.pdtrim_to_encode = {}
+        meta.pdtrim_idle = not scheduler_output.num_scheduled_tokens
         for name, count in scheduler_output.num_scheduled_tokens.items():
             request = self._prompts.get(name)
             if request is None:

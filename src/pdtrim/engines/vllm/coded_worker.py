@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import msgspec
 import torch
 
 from pdtrim.engines.pages import bytes_sent
-from pdtrim.engines.ranges import NONCE_BYTES, Form, Pool, Ticket
-from pdtrim.engines.vllm.coded import Encoded, Job, forms, staging_bytes
+from pdtrim.engines.ranges import NONCE_BYTES, Batch, Form, Part, Pool, Ticket
+from pdtrim.engines.vllm.coded import Encoded, forms, staging_bytes
 from pdtrim.engines.vllm.compat import (
     NixlAgentMetadata,
     NixlHandshakePayload,
@@ -20,7 +22,15 @@ from pdtrim.engines.vllm.compat import (
 )
 from pdtrim.engines.vllm.kv_bias import StageBias
 from pdtrim.engines.vllm.metrics import REFUSED, SKIPPED_CODEC
-from pdtrim.engines.vllm.pages_io import check_readable, gather, numbers, scatter, slots
+from pdtrim.engines.vllm.pages_io import (
+    Rows,
+    check_readable,
+    gather,
+    numbers,
+    rows_of,
+    scatter,
+    slots,
+)
 from pdtrim.engines.vllm.stage import Served, slot_of
 from pdtrim.engines.vllm.worker import Worker
 from pdtrim.errors import WireError
@@ -30,6 +40,8 @@ logger = logging.getLogger("vllm.pdtrim")
 
 REGION = "pdtrim.staging"
 WARM_TOKENS = 1024
+POLL_SECONDS = 0.001
+"""What vLLM's engine sleeps between two steps that run nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +68,20 @@ class CodedWorker(Worker):
         self._encoded: dict[str, int] = {}
         self._reading: dict[str, tuple[Ticket, Any]] = {}
         self._waiting: list[tuple[str, Any]] = []
+        self._idle = False
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Register the pool beside the cache, and advertise it as one more region."""
         self._caches = {self.served.layers[slot_of(name)]: name for name in kv_caches}
         self._context = self.vllm_config.compilation_config.static_forward_context
-        if self.served.stage == "prefill":
-            for layer in self.served.plan.sent_layers:
-                name = self._caches[layer]
-                check_readable(self._context[name], kv_caches[name])
+        self._rows: dict[int, Rows] = {}
+        for layer in self.served.plan.sent_layers:
+            attention, cache = self._context[self._caches[layer]], kv_caches[self._caches[layer]]
+            rows = rows_of(attention, cache, len(self.served.plan.kv_heads("decode", layer)))
+            if self.served.stage == "prefill" or rows is not None:
+                check_readable(attention, cache)
+            if rows is not None and layer not in self._bias.by_layer:
+                self._rows[layer] = rows
         host = self.nixl_memory_type == "DRAM"
         device = torch.device("cpu") if host else next(iter(kv_caches.values())).device
         self._staging = torch.zeros(self._pool.size, dtype=torch.uint8, device=device)
@@ -73,8 +90,6 @@ class CodedWorker(Worker):
         # first: what follows exports the agent with the memory that it knows
         self.nixl_wrapper.register_memory(descs, backends=self.nixl_backends)
         self._registered_descs.append(descs)
-        if self._staging.is_cuda:
-            self._warm()
         super().register_kv_caches(kv_caches)
         payload = self.xfer_handshake_metadata
         meta = msgspec.msgpack.decode(payload.agent_metadata_bytes, type=NixlAgentMetadata)
@@ -83,16 +98,23 @@ class CodedWorker(Worker):
             compatibility_hash=payload.compatibility_hash,
             agent_metadata_bytes=msgspec.msgpack.encode(meta),
         )
+        if self._staging.is_cuda:
+            self._warm()
 
     def _warm(self) -> None:
-        """Compile the codecs' kernels, for which the first prompt would wait."""
+        """Compile the codecs' kernels, for which the first prompt would wait: in the null page."""
         tokens = min(self.vllm_config.model_config.max_model_len, WARM_TOKENS)
-        form, nonce = self._form(tokens), bytes(NONCE_BYTES)
+        form, nonce, pages = self._form(tokens), bytes(NONCE_BYTES), [0] * tokens
         room = self._staging[: form.most]
-        shapes = ((2, part.heads, part.tokens, form.width) for part in form.parts)
-        made = (torch.randn(shape, dtype=form.dtype, device=room.device) for shape in shapes)
-        size = form.write(room, nonce, (tuple(kv) for kv in made))
-        list(form.read(room[:size], nonce))
+        if self.served.stage == "prefill":
+            form.write(room, nonce, self._kept(form, pages, tokens))
+        else:
+            shapes = ((2, part.heads, part.tokens, part.width) for part in form.parts)
+            made = (torch.randn(shape, device=room.device) for shape in shapes)
+            pairs = (x.to(part.dtype) for x, part in zip(made, form.parts, strict=True))
+            size = form.write(room, nonce, (([(x[0], x[1])], None) for x in pairs))
+            groups = [pages] * len(self.kv_cache_config.transfer_groups)
+            self._decode(room[:size], nonce, tokens, groups)
         room.zero_()
 
     def _align_remote_regions_by_layer(self, nixl_agent_meta: Any) -> None:
@@ -116,19 +138,45 @@ class CodedWorker(Worker):
         for request, job in metadata.pdtrim_to_encode.items():
             form = self._form(job.tokens)
             room = self._staging[job.ticket.offset :][: form.most]
-            self._encoded[request] = form.write(room, job.ticket.nonce, self._kept(form, job))
+            batches = self._kept(form, job.pages, job.tokens)
+            self._encoded[request] = form.write(room, job.ticket.nonce, batches)
 
-    def _kept(self, form: Form, job: Job) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Keys and values ``[G, M, D]`` of each part, without its biases."""
-        pages: dict[tuple[int, int], torch.Tensor] = {}
-        for part in form.parts:
-            start, stop = part.hole
-            if part.hole not in pages:
-                (here,) = self._kernel_pages(([*job.pages[:start], *job.pages[stop:]],))
-                pages[part.hole] = numbers(here, self._staging.device)
-            k_GMD, v_GMD = gather(*self._cache_of(part.layer), pages[part.hole], part.tokens)
-            kv = k_GMD[: part.heads], v_GMD[: part.heads]  # decode's come first (widths.py)
-            yield self._bias.taken_from(part, job.tokens - 1, kv)
+    def _kept(self, form: Form, pages: list[int], tokens: int) -> Iterator[Batch]:
+        """Keys and values of all parts, without their biases; the pages themselves if they can be.
+
+        Args:
+            tokens: of the prompt.
+        """
+
+        @cache
+        def numbers_of(hole: tuple[int, int]) -> torch.Tensor:
+            (here,) = self._kernel_pages(([*pages[: hole[0]], *pages[hole[1] :]],))
+            return numbers(here, self._staging.device)
+
+        @cache
+        def at(hole: tuple[int, int], kept: int, page: int, step: int) -> torch.Tensor:
+            return slots(numbers_of(hole), page, kept, step)
+
+        for run in form.runs:
+            if rows := self._rows_of(run):
+                kv = [(row.k_GTD, row.v_GTD) for _, row in rows]
+                at_YM = [at(p.hole, p.tokens, self._page_of(p), row.step) for p, row in rows]
+                yield kv, _of_layers(at_YM, run[0].heads)
+                continue
+            for part in run:
+                cache_of = self._cache_of(part.layer)
+                k_GMD, v_GMD = gather(*cache_of, numbers_of(part.hole), part.tokens)
+                kv = k_GMD[: part.heads], v_GMD[: part.heads]  # decode's come first (widths.py)
+                k_GMD, v_GMD = self._bias.taken_from(part, tokens - 1, kv)
+                yield [(k_GMD, v_GMD)], None
+
+    def _rows_of(self, parts: Sequence[Part]) -> list[tuple[Part, Rows]]:
+        """Parts with their rows, if all have them."""
+        rows = [(part, self._rows[part.layer]) for part in parts if part.layer in self._rows]
+        return rows if len(rows) == len(parts) else []
+
+    def _page_of(self, part: Part) -> int:
+        return self._cache_of(part.layer)[1].shape[2]
 
     def take_encoded(self) -> Encoded | None:
         """What was encoded since the last call."""
@@ -137,6 +185,7 @@ class CodedWorker(Worker):
 
     def start_load_kv(self, metadata: Any) -> None:
         """Begin to read what was scheduled, those first that found no room before."""
+        self._idle = metadata.pdtrim_idle
         for request, ticket in metadata.pdtrim_tickets.items():
             metadata.reqs_to_recv[request].pdtrim_ticket = ticket
         waiting, self._waiting = self._waiting, []
@@ -195,6 +244,22 @@ class CodedWorker(Worker):
             if not self._handle_failed_transfer(request, handle, self._recv_failures):
                 self._recving_transfers[request].append(handle)
 
+    def get_transfer_results(self) -> Any:
+        """In a step that runs nothing, wait for a READ to end instead of for the next step."""
+        if self._idle:
+            self._await_read()
+        return super().get_transfer_results()
+
+    def _await_read(self) -> None:
+        handles = [x for name in self._reading for x in self._recving_transfers.get(name, ())]
+        end = time.perf_counter() + POLL_SECONDS
+        try:
+            while handles and time.perf_counter() < end:
+                if any(self.nixl_wrapper.check_xfer_state(x) != "PROC" for x in handles):
+                    return
+        except Exception:  # of any kind: vLLM asks the same once more, and says what is wrong
+            return
+
     def _staged(self, request: str, ticket: Ticket) -> torch.Tensor:
         return self._staging[self._pool.offset(request) :][: ticket.nbytes]
 
@@ -204,30 +269,52 @@ class CodedWorker(Worker):
             ticket, meta = self._reading.pop(request)
             if request not in results.failed_recving:
                 try:
-                    self._decode(self._staged(request, ticket), ticket, meta)
+                    staged, pages = self._staged(request, ticket), meta.local_physical_block_ids
+                    self._decode(staged, ticket.nonce, meta.remote.num_tokens, pages)
                 except WireError as error:
                     self._refuse(request, str(error))
                     results.failed_recving.add(request)
             self._pool.release(request)
 
-    def _decode(self, staged: torch.Tensor, ticket: Ticket, meta: Any) -> None:
+    def _decode(
+        self, staged: torch.Tensor, nonce: bytes, tokens: int, pages: Sequence[Sequence[int]]
+    ) -> None:
+        """Decode a range of a prompt of so many tokens into the kernel's pages of each group."""
         groups = self.kv_cache_config.transfer_group_index_by_layer
-        tokens, slots_of = meta.remote.num_tokens, dict[int, torch.Tensor]()
+
+        @cache
+        def at(group: int, page: int, tokens: int, step: int | None) -> torch.Tensor:
+            # layers of one group have one rule, so one hole
+            return slots(numbers(list(pages[group]), staged.device), page, tokens, step)
+
+        def places(part: Part, step: int | None = None) -> torch.Tensor:
+            group = groups[self._caches[part.layer]]
+            return at(group, self._page_of(part), part.tokens, step)
+
         with together():  # pages of a request that is refused are never read
-            for part, *coded in self._form(tokens).read(staged, ticket.nonce):
-                k_GMD, v_GMD = self._bias.added_to(part, tokens - 1, (coded[0], coded[1]))
-                attention, cache = self._cache_of(part.layer)
-                group = groups[self._caches[part.layer]]
-                if group not in slots_of:  # layers of one group have one rule, so one hole
-                    pages_B = numbers(list(meta.local_physical_block_ids[group]), cache.device)
-                    slots_of[group] = slots(pages_B, cache.shape[2], part.tokens)
-                scatter(attention, cache, slots_of[group], k_GMD, v_GMD)
+            for parts, data_YS in self._form(tokens).read(staged, nonce):
+                if rows := self._rows_of(parts):
+                    kv = [(row.k_GTD, row.v_GTD) for _, row in rows]
+                    at_YM = [places(part, row.step) for part, row in rows]
+                    kept_YGM = _of_layers(at_YM, parts[0].heads)
+                    parts[0].codec.decode_layers(data_YS, kv, kept_YGM)
+                    continue
+                for part, data_S in zip(parts, data_YS, strict=True):
+                    k_GMD, v_GMD = self._bias.added_to(part, tokens - 1, part.decode(data_S))
+                    scatter(*self._cache_of(part.layer), places(part), k_GMD, v_GMD)
         if staged.is_cuda:  # no stream orders the next READ into this range
             torch.cuda.current_stream(staged.device).synchronize()
 
     def _refuse(self, request: str, problem: str) -> None:
         logger.error("request %s refused: %s", request, problem)
         self.xfer_stats.note(REFUSED, 1)
+
+
+def _of_layers(places: list[torch.Tensor], heads: int) -> torch.Tensor:
+    """Rows ``[M]`` of each layer, for all of its heads ``[Y, G, M]``; no copy if they are one."""
+    one = all(place is places[0] for place in places)
+    at_YM = places[0].expand(len(places), -1) if one else torch.stack(places)
+    return at_YM[:, None].expand(-1, heads, -1)
 
 
 def _add_region(meta: Any, address: int, size: int, memory: str) -> None:

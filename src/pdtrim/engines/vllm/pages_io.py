@@ -1,14 +1,16 @@
 """Tokens in and out of an engine's pages.
 
 Writing is the backend's own function. Reading is not offered by any, so the layouts of two are
-known here, and :func:`check_readable` tries them out before a server starts.
+known here, and :func:`check_readable` tries them out before a server starts. Where a token of a
+head is a row of its own, codecs read and write the pages themselves, by :func:`rows_of`.
 
-Shapes: B pages of P tokens, G KV heads, M tokens, D head width, E twice that.
+Shapes: B pages of P tokens, G KV heads, T rows of a cache, M tokens, D head width, E twice that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,13 +42,41 @@ def _flash_attn(pages_BGPE: Tensor) -> tuple[Tensor, Tensor]:
     return k, v
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a backend keeps its pages.
+
+    Attributes:
+        read: pages ``[B, G, P, 2 * D]`` to keys and values ``[B, G, P, D]``.
+        rows: what ``read`` makes are views, of the whole cache too.
+    """
+
+    read: Callable[[Tensor], tuple[Tensor, Tensor]]
+    rows: bool = False
+
+
 BACKENDS = ("CPU_ATTN", "FLASH_ATTN")
-LAYOUTS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
-    "CPU_ATTN": _cpu_attn,
-    "CPU_ATTN in tiles of AMX": _cpu_attn_amx,
-    "FLASH_ATTN": _flash_attn,
+LAYOUTS = {
+    "CPU_ATTN": Layout(read=_cpu_attn),
+    "CPU_ATTN in tiles of AMX": Layout(read=_cpu_attn_amx),
+    "FLASH_ATTN": Layout(read=_flash_attn, rows=True),
 }
-"""Pages ``[B, G, P, 2 * D]`` to keys and values ``[B, G, P, D]``, by the layout's name."""
+"""By the layout's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """A layer's cache as a codec sees it.
+
+    Attributes:
+        k_GTD: keys, a token a row; rows between pages may be other heads' or nobody's.
+        v_GTD: values in the same way.
+        step: rows from one page to the next.
+    """
+
+    k_GTD: Tensor
+    v_GTD: Tensor
+    step: int
 
 
 def layout_of(attention: Any) -> str:
@@ -61,15 +91,34 @@ def numbers(pages: Sequence[int], device: torch.device) -> Tensor:
     return made.to(device, non_blocking=True)
 
 
-def slots(pages_B: Tensor, page: int, tokens: int) -> Tensor:
-    """The first M tokens of these pages, as an engine counts the slots of a cache ``[M]``."""
+def slots(pages_B: Tensor, page: int, tokens: int, step: int | None = None) -> Tensor:
+    """The first M tokens of these pages of P tokens ``[M]``.
+
+    As an engine counts the slots of a cache, or, given their ``step``, as rows of :class:`Rows`.
+    """
     at_P = torch.arange(page, device=pages_B.device)
-    return (pages_B[:, None] * page + at_P).flatten()[:tokens]
+    return (pages_B[:, None] * (step or page) + at_P).flatten()[:tokens]
+
+
+def rows_of(attention: Any, cache: Tensor, heads: int) -> Rows | None:
+    """The first G heads of a cache as rows; None if its backend or its strides have none."""
+    layout = LAYOUTS.get(layout_of(attention))
+    if layout is None or not layout.rows:
+        return None
+    (B, _, P, _), (page, head, row, channel) = cache.shape, cache.stride()
+    if channel != 1 or page % row:
+        return None
+    step = page // row
+    k_GTD, v_GTD = (
+        x_BGPD.as_strided((heads, (B - 1) * step + P, x_BGPD.shape[3]), (head, row, 1))
+        for x_BGPD in layout.read(cache)
+    )
+    return Rows(k_GTD=k_GTD, v_GTD=v_GTD, step=step)
 
 
 def gather(attention: Any, cache: Tensor, pages_B: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """Keys and values ``[G, M, D]`` of the first M tokens in these pages of the cache."""
-    read = LAYOUTS[layout_of(attention)]
+    read = LAYOUTS[layout_of(attention)].read
     k_GMD, v_GMD = (
         x_BGPD.transpose(0, 1).flatten(1, 2)[:, :tokens].contiguous()
         for x_BGPD in read(cache[pages_B])
@@ -91,7 +140,10 @@ def scatter(attention: Any, cache: Tensor, slots_M: Tensor, k_GMD: Tensor, v_GMD
 
 
 def check_readable(attention: Any, cache: Tensor) -> None:
-    """Raise PlanError unless :func:`gather` reads what the backend writes into such a cache."""
+    """Raise PlanError unless what the backend writes into such a cache is read here.
+
+    By :func:`gather`, and by :func:`rows_of` where there are rows.
+    """
     name = layout_of(attention)
     problem = f"attention backend {name} keeps its pages in a form that pdtrim cannot read"
     if name in LAYOUTS:
@@ -100,7 +152,11 @@ def check_readable(attention: Any, cache: Tensor) -> None:
         written = torch.randn(2, G, P + 1, E // 2).to(cache)  # a page and a part of another
         pages_B = numbers([1, 0], cache.device)
         scatter(attention, trial, slots(pages_B, P, P + 1), *written)
-        if torch.equal(torch.stack(gather(attention, trial, pages_B, P + 1)), written):
+        read = [torch.stack(gather(attention, trial, pages_B, P + 1))]
+        if rows := rows_of(attention, trial, G):
+            at_M = slots(pages_B, P, P + 1, rows.step)
+            read.append(torch.stack((rows.k_GTD[:, at_M], rows.v_GTD[:, at_M])))
+        if all(torch.equal(one, written) for one in read):
             return
     raise PlanError(
         f"{problem}: choose --attention-backend {' or '.join(BACKENDS)}, or plan without a codec"

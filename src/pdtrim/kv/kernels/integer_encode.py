@@ -1,10 +1,10 @@
 """Encoding of ``kv/codecs/integer.py`` on a GPU: each pair is read once, coded in registers.
 
-One launch for all layers, one program a tile of a head. Tiles of keys are the groups of ``size`` tokens, by ``BT``
-tokens at a time; tiles of values and of raw ends are ``BV`` tokens. A *unit* is the fewest codes
-that fill whole bytes: 8 of 3 bits in 3 bytes, else ``8 / bits`` in one. A token's codes follow one
-another and are whole units, so that a tile's are whole bytes, and those of a unit lie in one
-thread's registers.
+One launch for all layers, one program a tile of a head. Tiles of keys are the groups of ``size``
+tokens, by ``BT`` tokens at a time; tiles of values and of raw ends are ``BV`` tokens. A *unit* is
+the fewest codes that fill whole bytes: 8 of 3 bits in 3 bytes, else ``8 / bits`` in one. A token's
+codes follow one another and are whole units, so that a tile's are whole bytes, and those of a unit
+lie in one thread's registers.
 
 Shapes: L heads, N coded tokens, D head width, J groups.
 """
