@@ -125,6 +125,81 @@ def test_kept_pairs_go_from_the_cache_to_the_wire(name, index):
             assert torch.equal(data, wanted)
 
 
+LAYERS = [
+    ("raw", 29, 16, BF16),
+    ("fp8", 29, 24, FP16),
+    ("int4:first=2,recent=5", 70, 80, BF16),
+    ("k3v2:rotate=true,recent=0,group=128", 149, 16, BF16),
+    ("int8:recent=0", 29, 16, FP32),
+]
+
+
+def paged(pages, page, width, dtype, by_heads):
+    """Three layers' caches of two heads, and their keys and values as rows."""
+    shape = (pages, 2, page, 2 * width) if by_heads else (pages, page, 2, 2 * width)
+    caches = [torch.randn(shape).to(DEVICE, dtype) for _ in range(3)]
+    kv = []
+    for cache in caches:
+        whole, head, row, _ = (cache if by_heads else cache.transpose(1, 2)).stride()
+        rows = ((2, (pages - 1) * (whole // row) + page, width), (head, row, 1))
+        kv.append(tuple(cache.as_strided(*rows, at) for at in (0, width)))
+    return caches, kv, whole // row
+
+
+@pytest.mark.parametrize("shared", (True, False))
+@pytest.mark.parametrize("by_heads", (True, False))
+@pytest.mark.parametrize(("name", "M", "D", "dtype"), LAYERS)
+def test_layers_are_coded_at_once_from_pages_to_pages(name, M, D, dtype, by_heads, shared):
+    """To the bytes of each alone, and to nothing else in the caches; pages of one or all layers."""
+    codec, page, pages = parse_codec(name), 16, 12
+    _, kv, step = paged(pages, page, D, dtype, by_heads)
+
+    def places():
+        at_B = torch.randperm(pages)[: -(-M // page)] * step
+        return (at_B[:, None] + torch.arange(page)).flatten()[:M].to(DEVICE)
+
+    at_YM = places().expand(3, -1) if shared else torch.stack([places() for _ in range(3)])
+    kept_YLM = at_YM[:, None].expand(-1, 2, -1)
+    with kernels.use("torch"):
+        wanted = [codec.encode_kept(*pair, kept) for pair, kept in zip(kv, kept_YLM, strict=True)]
+    room = torch.full((3, -(-len(wanted[0]) // 16) * 16 + 16), 7, dtype=torch.uint8, device=DEVICE)
+    with kernels.use("triton"):
+        assert kernels.alike(kv, room)
+        codec.encode_layers(kv, kept_YLM, room)
+    assert torch.equal(room[:, : len(wanted[0])], torch.stack(wanted))
+    assert (room[:, len(wanted[0]) :] == 7).all()
+    caches, to, _ = paged(pages, page, D, dtype, by_heads)
+    before = [cache.clone() for cache in caches]
+    made = []
+    for way in ("triton", "torch"):
+        with kernels.use(way):
+            codec.decode_layers(room, to, kept_YLM)
+        made.append([cache.clone() for cache in caches])
+        for cache, old in zip(caches, before, strict=True):
+            cache.copy_(old)
+    for ours, theirs, old in zip(*made, before, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ((ours != old).any(-1)).sum() <= 2 * M
+    caches[1].copy_(made[0][1])
+    with kernels.use("torch"):
+        decoded = codec.decode(wanted[1], 2, M, D, dtype)
+    for x_LTD, x_LMD in zip(to[1], decoded, strict=True):
+        assert torch.equal(x_LTD[:, at_YM[1]], x_LMD)
+
+
+def test_layers_that_differ_are_coded_one_by_one():
+    codec = parse_codec("fp8")
+    _, kv, _ = paged(4, 16, 16, BF16, True)
+    odd = torch.randn(2, 70, 17).to(DEVICE, BF16)[..., 1:]  # no whole words
+    kept = torch.arange(20, device=DEVICE).expand(2, 2, -1)
+    room = torch.zeros(2, 2**12, dtype=torch.uint8, device=DEVICE)
+    assert not kernels.alike([kv[0], (odd, odd)], room) and not kernels.alike(kv, room[:, 1:])
+    ours, theirs = both(
+        lambda: codec.encode_layers([kv[0], (odd, odd)], kept, room) or room.clone()
+    )
+    assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("name", ("raw", "fp8", "int4", "entropy"))
 def test_strides_of_a_cache_are_followed(name):
     codec = parse_codec(name)
