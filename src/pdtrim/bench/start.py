@@ -203,7 +203,9 @@ def _code(form: Form, source: torch.device, target: torch.device) -> tuple[int, 
     def read() -> None:
         with together():
             for parts, data_YS in form.read(staged, nonce):
-                parts[0].codec.decode_layers(data_YS, *rows(parts, target))
+                kv, kept_YGM = rows(parts, target)
+                assert kept_YGM is not None
+                parts[0].codec.decode_layers(data_YS, kv, kept_YGM)
 
     encode_s = _median(lambda: timed(write, source))
     nbytes = write()

@@ -166,8 +166,8 @@ class CodedWorker(Worker):
             for part in run:
                 cache_of = self._cache_of(part.layer)
                 k_GMD, v_GMD = gather(*cache_of, numbers_of(part.hole), part.tokens)
-                kv = k_GMD[: part.heads], v_GMD[: part.heads]  # decode's come first (widths.py)
-                k_GMD, v_GMD = self._bias.taken_from(part, tokens - 1, kv)
+                biased = k_GMD[: part.heads], v_GMD[: part.heads]  # decode's first (widths.py)
+                k_GMD, v_GMD = self._bias.taken_from(part, tokens - 1, biased)
                 yield [(k_GMD, v_GMD)], None
 
     def _rows_of(self, parts: Sequence[Part]) -> list[tuple[Part, Rows]]:
