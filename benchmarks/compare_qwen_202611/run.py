@@ -12,6 +12,7 @@ OUT/20 and OUT/33 are folders of ``pdtrim compare``.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import runpy
 import subprocess
@@ -22,6 +23,8 @@ from pathlib import Path
 
 from jobs import Settings, all_jobs
 from queueing import Job
+
+from pdtrim.versions import host, versions
 
 TICK = 1.0  # seconds between looks at the processes
 ATTEMPTS = 3  # with more memory each time
@@ -210,7 +213,14 @@ def main() -> None:
     jobs = all_jobs(settings)
     if args.only:
         jobs = [job for job in jobs if job.name.startswith(tuple(args.only.split(",")))]
-    Runner(args, jobs).run()
+    runner = Runner(args, jobs)
+    where = {
+        "host": host(),
+        "versions": versions(),
+        "settings": {k: str(v) for k, v in vars(args).items()},
+    }
+    (args.out / "machine.json").write_text(json.dumps(where, indent=1) + "\n", encoding="utf-8")
+    runner.run()
 
 
 if __name__ == "__main__":
