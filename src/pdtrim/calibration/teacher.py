@@ -20,8 +20,15 @@ from pdtrim.models.model import Model
 from pdtrim.stage.forward import Batch, Trace, Trimmed
 
 TOP = 512
-HEAD_ROWS = 64
-"""Positions whose logits are held at once: V x 64 floats stay in a CPU's last-level cache."""
+
+
+def head_rows(device: torch.device) -> int:
+    """Positions whose logits are held at once.
+
+    V x 64 floats stay in a CPU's last-level cache; a GPU would read the head's weights for each 64
+    and wait for Python in between.
+    """
+    return 64 if device.type == "cpu" else 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +49,7 @@ class Teacher:
             trace = Trimmed.dense(model).streams(part)
             check_streams(model, trace)
             y = trace[-1][1]
-            for y_RE in y.flatten(0, 1).split(HEAD_ROWS):
+            for y_RE in y.flatten(0, 1).split(head_rows(model.device)):
                 logp_RV = F.log_softmax(model.head(y_RE), -1, dtype=torch.float32)
                 logp_RK, ids_RK = logp_RV.topk(top, dim=-1)
                 rest_R = log_rest(logp_RK)
@@ -57,6 +64,7 @@ class Teacher:
     def kl(self, model: Model, y_BCE: Tensor) -> Tensor:
         """KL of each sequence ``[B]``, nats a token, of the head's word on a last stream."""
         B, C = self.rest_BC.shape
+        rows = head_rows(y_BCE.device)
         columns = (
             y_BCE.flatten(0, 1),
             self.ids_BCK.flatten(0, 1),
@@ -64,7 +72,7 @@ class Teacher:
             self.rest_BC.flatten(),
         )
         parts = []
-        for y, ids, logp, rest in zip(*(c.split(HEAD_ROWS) for c in columns), strict=True):
+        for y, ids, logp, rest in zip(*(c.split(rows) for c in columns), strict=True):
             logq = F.log_softmax(model.head(y), -1, dtype=torch.float32).gather(-1, ids)
             parts.append(bucketed_kl(logp, rest, logq))
         return torch.cat(parts).view(B, C).mean(1)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pdtrim.calibration.teacher import HEAD_ROWS
+from pdtrim.calibration.teacher import head_rows
 from pdtrim.models.model import Model
 from pdtrim.stage.forward import Batch, Trimmed
 
@@ -90,7 +90,8 @@ def _kl(
 
 
 def _slices(head: Model, dense_BCE: Tensor, student_BCE: Tensor) -> list[tuple[Tensor, Tensor]]:
-    on_gpu = dense_BCE.device.type != "cpu"
-    rows = max(1, SLICE_LOGITS // head.config.vocab_size) if on_gpu else HEAD_ROWS
+    device = dense_BCE.device
+    on_gpu = device.type != "cpu"
+    rows = max(1, SLICE_LOGITS // head.config.vocab_size) if on_gpu else head_rows(device)
     flat = (y.flatten(0, 1).split(rows) for y in (dense_BCE, student_BCE))
     return list(zip(*flat, strict=True))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pdtrim.calibration.teacher import HEAD_ROWS
+from pdtrim.calibration.teacher import head_rows
 from pdtrim.errors import PlanError
 from pdtrim.finite import finite
 from pdtrim.kv.policy import HandoverPolicy
@@ -112,7 +112,8 @@ def _compare(
     B, C = batch.continuation_BC.shape
     columns = (dense_BCE.flatten(0, 1), y_BCE.flatten(0, 1), batch.continuation_BC.flatten())
     kl, nll, same = [], [], []
-    for dense_RE, y_RE, target_R in zip(*(c.split(HEAD_ROWS) for c in columns), strict=True):
+    rows = head_rows(dense.device)
+    for dense_RE, y_RE, target_R in zip(*(c.split(rows) for c in columns), strict=True):
         logp_RV = F.log_softmax(dense.head(dense_RE), -1, dtype=torch.float32)
         logq_RV = F.log_softmax(variant.pair.decode.head(y_RE), -1, dtype=torch.float32)
         kl.append((logp_RV.exp() * (logp_RV - logq_RV)).sum(-1))

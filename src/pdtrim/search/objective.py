@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pdtrim.calibration.recall import answer_loss, lost, recall_text
 from pdtrim.calibration.score import Score
-from pdtrim.calibration.teacher import HEAD_ROWS, Teacher
+from pdtrim.calibration.teacher import Teacher, head_rows
 from pdtrim.finite import finite
 from pdtrim.keep.journal import Journal
 from pdtrim.models.model import Model
@@ -333,7 +333,7 @@ class Objective:
         text, recall = self._run(state.gates, part, None, 0)
         streams = [trace[-1][1].flatten(0, 1) for trace in text]
         streams += [trace[-1][1][self.recalls[0].answer_BC] for trace in recall]
-        for some in torch.cat(streams).split(HEAD_ROWS):
+        for some in torch.cat(streams).split(head_rows(self.model.device)):
             float(F.log_softmax(self.model.head(some), -1, dtype=torch.float32).sum())
         return time.perf_counter() - begun, self._cost(state.gates, 0, part)
 

@@ -82,8 +82,8 @@ def measure_part(
 
     Args:
         only: ``NAME`` of a system for all its seeds or ``NAME-seedN`` for one; ``dense`` for the
-            dense model and the calibration texts, which should be there before processes start
-            side by side.
+            calibration texts, which should be there before processes start side by side, and then
+            the dense model.
 
     Raises:
         PdtrimError: a name that the comparison has not; further as :func:`compare`.
@@ -91,8 +91,8 @@ def measure_part(
     parts = parts_of(config, only)
     measurements = Measurements(model, config, folder, runner=run, progress=progress, say=say)
     if DENSE in only:
+        measurements.prepare_texts()  # first: others may wait for them to begin
         measurements.dense()
-        measurements.prepare_texts()
     for system, seed in parts:
         measurements.system(system, seed)
 

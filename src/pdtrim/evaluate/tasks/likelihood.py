@@ -18,14 +18,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from pdtrim.calibration.teacher import HEAD_ROWS
+from pdtrim.calibration.teacher import head_rows
 from pdtrim.evaluate.tasks.ragged import DecodeRows, Prompts, decode_rows, padded
 from pdtrim.models.model import Model
 from pdtrim.progress import Progress, silent
 from pdtrim.stage.forward import Trimmed
 
 CPU_TOKENS = 1024  # tokens that run together on a CPU: larger batches leave the caches
-CUDA_HEAD_ROWS = 512  # positions whose logits are held at once; on a CPU the fewer, for the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +152,7 @@ def _predict(model: Model, y_AE: Tensor, at_J: Tensor, token_J: Tensor) -> tuple
     Args:
         at_J: which position of ``y_AE`` predicts the token, ascending.
     """
-    width = HEAD_ROWS if y_AE.device.type == "cpu" else CUDA_HEAD_ROWS
+    width = head_rows(y_AE.device)
     logp, hit = [], []
     for start in range(0, len(y_AE), width):
         logits_AV = model.head(y_AE[start : start + width]).float()

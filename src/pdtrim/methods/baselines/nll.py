@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pdtrim.calibration.teacher import HEAD_ROWS
+from pdtrim.calibration.teacher import head_rows
 from pdtrim.methods.problem import Problem
 from pdtrim.models.model import Model
 from pdtrim.search.objective import Loss, Objective
@@ -33,9 +33,10 @@ def nll_loss(model: Model, batch: Batch) -> Loss:
     ids_BC = batch.continuation_BC
 
     def loss(y_BCE: Tensor) -> Tensor:
+        together = head_rows(model.device)
         rows = zip(
-            torch.split(y_BCE.flatten(0, 1), HEAD_ROWS),
-            torch.split(ids_BC.flatten(), HEAD_ROWS),
+            torch.split(y_BCE.flatten(0, 1), together),
+            torch.split(ids_BC.flatten(), together),
             strict=True,
         )
         nll_R = torch.cat([token_nll(model.head(y), ids) for y, ids in rows])
