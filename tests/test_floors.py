@@ -9,7 +9,7 @@ import pdtrim
 
 FLOORS = (
     ("errors", "progress", "records", "versions", "words"),
-    ("clock", "finite", "reading"),
+    ("clock", "devices", "finite", "reading"),
     ("keep",),
     ("cost",),
     ("kv.groups", "kv.view", "kv.bias", "kv.selectors", "kv.codecs", "kv.kernels", "kv.bearable"),

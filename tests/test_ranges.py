@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from helpers import first_last, make_plan, tiny_model
-from pdtrim.engines import checksum as module
-from pdtrim.engines.checksum import checksum
 from pdtrim.engines.pages import check_servable, is_coded
 from pdtrim.engines.ranges import (
     ALIGN,
@@ -20,7 +18,9 @@ from pdtrim.engines.ranges import (
     pool_bytes,
 )
 from pdtrim.errors import WireError
+from pdtrim.kv import checksum as module
 from pdtrim.kv import kernels
+from pdtrim.kv.checksum import checksum
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.policy import HandoverPolicy, hand_over
 from pdtrim.plan import Gates, LayerKV

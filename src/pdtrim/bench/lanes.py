@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 
 from pdtrim.clock import finish
-from pdtrim.errors import PdtrimError
 
 K = TypeVar("K")
 Mark = Any
@@ -29,27 +28,6 @@ def facts_of(device: torch.device) -> dict[str, Any]:
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
     }
-
-
-def device_of(name: str) -> torch.device:
-    """The CPU, or a GPU with its number.
-
-    Raises:
-        PdtrimError: neither, or a GPU that is not there.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise PdtrimError(f"no device '{name}': give cpu, cuda or cuda:NUMBER")
-    if device.type == "cpu":
-        return device
-    device = torch.device("cuda", device.index or 0)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.index >= count:
-        raise PdtrimError(f"device '{name}': torch finds {count} GPUs here")
-    return device
 
 
 class Lane:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import subprocess
 import sys
 import time
@@ -20,12 +19,11 @@ import torch
 from torch import Tensor
 
 from pdtrim.errors import PdtrimError
+from pdtrim.runtime.nixl import LOG, descriptors, make_agent
 from pdtrim.runtime.start import child_env, python_module
 
 SAYS = "pdtrim-nixl "
 """What the other process's line begins with."""
-LOG = {"NIXL_LOG_LEVEL": "WARN"}
-NEEDED = "transport nixl needs a package: run 'pip install pdtrim[nixl]'"
 
 
 class NixlLink:
@@ -41,7 +39,7 @@ class NixlLink:
     def __init__(self, source: torch.device, target: torch.device, size: int) -> None:
         self._source = source
         self._buffer = torch.empty(size, dtype=torch.uint8, device=source)
-        self._agent = _agent("pdtrim-source")
+        self._agent = make_agent("pdtrim-source")
         self._registered = self._agent.register_memory(self._buffer)
         self._process = subprocess.Popen(
             python_module("pdtrim.bench.nixl_link", str(target), str(size)),
@@ -96,15 +94,9 @@ class NixlLink:
     def _ends(self, count: int, pieces: int) -> list[Any]:
         """Descriptors here, and of the other buffer."""
         size = count // pieces
-        return [
-            self._agent.get_xfer_descs(
-                [(start + i * size, size, _number(place)) for i in range(pieces)], _kind(place)
-            )
-            for start, place in (
-                (self._buffer.data_ptr(), self._source),
-                (self._address, self._target),
-            )
-        ]
+        ranges = [(i * size, size) for i in range(pieces)]
+        places = ((self._buffer.data_ptr(), self._source), (self._address, self._target))
+        return [descriptors(self._agent, start, ranges, place) for start, place in places]
 
     def _run(self, operation: Literal["READ", "WRITE"], count: int, ends: list[Any]) -> float:
         """The clock when the bytes are there."""
@@ -135,28 +127,10 @@ class NixlLink:
         self._process.stdout.close()
 
 
-def _agent(name: str) -> Any:
-    for key, value in LOG.items():
-        os.environ.setdefault(key, value)
-    try:
-        from nixl._api import nixl_agent, nixl_agent_config
-    except ImportError as error:
-        raise PdtrimError(NEEDED) from error
-    return nixl_agent(name, nixl_agent_config(backends=["UCX"]))
-
-
-def _kind(device: torch.device) -> str:
-    return "VRAM" if device.type == "cuda" else "DRAM"
-
-
-def _number(device: torch.device) -> int:
-    return device.index or 0
-
-
 def _receive(place: str, size: int) -> None:
     """Own a buffer until standard input ends; a number there asks for the sum of so many bytes."""
     buffer = torch.zeros(size, dtype=torch.uint8, device=torch.device(place))
-    agent = _agent("pdtrim-target")
+    agent = make_agent("pdtrim-target")
     agent.register_memory(buffer)
     metadata = base64.b64encode(agent.get_agent_metadata()).decode()
     print(SAYS + json.dumps({"address": buffer.data_ptr(), "metadata": metadata}), flush=True)

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from pdtrim.bench.configs import StagesConfig
-from pdtrim.bench.lanes import Lane, device_of, facts_of, spread, timed_rounds
+from pdtrim.bench.lanes import Lane, facts_of, spread, timed_rounds
 from pdtrim.bench.shapes import random_model, shape_config
+from pdtrim.devices import device_of
 from pdtrim.errors import PdtrimError
 from pdtrim.kv.groups import HeadGroup
 from pdtrim.kv.policy import HandoverPolicy

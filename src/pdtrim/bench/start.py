@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from pdtrim.bench.lanes import device_of, facts_of
+from pdtrim.bench.lanes import facts_of
 from pdtrim.bench.nixl_link import NixlLink
 from pdtrim.bench.traffic import Sizes, random_cache
 from pdtrim.clock import timed
+from pdtrim.devices import device_of
 from pdtrim.engines.pages import bytes_sent, is_coded, pages_of, pages_sent
 from pdtrim.engines.ranges import NONCE_BYTES, Batch, Form, Part
 from pdtrim.exported import read_pair

@@ -25,11 +25,12 @@ import torch
 from transformers import PreTrainedConfig
 
 from pdtrim.bench.configs import MEASURED, TransferConfig, Transport
-from pdtrim.bench.lanes import device_of, facts_of, spread
+from pdtrim.bench.lanes import facts_of, spread
 from pdtrim.bench.pipeline import Machines
 from pdtrim.bench.rounds import Rounds
 from pdtrim.bench.shapes import one_block, random_model, shape_config
 from pdtrim.bench.traffic import LayerSent, Sizes, layers_sent, paper_rule, random_cache
+from pdtrim.devices import device_of
 from pdtrim.errors import PdtrimError
 from pdtrim.models.block import head_width
 from pdtrim.models.loading import dtype_named

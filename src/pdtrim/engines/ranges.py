@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdtrim.engines.checksum import checksum
 from pdtrim.engines.pages import hole_of
 from pdtrim.errors import WireError
+from pdtrim.kv.checksum import checksum
 from pdtrim.kv.codecs import CodecBase
 from pdtrim.kv.kernels import ALIGNED
 from pdtrim.plan import PrunePlan

@@ -63,18 +63,12 @@ class SentLayer:
     """One request's pairs of one layer.
 
     Attributes:
-        keep_GN: bool, which pairs these are.
+        keep_GN: bool, which pairs these are, on the CPU once it has travelled.
         groups: of one row each, see :class:`HeadGroup`.
     """
 
     keep_GN: Tensor
     groups: list[HeadGroup]
-
-    def to(self, device: torch.device) -> SentLayer:
-        """The layer on a device."""
-        return SentLayer(
-            keep_GN=self.keep_GN.to(device), groups=[group.to(device) for group in self.groups]
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,11 +160,26 @@ def encode_part(entry: Entry, sent: SentLayer) -> list[Tensor]:
 
     Bytes from a GPU are there once the current stream has been waited for.
     """
+    pieces = [_host(piece) for piece in encode_data(entry, sent)]
+    return [*describe(entry, sent, sum(piece.numel() for piece in pieces)), *pieces]
+
+
+def encode_data(entry: Entry, sent: SentLayer) -> list[Tensor]:
+    """The codec's bytes alone, where the pairs are; a length may be on the CPU."""
+    pieces = []
+    for group in sent.groups:
+        data = entry.codec.encode(group.k_BgMD[0].contiguous(), group.v_BgMD[0].contiguous())
+        if entry.codec.variable:
+            pieces.append(as_bytes(LENGTH.pack(data.numel())))
+        pieces.append(data)
+    return pieces
+
+
+def describe(entry: Entry, sent: SentLayer, data_bytes: int) -> list[Tensor]:
+    """What goes before the data of a part: its entry and its mask, on the CPU."""
     mask = pack_mask(sent.keep_GN[: entry.mask_rows])
-    pieces = _pieces(entry.codec, sent.groups)
-    data_bytes = sum(piece.numel() for piece in pieces)
     assert mask.numel() == entry.mask_bytes and data_bytes <= entry.data_bytes
-    return [_bytes(ENTRY.pack(entry.layer, mask.numel(), data_bytes)), mask, *pieces]
+    return [as_bytes(ENTRY.pack(entry.layer, mask.numel(), data_bytes)), mask]
 
 
 def parse_opening(raw: bytes) -> Opening:
@@ -224,7 +233,11 @@ def check_entry(raw: bytes, entry: Entry) -> int:
 
 
 def decode_groups(entry: Entry, data: Tensor, keep_GN: Tensor, layout: Layout) -> list[HeadGroup]:
-    """A layer's data back to pairs; WireError if the pieces do not fit."""
+    """A layer's data back to pairs, where the data are; WireError if the pieces do not fit.
+
+    Args:
+        keep_GN: on the CPU.
+    """
     groups, at = [], 0
     for heads, tokens in _groups(keep_GN):
         shape = (len(heads), tokens, layout.head_dim)
@@ -232,16 +245,17 @@ def decode_groups(entry: Entry, data: Tensor, keep_GN: Tensor, layout: Layout) -
         if entry.codec.variable:
             if at + LENGTH.size > data.numel():
                 raise WireError(f"layer {entry.layer}: a length field is missing")
-            (size,) = LENGTH.unpack(data[at : at + LENGTH.size].numpy().tobytes())
+            (size,) = LENGTH.unpack(data[at : at + LENGTH.size].cpu().numpy().tobytes())
             at += LENGTH.size
         if at + size > data.numel():
             raise WireError(f"layer {entry.layer}: a piece passes the layer's end")
         piece = data[at : at + size].clone()  # aligned for any dtype
         k_gMD, v_gMD = entry.codec.decode(piece, *shape, layout.dtype)
         at += size
-        positions = keep_GN[list(heads)].nonzero()[:, 1].view(1, len(heads), tokens)
+        positions_gM = _positions(keep_GN, heads, tokens, data.device)
+        k_BgMD, v_BgMD, positions_BgM = k_gMD[None], v_gMD[None], positions_gM[None]
         groups.append(
-            HeadGroup(heads=heads, k_BgMD=k_gMD[None], v_BgMD=v_gMD[None], positions_BgM=positions)
+            HeadGroup(heads=heads, k_BgMD=k_BgMD, v_BgMD=v_BgMD, positions_BgM=positions_BgM)
         )
     if at != data.numel():
         raise WireError(f"layer {entry.layer}: {data.numel() - at} bytes are left over")
@@ -309,14 +323,13 @@ def _groups(keep_GN: Tensor) -> list[tuple[tuple[int, ...], int]]:
     return [(heads, int(counts_G[heads[0]])) for heads in partition(counts_G[None])]
 
 
-def _pieces(codec: CodecBase, groups: list[HeadGroup]) -> list[Tensor]:
-    pieces = []
-    for group in groups:
-        data = _host(codec.encode(group.k_BgMD[0].contiguous(), group.v_BgMD[0].contiguous()))
-        if codec.variable:
-            pieces.append(_bytes(LENGTH.pack(data.numel())))
-        pieces.append(data)
-    return pieces
+def _positions(
+    keep_GN: Tensor, heads: tuple[int, ...], tokens: int, device: torch.device
+) -> Tensor:
+    """Positions ``[g, M]`` of what some heads keep."""
+    if tokens == keep_GN.shape[1]:  # all: nothing to look for, and nothing to copy
+        return torch.arange(tokens, device=device).expand(len(heads), tokens)
+    return keep_GN[list(heads)].nonzero()[:, 1].view(len(heads), tokens).to(device)
 
 
 def _host(data: Tensor) -> Tensor:
@@ -327,5 +340,6 @@ def _host(data: Tensor) -> Tensor:
     return pinned.copy_(data, non_blocking=True)
 
 
-def _bytes(data: bytes) -> Tensor:
+def as_bytes(data: bytes) -> Tensor:
+    """Bytes as a tensor of their own."""
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)

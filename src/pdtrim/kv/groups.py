@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -27,13 +26,3 @@ class HeadGroup:
     v_BgMD: Tensor
     positions_BgM: Tensor
     padded_BM: Tensor | None = None
-
-    def to(self, device: torch.device) -> HeadGroup:
-        """The group on a device."""
-        return HeadGroup(
-            heads=self.heads,
-            k_BgMD=self.k_BgMD.to(device),
-            v_BgMD=self.v_BgMD.to(device),
-            positions_BgM=self.positions_BgM.to(device),
-            padded_BM=None if self.padded_BM is None else self.padded_BM.to(device),
-        )

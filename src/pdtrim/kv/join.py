@@ -41,5 +41,5 @@ def _group(sent: Sequence[SentLayer], heads: tuple[int, ...], counts_BG: torch.T
         k_BgMD=k,
         v_BgMD=v,
         positions_BgM=positions,
-        padded_BM=padding(counts_B, M),
+        padded_BM=padding(counts_B.to(k.device), M),
     )

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pdtrim.clock import finish
+from pdtrim.devices import device_of
 from pdtrim.kv.frame import SentLayer
 from pdtrim.kv.join import join
 from pdtrim.models.checkpoint import load_stage
@@ -31,7 +33,7 @@ class DecodeProcess:
         self.control = control
         self.model = model
         self.plan = plan
-        self.receiver = Receiver(plan, model.dtype)
+        self.receiver = Receiver(plan, model.dtype, model.device)
 
     @property
     def handlers(self) -> Handlers:
@@ -46,7 +48,7 @@ class DecodeProcess:
 
     def link(self, order: Message) -> None:
         """Take the stream on which frames will come."""
-        self.receiver.attach(self.control.take_socket())
+        self.receiver.attach(self.control.take_socket(), order["transport"])
         self.control.send("linked")
 
     def expect(self, order: Message) -> None:
@@ -118,17 +120,17 @@ class DecodeProcess:
     def caches(
         self, requests: list[Message], capacity: int
     ) -> tuple[dict[int, LayerCache], list[int]]:
-        """One cache a layer for the whole batch, and each request's bytes on the wire."""
+        """One cache a layer for the whole batch, and each request's bytes that crossed."""
         arrived = [self.receiver.take(bytes.fromhex(r["id"])) for r in requests]
         caches = {
             layer: self._layer_cache(layer, [a.layers.pop(layer) for a in arrived], capacity)
             for layer in self.plan.sent_layers
         }
+        finish(self.model.device)  # what came is copied, and its memory free
         return caches, [a.frame_bytes for a in arrived]
 
     def _layer_cache(self, layer: int, sent: list[SentLayer], capacity: int) -> LayerCache:
-        sent = [self._with_bias(layer, s.to(self.model.device)) for s in sent]
-        groups = join(sent)
+        groups = join([self._with_bias(layer, one) for one in sent])
         return LayerCache(groups, capacity=capacity, window=self.model.block(layer).window)
 
     def _with_bias(self, layer: int, sent: SentLayer) -> SentLayer:
@@ -143,6 +145,11 @@ class DecodeProcess:
         return SentLayer(keep_GN=sent.keep_GN, groups=groups)
 
 
-def load(control: Control, folder: str) -> DecodeProcess:
-    """Read the checkpoint in ``folder``."""
-    return DecodeProcess(control, *load_stage(folder, "decode"))
+def load(control: Control, folder: str, device: str) -> DecodeProcess:
+    """Read the checkpoint in ``folder`` onto a device.
+
+    Raises:
+        PdtrimError: there is no such device, or no such checkpoint.
+    """
+    place = str(device_of(device))
+    return DecodeProcess(control, *load_stage(folder, "decode", device=place))

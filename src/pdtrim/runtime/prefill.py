@@ -10,13 +10,16 @@ from dataclasses import dataclass
 
 import torch
 
+from pdtrim.devices import device_of
 from pdtrim.errors import WireError
 from pdtrim.kv.wire import Refused, read_answer
 from pdtrim.models.checkpoint import load_stage
 from pdtrim.models.model import Model
 from pdtrim.plan import PrunePlan
+from pdtrim.runtime.config import Way
 from pdtrim.runtime.control import Control, Handlers, Message
 from pdtrim.runtime.sender import Sender
+from pdtrim.runtime.shelf import Shelf
 from pdtrim.stage import generate
 
 HANDOVER_TIMEOUT_S = 120.0
@@ -27,7 +30,7 @@ class HandedOver:
     """A batch that decode has taken.
 
     Attributes:
-        sent: bytes of each request on the wire.
+        sent: bytes of each request that crossed.
         computed_at: when prefill's last layer was done, by the clock that both stages read.
     """
 
@@ -43,15 +46,24 @@ class PrefillProcess:
         self.model = model
         self.plan = plan
         self.stream: socket.socket | None = None
+        self.way: Way = "socket"
+        self._shelf: Shelf | None = None
 
     @property
     def handlers(self) -> Handlers:
         """What the session can order."""
         return {"link": self.link, "prefill": self.prefill, "rest": self.rest}
 
-    def attach(self, stream: socket.socket) -> None:
-        """Send frames on this stream, and no longer on the one before."""
+    def attach(self, stream: socket.socket, way: Way = "socket") -> None:
+        """Send frames on this stream, and no longer on the one before.
+
+        Raises:
+            PdtrimError: NIXL is asked for, and is not installed or does not start.
+        """
         self.close()
+        if way == "nixl" and self._shelf is None:
+            self._shelf = Shelf(self.model.device)
+        self.way = way
         stream.settimeout(HANDOVER_TIMEOUT_S)
         self.stream = stream
 
@@ -66,7 +78,7 @@ class PrefillProcess:
     def link(self, order: Message) -> None:
         """Take the stream to decode."""
         assert self.control is not None
-        self.attach(self.control.take_socket())
+        self.attach(self.control.take_socket(), order["transport"])
         self.control.send("linked")
 
     def rest(self, order: Message) -> None:
@@ -87,6 +99,7 @@ class PrefillProcess:
         self.control.send(
             "prefilled",
             bytes=done.sent,
+            transport=self.way,
             prefill_s=done.computed_at - started,
             handover_s=time.monotonic() - done.computed_at,
             computed_at=done.computed_at,
@@ -107,11 +120,13 @@ class PrefillProcess:
         if self.stream is None:
             raise WireError("there is no stream to decode")
         lengths = [len(tokens) for tokens in prompts]
-        sender = Sender(self.stream, self.model, self.plan, requests, lengths)
+        shelf = self._shelf if self.way == "nixl" else None
+        sender = Sender(self.stream, self.model, self.plan, requests, lengths, shelf=shelf)
         try:
-            computed_at = self._compute(prompts, sender, overlap=overlap)
-            sent = sender.finish()
-            read_answer(self.stream)
+            with contextlib.nullcontext() if shelf is None else shelf.answering():
+                computed_at = self._compute(prompts, sender, overlap=overlap)
+                sent = sender.finish()
+                read_answer(self.stream)
         except BaseException as error:
             said = self._refusal() if isinstance(error, OSError) else None
             self.close()  # the stream's state is unknown: the session makes a new one
@@ -155,6 +170,11 @@ class PrefillProcess:
         return None
 
 
-def load(control: Control, folder: str) -> PrefillProcess:
-    """Read the checkpoint in ``folder``."""
-    return PrefillProcess(control, *load_stage(folder, "prefill"))
+def load(control: Control, folder: str, device: str) -> PrefillProcess:
+    """Read the checkpoint in ``folder`` onto a device.
+
+    Raises:
+        PdtrimError: there is no such device, or no such checkpoint.
+    """
+    place = str(device_of(device))
+    return PrefillProcess(control, *load_stage(folder, "prefill", device=place))

@@ -59,11 +59,14 @@ class StageProcess:
     process with the *thread* that started it. Another one writes, so that neither a process that
     does not read nor a Ctrl-C in the middle of an order can harm the session.
 
+    Args:
+        device: where its model runs.
+
     Raises:
         RuntimeFailure: it cannot be started.
     """
 
-    def __init__(self, stage: Stage, folder: Path, patience: Patience) -> None:
+    def __init__(self, stage: Stage, folder: Path, patience: Patience, device: str = "cpu") -> None:
         self.stage = stage
         self.patience = patience
         self.others: Sequence[StageProcess] = ()  # that must live while this one is waited for
@@ -78,7 +81,7 @@ class StageProcess:
         self._silent_s = 0.0
         self._started = threading.Event()
         self._problem: OSError | None = None
-        self._reader = threading.Thread(target=self._run, args=(folder,), daemon=True)
+        self._reader = threading.Thread(target=self._run, args=(folder, device), daemon=True)
         self._writer = threading.Thread(target=self._write, daemon=True)
         try:
             self._reader.start()
@@ -198,10 +201,10 @@ class StageProcess:
         how = f"exit {code}" if code >= 0 else f"killed by {_signal_name(-code)}"
         return RuntimeFailure(f"the {self.stage} process ended ({how}): {last_words(self.log)}")
 
-    def _run(self, folder: Path) -> None:
+    def _run(self, folder: Path, device: str) -> None:
         # a process group of its own: Ctrl-C reaches the session, which then ends the stages
         channel = self._their_channel.fileno()
-        arguments = (self.stage, str(folder), str(os.getpid()), str(channel))
+        arguments = (self.stage, str(folder), str(os.getpid()), str(channel), device)
         try:
             self.process = subprocess.Popen(
                 python_module("pdtrim.runtime.stage", *arguments),

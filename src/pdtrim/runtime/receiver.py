@@ -1,8 +1,9 @@
 """Decode's side of the handover: takes frames of expected requests from a stream.
 
 A frame is taken only for requests that the session announced, with the layout that the plan gives
-for their token counts, and only if its hashes fit. One thread reads and compares hashes; another
-decodes what came while later layers are under way. Anything else is refused with a reason, and its
+for their token counts, and only if its hashes and checksums fit. One thread reads, over the socket
+or out of prefill's memory; another decodes what came while later layers are under way, on a GPU on
+a stream of its own. Anything else is refused with a reason, and its
 stream is closed; the session then gives both stages a new one. There is no port or path at which
 anybody else could speak to decode.
 """
@@ -13,23 +14,30 @@ import contextlib
 import socket
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from pdtrim.errors import WireError
+from pdtrim.kv.checksum import checksum
 from pdtrim.kv.frame import HEAD, Layout, Opening, SentLayer, check_opening
-from pdtrim.kv.wire import PART_TIMEOUT_S, FrameReader, RawPart, send_answer
+from pdtrim.kv.kernels import together
+from pdtrim.kv.wire import PART_TIMEOUT_S, FrameReader, RawPart, send_answer, send_read
 from pdtrim.plan import PrunePlan
+from pdtrim.runtime.config import Way
 from pdtrim.runtime.control import words_of
+from pdtrim.runtime.fetcher import Fetcher
 from pdtrim.runtime.line import Line
+from pdtrim.runtime.slots import Slots
 
 DRAIN_S = 5.0
+CPU = torch.device("cpu")
 
 
 @dataclass(kw_only=True)
 class Arrived:
-    """One request's KV cache, and the bytes that crossed the socket for it."""
+    """One request's KV cache, and the bytes that crossed for it."""
 
     layers: dict[int, SentLayer] = field(default_factory=dict)
     frame_bytes: int = HEAD.size
@@ -38,19 +46,29 @@ class Arrived:
 class Receiver:
     """Reads one stream at a time, in a thread."""
 
-    def __init__(self, plan: PrunePlan, dtype: torch.dtype) -> None:
+    def __init__(self, plan: PrunePlan, dtype: torch.dtype, device: torch.device = CPU) -> None:
         self.plan = plan
         self.dtype = dtype
+        self.device = device
         self.lock = threading.Lock()
         self.expected: dict[bytes, int] = {}
         self.arrived: dict[bytes, Arrived] = {}
         self.stream: socket.socket | None = None
+        self._fetcher: Fetcher | None = None
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def attach(self, stream: socket.socket) -> None:
-        """Take frames from this stream, and no longer from the one before."""
+    def attach(self, stream: socket.socket, way: Way = "socket") -> None:
+        """Take frames from this stream, and no longer from the one before.
+
+        Raises:
+            PdtrimError: NIXL is asked for, and is not installed or does not start.
+        """
         self.close()
+        if way == "nixl" and self._fetcher is None:
+            self._fetcher = Fetcher(self.device)
+        fetcher = self._fetcher if way == "nixl" else None
         self.stream = stream
-        threading.Thread(target=self._serve, args=(stream,), daemon=True).start()
+        threading.Thread(target=self._serve, args=(stream, fetcher), daemon=True).start()
 
     def expect(self, request: bytes, tokens: int) -> None:
         """Allow one frame for a request of ``tokens`` handed-over prompt tokens."""
@@ -82,18 +100,18 @@ class Receiver:
                 self.stream.shutdown(socket.SHUT_RDWR)
             self.stream = None
 
-    def _serve(self, stream: socket.socket) -> None:
+    def _serve(self, stream: socket.socket, fetcher: Fetcher | None) -> None:
         with stream:
             stream.settimeout(None)  # between frames it may rest
             try:
-                while self._take_frame(stream):
+                while self._take_frame(stream, fetcher):
                     send_answer(stream, None)
             except OSError:
                 return
             except Exception as error:  # a codec may fail in any way at bytes that lie
                 self._refuse(stream, words_of(error))
 
-    def _take_frame(self, stream: socket.socket) -> bool:
+    def _take_frame(self, stream: socket.socket, fetcher: Fetcher | None) -> bool:
         frame = FrameReader(stream)
         opening = frame.opening()
         if opening is None:
@@ -101,16 +119,17 @@ class Receiver:
         stream.settimeout(PART_TIMEOUT_S)
         layouts = self._layouts(frame, opening)
         batch = {request: Arrived() for request in layouts}
-
-        def decode(request: bytes, part: RawPart) -> None:
-            batch[request].layers[part.entry.layer] = part.decode()
-            batch[request].frame_bytes += part.count
-
-        decoding = Line(decode)
+        if fetcher is None:
+            parts = self._by_socket(frame, layouts)
+        else:
+            pool, said = frame.pool()
+            next(iter(batch.values())).frame_bytes += said
+            fetcher.open(pool, Slots.of(list(layouts.values())))
+            parts = self._by_fetcher(frame, layouts, stream, fetcher)
+        decoding = Line(self._decode)
         try:
-            for slot in range(len(self.plan.sent_layers)):
-                for request, layout in layouts.items():
-                    decoding.put(request, frame.part(layout.entries[slot], layout))
+            for some in parts:
+                decoding.put(batch, some)
         finally:  # what an earlier layer fails at comes before what is wrong with a later one
             decoding.finish()
         stream.settimeout(None)
@@ -119,6 +138,47 @@ class Receiver:
                 if self.expected.pop(request, None) is not None:
                     self.arrived[request] = arrived
         return True
+
+    def _by_socket(
+        self, frame: FrameReader, layouts: Mapping[bytes, Layout]
+    ) -> Iterator[dict[bytes, RawPart]]:
+        """Part after part, with its data on the CPU."""
+        for at in range(len(self.plan.sent_layers)):
+            for request, layout in layouts.items():
+                yield {request: frame.part(layout.entries[at], layout)}
+
+    def _by_fetcher(
+        self,
+        frame: FrameReader,
+        layouts: Mapping[bytes, Layout],
+        stream: socket.socket,
+        fetcher: Fetcher,
+    ) -> Iterator[dict[bytes, RawPart]]:
+        """Layer after layer, with its data in this stage's memory, not yet compared."""
+        for at in range(len(self.plan.sent_layers)):
+            parts = {
+                request: frame.notice(layout.entries[at], layout)
+                for request, layout in layouts.items()
+            }
+            places = fetcher.fetch(at, [part.data_bytes for part in parts.values()])
+            send_read(stream)
+            yield {
+                request: replace(part, data=data)
+                for (request, part), data in zip(parts.items(), places, strict=True)
+            }
+
+    def _decode(self, batch: Mapping[bytes, Arrived], parts: Mapping[bytes, RawPart]) -> None:
+        """Compare checksums and decode, where the models are; all is done when this returns."""
+        with torch.cuda.stream(self._side):
+            with together():
+                check_sums([part for part in parts.values() if part.checksum is not None])
+                for request, part in parts.items():
+                    assert part.data is not None
+                    data = part.data[: part.data_bytes].to(self.device)
+                    batch[request].layers[part.entry.layer] = replace(part, data=data).decode()
+                    batch[request].frame_bytes += part.count
+            if self._side is not None:
+                self._side.synchronize()
 
     def _layouts(self, frame: FrameReader, opening: Opening) -> dict[bytes, Layout]:
         """What the requests of a frame must look like, by their heads, which are read."""
@@ -149,3 +209,20 @@ class Receiver:
                 pass
         except OSError:
             return
+
+
+def check_sums(parts: Sequence[RawPart]) -> None:
+    """Compare what was read out of prefill's memory with what prefill said lies there.
+
+    Raises:
+        WireError: it differs.
+    """
+    if not parts:
+        return
+    found = torch.stack([checksum(part.data) for part in parts if part.data is not None]).tolist()
+    for part, value in zip(parts, found, strict=True):
+        if value % 2**64 != part.checksum:
+            raise WireError(
+                f"layer {part.entry.layer}: its checksum does not fit the bytes that were read:"
+                " they changed on the way, or were overwritten"
+            )

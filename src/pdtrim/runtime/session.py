@@ -27,6 +27,7 @@ from pdtrim.models.tokenizers import chat_text, load_tokenizer
 from pdtrim.plan import STAGES
 from pdtrim.reading.text import clean
 from pdtrim.runtime import checks
+from pdtrim.runtime.config import RuntimeConfig, Way
 from pdtrim.runtime.control import Message
 from pdtrim.runtime.process import Patience, StageProcess
 from pdtrim.stage.forward import Batch
@@ -39,7 +40,8 @@ class Generation:
 
     Attributes:
         tokens: generated ids, the stop token included if one was met.
-        kv_bytes: bytes of its handover that crossed the socket.
+        kv_bytes: bytes of its handover that crossed, over the socket and by NIXL.
+        transport: how it went.
         exposed_handover: seconds from the end of prefill's last layer to the moment in which
             decode could run; the same for all prompts of a batch.
         stopped: whether a stop token ended it.
@@ -51,6 +53,7 @@ class Generation:
     kv_bytes: int = 0
     exposed_handover: float = 0.0
     stopped: bool = False
+    transport: Way = "socket"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,7 @@ class Timing:
     Attributes:
         handover_s: from the end of prefill's last layer to decode's word that all has come.
         exposed_handover: from there to the moment in which decode could run.
+        transport: by which keys and values travelled.
     """
 
     prefill_s: float
@@ -67,6 +71,7 @@ class Timing:
     exposed_handover: float
     decode_s: float
     cache_bytes: int
+    transport: Way
 
 
 class Session:
@@ -77,6 +82,7 @@ class Session:
 
     Args:
         folder: holds ``prefill`` and ``decode``.
+        config: where the stages run, and the transport.
         patience: how long to wait for a process that does not answer.
         overlap: hand over each layer while prefill computes the next ones; else all of them behind
             the last one, to compare with.
@@ -88,15 +94,21 @@ class Session:
     """
 
     def __init__(
-        self, folder: str | Path, *, patience: Patience | None = None, overlap: bool = True
+        self,
+        folder: str | Path,
+        config: RuntimeConfig | None = None,
+        *,
+        patience: Patience | None = None,
+        overlap: bool = True,
     ) -> None:
+        placed = RuntimeConfig() if config is None else config
         folder = Path(folder)
         configs, self.plan = read_pair(folder)
-        config = configs["decode"]
-        self.max_tokens = longest_of(config)
-        self.vocab_size = int(config["vocab_size"])
+        self.max_tokens = longest_of(configs["decode"])
+        self.vocab_size = int(configs["decode"]["vocab_size"])
         self.folder = folder
         self.overlap = overlap
+        self.way = placed.way
         self.timing: Timing | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._linked = False
@@ -105,8 +117,11 @@ class Session:
         # a session that nobody closes ends with its last reference
         self._end = weakref.finalize(self, _close, self._stages)
         try:
-            for stage in STAGES:
-                self._stages.append(StageProcess(stage, folder / stage, patience or Patience()))
+            devices = (placed.prefill_device, placed.decode_device)
+            for stage, device in zip(STAGES, devices, strict=True):
+                self._stages.append(
+                    StageProcess(stage, folder / stage, patience or Patience(), device)
+                )
             self.prefill, self.decode = self._stages
             self.prefill.others, self.decode.others = [self.decode], [self.prefill]
             check_pair(*(stage.event(0)["digest"] for stage in self._stages))
@@ -182,6 +197,7 @@ class Session:
         for result, size in zip(results, self.kv_bytes, strict=True):
             result.kv_bytes = size
             result.exposed_handover = self.timing.exposed_handover
+            result.transport = self.timing.transport
             result.stopped = bool(result.tokens) and result.tokens[-1] in stops
             if any(isinstance(p, str) for p in given):
                 result.text = str(self.tokenizer.decode(result.tokens, skip_special_tokens=True))
@@ -220,6 +236,7 @@ class Session:
             exposed_handover=event["ready_at"] - self._prefilled["computed_at"],
             decode_s=event["decode_s"],
             cache_bytes=event["cache_bytes"],
+            transport=self._prefilled["transport"],
         )
 
     def score(self, batch: Batch) -> Tensor:
@@ -268,7 +285,7 @@ class Session:
         ]
         if not self._linked:
             for stage, end in zip(self._stages, self._link(), strict=True):
-                stage.event(stage.order("link", give=end))
+                stage.event(stage.order("link", give=end, transport=self.way))
         self._linked = False  # until all frames are through: there may be half a one on it
         self.decode.event(self.decode.order("expect", requests=requests))
         self._prefilled = self.prefill.event(

@@ -27,14 +27,11 @@ from pdtrim.errors import ModelError, PdtrimError, PlanError
 from pdtrim.exported import read_pair
 from pdtrim.models.checkpoint import check_files, read_stage
 from pdtrim.plan import STAGES, PrunePlan, Stage
+from pdtrim.runtime.nixl import READS_BY_COPY
 from pdtrim.runtime.start import python_module
 
 BLOCK_SIZE = 32  # of a plan that is exact to the token: what vLLM is fast with on CPU and GPU
 PREFIX = "PDTrim"
-READS_BY_COPY = "UCX_CUDA_IPC_ENABLE_GET_ZCOPY"
-"""Decode reads prefill's memory. UCX 1.x decides by itself whether GPUs of one host may copy for a
-READ, and where it decides against it emulates the READ on the CPU: 0.5 GB/s in place of 1,000
-between two processes of one H100."""
 UNSHARED = "--no-enable-prefix-caching"
 
 

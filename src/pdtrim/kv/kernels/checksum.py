@@ -1,4 +1,4 @@
-"""The checksum of ``engines/checksum.py`` in one pass over memory.
+"""The checksum of ``kv/checksum.py`` in one pass over memory.
 
 One program a run of words; the sums of all are added up in no order, which wrapping sums allow.
 
