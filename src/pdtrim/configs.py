@@ -15,6 +15,7 @@ from pdtrim.evaluate.configs import (
     SensitivityConfig,
     SweepConfig,
 )
+from pdtrim.runtime.config import RuntimeConfig
 from pdtrim.stage.sampling import Sampling
 from pdtrim.verbs.assess import AssessConfig
 from pdtrim.verbs.distill import TrainConfig
@@ -33,6 +34,7 @@ __all__ = [
     "PlanConfig",
     "ReportConfig",
     "RoiConfig",
+    "RuntimeConfig",
     "Sampling",
     "SensitivityConfig",
     "ServeConfig",

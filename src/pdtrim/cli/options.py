@@ -20,7 +20,7 @@ import typer
 from pdtrim.errors import PdtrimError
 
 CONFIG = "config"
-"""The parameter that a record's options make up."""
+"""The parameter that a record's options make up, unless the verb names another."""
 
 
 def from_record(
@@ -29,14 +29,16 @@ def from_record(
     again: tuple[str, ...] = (),
     names: Mapping[str, tuple[str, ...]] = {},
     arguments: tuple[str, ...] = (),
+    into: str = CONFIG,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A verb whose parameter ``config`` becomes options, one for each field of a record.
+    """A verb with a parameter that becomes options, one for each field of a record.
 
     Args:
         record: a frozen dataclass, each field with a line in its docstring.
         again: tuples whose option is given again for each entry.
         names: of options that are not called as their fields are.
         arguments: fields that are given by their place.
+        into: the parameter; a verb may have several, each with a record.
     """
     hints, said = get_type_hints(record), help_of(record)
     chosen = {
@@ -56,12 +58,12 @@ def from_record(
         parameters: list[inspect.Parameter] = []
         for name, parameter in inspect.signature(verb, eval_str=True).parameters.items():
             options = [option.parameter for option in chosen.values()]
-            parameters += options if name == CONFIG else [parameter]
+            parameters += options if name == into else [parameter]
 
         @functools.wraps(verb)
         def run(**values: Any) -> Any:
             own = {name: option.value(values.pop(name)) for name, option in chosen.items()}
-            return verb(**values, **{CONFIG: record(**own)})
+            return verb(**values, **{into: record(**own)})
 
         keyword = inspect.Parameter.KEYWORD_ONLY
         made = [parameter.replace(kind=keyword) for parameter in parameters]

@@ -16,6 +16,7 @@ from pdtrim.cli.common import (
     visible,
 )
 from pdtrim.cli.options import from_record
+from pdtrim.runtime.config import RuntimeConfig
 from pdtrim.stage.sampling import Sampling
 
 app = typer.Typer()
@@ -23,10 +24,12 @@ app = typer.Typer()
 
 @app.command(epilog='Example: pdtrim generate pair --prompt "Explain what AI is." ')
 @from_record(Sampling)
+@from_record(RuntimeConfig, into="placed")
 def generate(
     folder: Annotated[Path, typer.Argument(help="An exported pair.")],
     prompt: Annotated[list[str], typer.Option(help="A prompt; give it again for a batch.")],
     config: Sampling,
+    placed: RuntimeConfig,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 128,
     chat: Annotated[
         bool | None,
@@ -37,7 +40,7 @@ def generate(
     """Generate with the two processes; a single prompt streams."""
     from pdtrim.runtime.session import Session
 
-    with Session(folder) as session:
+    with Session(folder, placed) as session:
         if len(prompt) == 1 and not as_json:
             _stream(session, session.encode(prompt[0], chat=chat), max_new_tokens, config)
         else:
@@ -77,8 +80,8 @@ def _say_timing(session: Any, as_json: bool) -> None:
         t = session.timing
         err.print(
             f"prefill {t.prefill_s:.2f} s, handover {sum(session.kv_bytes):,} bytes in"
-            f" {t.handover_s * 1000:.1f} ms ({t.exposed_handover * 1000:.1f} ms of it behind"
-            f" prefill), decode {t.decode_s:.2f} s with"
+            f" {t.handover_s * 1000:.1f} ms by {t.transport} ({t.exposed_handover * 1000:.1f} ms"
+            f" of it behind prefill), decode {t.decode_s:.2f} s with"
             f" {t.cache_bytes / 2**20:.1f} MiB of KV cache",
             style="dim",
         )

@@ -7,6 +7,7 @@ what is decoded.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from pdtrim.errors import WireError
 from pdtrim.kv.wire import HOST, PART_TIMEOUT_S, Pool, in_words
-from pdtrim.runtime.nixl import Registered, descriptors, stage_agent
+from pdtrim.runtime.nixl import Registered, bind, descriptors, stage_agent
 from pdtrim.runtime.slots import Slots
 
 EAGER_S = 1e-3
@@ -32,6 +33,7 @@ class Fetcher:
     """
 
     def __init__(self, device: torch.device) -> None:
+        bind(device)
         self._agent = stage_agent("decode")
         self._ring = Registered(self._agent, device)
         self._device = device
@@ -45,18 +47,17 @@ class Fetcher:
         Raises:
             WireError: NIXL knows no such agent or memory.
         """
-        if self._device.type == "cuda":
-            torch.zeros(1, device=self._device)  # a thread's first call binds it to the GPU
+        bind(self._device)
         self._ring.grow(slots.nbytes)
         self._slots = slots
         if pool == self._pool:
             return
         try:
             peer = self._agent.add_remote_agent(pool.metadata)
-            if self._peer not in (None, peer):
-                self._agent.remove_remote_agent(self._peer)
         except Exception as error:  # the bindings' own classes
             raise WireError(f"NIXL cannot reach prefill's memory: {error}") from error
+        if peer != self._peer:
+            self._forget()
         self._peer, self._pool = peer, pool
 
     def fetch(self, at: int, sizes: Sequence[int]) -> list[Tensor]:
@@ -76,11 +77,19 @@ class Fetcher:
         if wanted := [part for part in ranges if part[1]]:
             try:
                 self._read(wanted)
-            except WireError:
-                raise
-            except Exception as error:  # the bindings' own classes
+            except Exception as error:  # the bindings' own classes among them
+                self._forget()  # the next batch connects anew
+                if isinstance(error, WireError):
+                    raise
                 raise WireError(f"NIXL cannot read prefill's memory: {error}") from error
         return [self._ring.memory[start : start + size] for start, size in ranges]
+
+    def _forget(self) -> None:
+        """Leave the agent that was read from, which may be gone."""
+        if self._peer is not None:
+            with contextlib.suppress(Exception):  # the bindings' own classes
+                self._agent.remove_remote_agent(self._peer)
+        self._peer = self._pool = None
 
     def _read(self, ranges: list[tuple[int, int]]) -> None:
         assert self._pool is not None

@@ -66,6 +66,13 @@ def number_of(device: torch.device) -> int:
     return device.index or 0
 
 
+def bind(device: torch.device) -> None:
+    """Make a GPU the calling thread's own: UCX works on the one that it finds there."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=device)  # only a first call makes the thread's context
+
+
 class Registered:
     """Memory of a device, all or parts of which an agent moves."""
 
@@ -83,6 +90,7 @@ class Registered:
         if nbytes <= self.memory.numel():
             return False
         self.release()
+        bind(self._device)
         self.memory = torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
         finish(self._device)  # no stream orders what NIXL writes
         try:

@@ -117,8 +117,7 @@ class Session:
         # a session that nobody closes ends with its last reference
         self._end = weakref.finalize(self, _close, self._stages)
         try:
-            devices = (placed.prefill_device, placed.decode_device)
-            for stage, device in zip(STAGES, devices, strict=True):
+            for stage, device in zip(STAGES, placed.devices, strict=True):
                 self._stages.append(
                     StageProcess(stage, folder / stage, patience or Patience(), device)
                 )

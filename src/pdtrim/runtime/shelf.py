@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pdtrim.kv.checksum import checksum
 from pdtrim.kv.wire import HOST, Pool, in_words
-from pdtrim.runtime.nixl import Registered, number_of, stage_agent
+from pdtrim.runtime.nixl import Registered, bind, number_of, stage_agent
 from pdtrim.runtime.slots import Slots
 
 TICK_S = 1e-3
@@ -25,6 +25,7 @@ class Shelf:
     """
 
     def __init__(self, device: torch.device) -> None:
+        bind(device)
         self._device = device
         self._agent = stage_agent("prefill")
         self._ring = Registered(self._agent, device)
@@ -59,6 +60,7 @@ class Shelf:
         done = threading.Event()
 
         def answer() -> None:
+            bind(self._device)
             while not done.wait(TICK_S):
                 self._agent.get_new_notifs()
 
