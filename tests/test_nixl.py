@@ -120,6 +120,26 @@ def test_places_are_apart_whole_words_and_as_long_as_the_plan_allows(plan, model
         assert ends[-1] <= (at % SLOTS + 1) * slots.size <= slots.nbytes
 
 
+def test_a_slot_is_used_again_only_when_its_layer_was_read(stages, monkeypatch):
+    seen, lay, wait = [], Shelf.lay, sender.wait_for_read
+
+    def noted(self, start, pieces):
+        seen.append("laid")
+        return lay(self, start, pieces)
+
+    def waited(link):
+        wait(link)
+        seen.append("read")
+
+    monkeypatch.setattr(Shelf, "lay", noted)
+    monkeypatch.setattr(sender, "wait_for_read", waited)
+    handed_over(stages)
+    laid = [at for at, what in enumerate(seen) if what == "laid"]
+    assert len(laid) == LAYERS * len(IDS)
+    for layer, at in enumerate(laid[:: len(IDS)]):
+        assert seen[:at].count("read") == max(0, layer - SLOTS + 1)
+
+
 def test_bytes_that_changed_behind_their_checksum_are_refused_and_the_next_batch_works(
     stages, monkeypatch
 ):

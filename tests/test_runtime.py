@@ -182,7 +182,7 @@ def test_frames_of_a_wrong_prefill_are_refused_and_both_processes_stay_up(runnin
             for stage, end in zip(
                 (stranger.prefill, session.decode), socket.socketpair(), strict=True
             ):
-                stage.event(stage.order("link", give=end))
+                stage.event(stage.order("link", give=end, transport="socket"))
             session.decode.event(session.decode.order("expect", requests=announced))
             prompts = [{"id": request["id"], "tokens": [1, 2]}]
             number = stranger.prefill.order("prefill", requests=prompts, overlap=True)

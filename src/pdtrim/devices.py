@@ -1,4 +1,4 @@
-"""A device by its name."""
+"""A device by its name, and a lane beside the work of its model."""
 
 from __future__ import annotations
 
@@ -26,3 +26,11 @@ def device_of(name: str) -> torch.device:
     if device.index >= count:
         raise PdtrimError(f"device '{name}': torch finds {count} GPUs here")
     return device
+
+
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream for work beside a model's, which goes first where both wait; None on a CPU.
+
+    Whoever has one keeps it: memory is cached by stream.
+    """
+    return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None

@@ -42,9 +42,10 @@ if TYPE_CHECKING:
 
 ANSWER = struct.Struct("<BH")
 TAKEN, REFUSED, READ = range(3)
-POOL = struct.Struct("<QiH")
+POOL = struct.Struct("<QiI")
 CHECKSUM = struct.Struct("<Q")
 HOST = -1
+MOST_METADATA = 1 << 20
 PART_TIMEOUT_S = 120.0
 
 
@@ -151,10 +152,16 @@ class FrameReader:
         return parse_opening(bytes(raw))
 
     def pool(self) -> tuple[Pool, int]:
-        """Where the data of this frame's parts lie, and the bytes that said so."""
+        """Where the data of this frame's parts lie, and the bytes that said so.
+
+        Raises:
+            WireError: more bytes than NIXL needs for that, or truncated.
+        """
         raw = bytearray(POOL.size)
         self._read(raw)
         address, device, length = POOL.unpack(raw)
+        if length > MOST_METADATA:
+            raise WireError(f"{length} bytes about prefill's memory, more than {MOST_METADATA}")
         metadata = bytearray(length)
         self._read(metadata)
         pool = Pool(address=address, device=device, metadata=bytes(metadata))

@@ -8,6 +8,7 @@ what is decoded.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -28,12 +29,16 @@ REST_S = 1e-4
 class Fetcher:
     """Decode's agent and its ring.
 
+    Attributes:
+        lock: of whoever reads a batch, until that is decoded.
+
     Raises:
         PdtrimError: NIXL is not installed, or does not start.
     """
 
     def __init__(self, device: torch.device) -> None:
         bind(device)
+        self.lock = threading.Lock()
         self._agent = stage_agent("decode")
         self._ring = Registered(self._agent, device)
         self._device = device

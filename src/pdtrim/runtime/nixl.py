@@ -106,7 +106,7 @@ class Registered:
         if self._registration is not None:
             self._agent.deregister_memory(self._registration)
             self._registration = None
-        self.memory = self.memory[:0]
+        self.memory = self.memory.new_empty(0)
 
     def descriptors(self, ranges: list[tuple[int, int]]) -> Any:
         """NIXL's descriptors of ranges ``(start, bytes)`` of this memory."""

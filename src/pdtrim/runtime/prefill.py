@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pdtrim.devices import device_of
+from pdtrim.devices import device_of, side_stream
 from pdtrim.errors import WireError
 from pdtrim.kv.wire import Refused, read_answer
 from pdtrim.models.checkpoint import load_stage
@@ -48,6 +48,7 @@ class PrefillProcess:
         self.stream: socket.socket | None = None
         self.way: Way = "socket"
         self._shelf: Shelf | None = None
+        self._side = side_stream(model.device)
 
     @property
     def handlers(self) -> Handlers:
@@ -121,7 +122,9 @@ class PrefillProcess:
             raise WireError("there is no stream to decode")
         lengths = [len(tokens) for tokens in prompts]
         shelf = self._shelf if self.way == "nixl" else None
-        sender = Sender(self.stream, self.model, self.plan, requests, lengths, shelf=shelf)
+        sender = Sender(
+            self.stream, self.model, self.plan, requests, lengths, side=self._side, shelf=shelf
+        )
         try:
             with contextlib.nullcontext() if shelf is None else shelf.answering():
                 computed_at = self._compute(prompts, sender, overlap=overlap)

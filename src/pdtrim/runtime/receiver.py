@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from pdtrim.devices import side_stream
 from pdtrim.errors import WireError
 from pdtrim.kv.checksum import checksum
 from pdtrim.kv.frame import HEAD, Layout, Opening, SentLayer, check_opening
@@ -55,7 +56,7 @@ class Receiver:
         self.arrived: dict[bytes, Arrived] = {}
         self.stream: socket.socket | None = None
         self._fetcher: Fetcher | None = None
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side = side_stream(device)
 
     def attach(self, stream: socket.socket, way: Way = "socket") -> None:
         """Take frames from this stream, and no longer from the one before.
@@ -119,19 +120,20 @@ class Receiver:
         stream.settimeout(PART_TIMEOUT_S)
         layouts = self._layouts(frame, opening)
         batch = {request: Arrived() for request in layouts}
-        if fetcher is None:
-            parts = self._by_socket(frame, layouts)
-        else:
-            pool, said = frame.pool()
-            next(iter(batch.values())).frame_bytes += said
-            fetcher.open(pool, Slots.of(list(layouts.values())))
-            parts = self._by_fetcher(frame, layouts, stream, fetcher)
-        decoding = Line(self._decode)
-        try:
-            for some in parts:
-                decoding.put(batch, some)
-        finally:  # what an earlier layer fails at comes before what is wrong with a later one
-            decoding.finish()
+        with contextlib.nullcontext() if fetcher is None else fetcher.lock:
+            if fetcher is None:
+                parts = self._by_socket(frame, layouts)
+            else:
+                pool, said = frame.pool()
+                next(iter(batch.values())).frame_bytes += said
+                fetcher.open(pool, Slots.of(list(layouts.values())))
+                parts = self._by_fetcher(frame, layouts, stream, fetcher)
+            decoding = Line(self._decode)
+            try:
+                for some in parts:
+                    decoding.put(batch, some)
+            finally:  # what an earlier layer fails at comes before what is wrong with a later one
+                decoding.finish()
         stream.settimeout(None)
         with self.lock:
             for request, arrived in batch.items():

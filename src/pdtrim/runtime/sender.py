@@ -34,6 +34,7 @@ class Sender:
     Args:
         link: the stream to decode; nobody else writes to it meanwhile.
         requests, lengths: a request's id and the tokens that are handed over, of each.
+        side: the stream that encodes, where the model is on a GPU.
         shelf: where decode reads the coded bytes; None sends them on the link.
     """
 
@@ -45,6 +46,7 @@ class Sender:
         requests: Sequence[bytes],
         lengths: Sequence[int],
         *,
+        side: torch.cuda.Stream | None = None,
         shelf: Shelf | None = None,
     ) -> None:
         self._link = link
@@ -52,7 +54,7 @@ class Sender:
         self._layouts = [Layout.of(plan, model.dtype, tokens) for tokens in lengths]
         self._slot = {layer: at for at, layer in enumerate(plan.sent_layers)}
         self._frame = FrameWriter(link)
-        self._side = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        self._side = side
         self._sent: list[int] = []
         self._shelf, self._slots, self._read = shelf, Slots.of(self._layouts), 0
         self._moved = [0] * len(lengths)
