@@ -41,7 +41,9 @@ def test_bytes_sent_are_pages_of_the_layers_that_decode_reads():
     # 100 tokens fill 7 pages; layer 0 drops pages 1 .. 4 of them, layer 2 sends nothing
     assert [pages_sent(plan, layer, 100, 16) for layer in plan.sent_layers] == [7 - 4, 7, 7]
     assert page_bytes(plan, 0, 16, 2) == 2 * 2 * 8 * 16 * 2
+    assert [page_bytes(plan, 0, 16, 2, ranks=n) for n in (2, 4)] == [2 * 8 * 16 * 2] * 2
     assert bytes_sent(plan, 100, 16, 2) == (3 + 7 + 7) * 2 * 2 * 8 * 16 * 2
+    assert bytes_sent(plan, 100, 16, 2, ranks=2) * 2 == bytes_sent(plan, 100, 16, 2)
 
 
 @pytest.mark.parametrize(
