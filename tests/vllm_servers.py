@@ -218,7 +218,7 @@ def running(started, folder):
                 )
             servers.append(Server(process, popen, log))
         for server in servers:
-            until(lambda server=server: _answers(server), seconds=400)
+            until(lambda server=server: _answers(server), seconds=600)
         yield servers
     finally:
         for server in servers:
