@@ -65,6 +65,8 @@ def servers(pair, tmp_path_factory):
     args = (*ARGS, *SMALL)
     made = commands(pair, tensor_parallel=RANKS, prefill_args=args, decode_args=args)
     started = [replace(process, env={**process.env, **HERE}) for process in made]
+    for process in started:
+        process.env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB a rank, before SMALL
     with running(started, tmp_path_factory.mktemp("log")) as answering:
         yield answering
 
