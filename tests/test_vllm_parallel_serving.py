@@ -13,16 +13,14 @@ from pdtrim.engines.pages import bytes_sent
 from pdtrim.engines.ranges import Form
 from pdtrim.engines.vllm.coded import TICKET
 from pdtrim.exported import load_pair
-from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.policy import HandoverPolicy
-from pdtrim.plan import LayerKV
 from vllm_servers import (
     ARGS,
     BLOCK,
     DTYPE,
     GPU,
-    RULE,
     agree,
+    coded_rules,
     commands,
     completion,
     idle,
@@ -51,13 +49,8 @@ SMALL = () if GPU else ("--kv-cache-memory-bytes", "64M")
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory, tiny_folder):
-    """Two KV heads with biases; codecs of fixed and varying length, two layers trimmed, one raw."""
-    codecs = [parse_codec(name) for name in ("int4:group=32,recent=8", "entropy")]
-    kv = [LayerKV(codec=codecs[layer % 2]) for layer in range(8)]
-    for layer in (1, 4):
-        kv[layer] = LayerKV(selector=RULE.selector, codec=codecs[layer % 2])
-    kv[2] = LayerKV()
-    return tiny_pair(tmp_path_factory.mktemp("parallel"), tiny_folder, kv, "qwen2")
+    """Two KV heads, with biases."""
+    return tiny_pair(tmp_path_factory.mktemp("parallel"), tiny_folder, coded_rules(), "qwen2")
 
 
 @pytest.fixture(scope="module")
