@@ -98,16 +98,16 @@ def test_ranks_make_of_their_heads_what_one_makes_of_all(codec):
     plan = plan_of(codec, "raw", codec)
     for tokens in (1, 84, 115):
         form, staged, kv = written(plan, tokens)
-        read = []
+        share, read = Form.of(plan, torch.float32, tokens, BLOCK, HEADS), []
         for rank in range(HEADS):
-            share = Form.of(plan, torch.float32, tokens, BLOCK, HEADS)
             room = torch.zeros(share.most, dtype=torch.uint8)
-            own = (tuple(x[rank : rank + 1] for x in kept_kv) for kept_kv in kept(share, kv))
-            read.append([*share.read(room[: share.write(room, NONCE, own)], NONCE)])
-        for whole, *shares in zip(form.read(staged, NONCE), *read, strict=True):
-            assert all(share[0].heads == 1 for share in shares)
+            own = {i: [x[:, rank : rank + 1] for x in pair] for i, pair in kv.items()}
+            nbytes = share.write(room, NONCE, kept(share, own))
+            read.append(decoded(share, room[:nbytes]))
+        for whole, *shares in zip(decoded(form, staged), *read, strict=True):
+            assert all(part.heads == 1 for part, *_ in shares)
             for place in (1, 2):
-                assert torch.equal(whole[place], torch.cat([share[place] for share in shares]))
+                assert torch.equal(whole[place], torch.cat([made[place] for made in shares]))
 
 
 def test_only_layers_that_decode_reads_are_in_it():

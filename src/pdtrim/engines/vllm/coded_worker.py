@@ -75,14 +75,14 @@ class CodedWorker(Worker):
         self._caches = {self.served.layers[slot_of(name)]: name for name in kv_caches}
         self._context = self.vllm_config.compilation_config.static_forward_context
         self._rows: dict[int, Rows] = {}
-        for layer in self.served.plan.sent_layers:
-            attention, cache = self._context[self._caches[layer]], kv_caches[self._caches[layer]]
-            heads = len(self.served.plan.kv_heads("decode", layer)) // self.world_size
-            rows = rows_of(attention, cache, heads)
+        for part in self._form(1).parts:
+            name = self._caches[part.layer]
+            attention, cache = self._context[name], kv_caches[name]
+            rows = rows_of(attention, cache, part.heads)
             if self.served.stage == "prefill" or rows is not None:
                 check_readable(attention, cache)
-            if rows is not None and layer not in self._bias.by_layer:
-                self._rows[layer] = rows
+            if rows is not None and part.layer not in self._bias.by_layer:
+                self._rows[part.layer] = rows
         host = self.nixl_memory_type == "DRAM"
         device = torch.device("cpu") if host else next(iter(kv_caches.values())).device
         self._staging = torch.zeros(self._pool.size, dtype=torch.uint8, device=device)

@@ -26,7 +26,7 @@ from pdtrim.engines.vllm.preempted import HostPages, Pages
 from pdtrim.engines.vllm.stage import Served, prefill_to_decode, slot_of
 from pdtrim.plan import STAGES
 
-PROTOCOL = 4
+PROTOCOL = 5
 
 
 def identity(vllm_config: Any, served: Served) -> str:
