@@ -365,7 +365,6 @@ def test_the_pool_travels_as_a_region():
         (1, "bfloat16", None),
         (2, "auto", None),
         (4, "auto", "2 KV heads in tensor parallel 4: use a size that divides 2"),
-        (3, "auto", "2 KV heads in tensor parallel 3"),
         (1, "fp8", "a fp8 cache: drop --kv-cache-dtype"),
     ],
 )
