@@ -14,6 +14,7 @@ from pdtrim.engines.pages import (
     pages_sent,
 )
 from pdtrim.errors import PlanError
+from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.selectors import SnapKV
 from pdtrim.plan import Gates, LayerKV
 
@@ -41,7 +42,9 @@ def test_bytes_sent_are_pages_of_the_layers_that_decode_reads():
     # 100 tokens fill 7 pages; layer 0 drops pages 1 .. 4 of them, layer 2 sends nothing
     assert [pages_sent(plan, layer, 100, 16) for layer in plan.sent_layers] == [7 - 4, 7, 7]
     assert page_bytes(plan, 0, 16, 2) == 2 * 2 * 8 * 16 * 2
+    assert [page_bytes(plan, 0, 16, 2, ranks=n) for n in (2, 4)] == [2 * 8 * 16 * 2] * 2
     assert bytes_sent(plan, 100, 16, 2) == (3 + 7 + 7) * 2 * 2 * 8 * 16 * 2
+    assert bytes_sent(plan, 100, 16, 2, ranks=2) * 2 == bytes_sent(plan, 100, 16, 2)
 
 
 @pytest.mark.parametrize(
@@ -76,3 +79,14 @@ def test_what_pages_cannot_carry_is_refused():
     # a layer that does not travel may have any rule
     only_last = (LayerKV(), LayerKV(), LayerKV(), LayerKV(selector=SnapKV()))
     check_servable(make_plan(model, gates, only_last), 16)
+
+
+def test_ranks_divide_the_heads_of_a_plan_with_codecs():
+    model, coded = tiny_model(num_key_value_heads=4), LayerKV(codec=parse_codec("int8"))
+    plan = make_plan(model, Gates.dense(4), (LayerKV(), coded, LayerKV(), LayerKV()))
+    for ranks in (1, 2, 4):
+        check_servable(plan, 32, ranks)
+    for ranks in (3, 8):
+        with pytest.raises(PlanError, match=f"4 KV heads in tensor parallel {ranks}: use a size"):
+            check_servable(plan, 32, ranks)
+    check_servable(make_plan(model, Gates.dense(4)), 32, 8)  # vLLM gives several ranks one head

@@ -93,6 +93,23 @@ def test_decode_sees_what_the_simulator_sees(codec, dtype):
             assert torch.equal(v_GMD, seen.v_BgMD[0]), (tokens, part)
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_ranks_make_of_their_heads_what_one_makes_of_all(codec):
+    plan = plan_of(codec, "raw", codec)
+    for tokens in (1, 84, 115):
+        form, staged, kv = written(plan, tokens)
+        share, read = Form.of(plan, torch.float32, tokens, BLOCK, HEADS), []
+        for rank in range(HEADS):
+            room = torch.zeros(share.most, dtype=torch.uint8)
+            own = {i: [x[:, rank : rank + 1] for x in pair] for i, pair in kv.items()}
+            nbytes = share.write(room, NONCE, kept(share, own))
+            read.append(decoded(share, room[:nbytes]))
+        for whole, *shares in zip(decoded(form, staged), *read, strict=True):
+            assert all(part.heads == 1 for part, *_ in shares)
+            for place in (1, 2):
+                assert torch.equal(whole[place], torch.cat([made[place] for made in shares]))
+
+
 def test_only_layers_that_decode_reads_are_in_it():
     plan = plan_of("int8", gates=Gates.removing(4, prefill={2}, decode={0, 2}))
     assert [part.layer for part in Form.of(plan, torch.float32, 50, BLOCK).parts] == [1, 3]
@@ -254,25 +271,27 @@ def test_the_checksum_sees_order():
         ({"offset": 8}, "no range"),
         ({"offset": True}, "no range"),
         ({"offset": "0"}, "no range"),
-        ({"bytes": 2**40}, r"a prompt of 100 tokens has at most"),
-        ({"bytes": 0}, "at most"),
+        ({"bytes": [2**40, 64]}, r"a prompt of 100 tokens has at most"),
+        ({"bytes": [0, 0]}, "at most"),
         ({"bytes": None}, "no range"),
+        ({"bytes": [None, None]}, "no range"),
+        ({"bytes": [64]}, "ranges of 1 ranks, not of 2"),
         ({"nonce": "00"}, "no nonce"),
         ({"nonce": 5}, "no nonce"),
         ({"nonce": "x" * 32}, "no nonce"),
     ],
 )
 def test_a_ticket_is_checked_against_the_prompt(change, words):
-    form = Form.of(plan_of("entropy"), torch.float32, 100, BLOCK)
-    ticket = Ticket(offset=128, nbytes=form.most, nonce=NONCE)
+    form = Form.of(plan_of("entropy"), torch.float32, 100, BLOCK, 2)
+    ticket = Ticket(offset=128, sizes=(form.most, form.most - 64), nonce=NONCE)
     value = ticket.to_json() | change
     if words is None:
-        assert Ticket.from_json(value, form) == ticket
+        assert Ticket.from_json(value, form, 2) == ticket
     else:
         with pytest.raises(WireError, match=words):
-            Ticket.from_json(value, form)
+            Ticket.from_json(value, form, 2)
     with pytest.raises(WireError, match="no range"):
-        Ticket.from_json(None, form)
+        Ticket.from_json(None, form, 2)
 
 
 def test_a_ticket_of_a_fixed_length_has_that_length():

@@ -20,6 +20,7 @@ from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.selectors import SnapKV
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.runtime.start import python_module
+from pdtrim.verbs import serve as serve_verb
 from serving import commands, export_tiny, flags
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
@@ -48,6 +49,7 @@ def test_servers_come_first_and_each_stage_gets_its_own_settings(pair):
     assert started[0].command[: len(module)] == module
     assert prefill["--model"] == [str(pair / "prefill")]
     assert decode["--model"] == [str(pair / "decode")]
+    assert "--tensor-parallel-size" not in {*prefill, *decode}
     for one in (prefill, decode):
         assert one["--served-model-name"] == ["tiny-llama"] and one["--block-size"] == ["32"]
         # the decode checkpoint is of whole blocks and names the plain class
@@ -115,6 +117,13 @@ def test_every_server_has_a_gpu_of_its_own_unless_the_user_chose(pair, monkeypat
     assert "CUDA_VISIBLE_DEVICES" not in router.env
     with pytest.raises(PdtrimError, match="4 servers need a GPU each and there are 3: use fewer"):
         commands(pair, prefill_replicas=2, decode_replicas=2)
+    with pytest.raises(PdtrimError, match="2 servers need 2 GPUs each and there are 3"):
+        commands(pair, tensor_parallel=2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 6)
+    *servers, _ = commands(pair, decode_replicas=2, tensor_parallel=2)
+    assert [s.env["CUDA_VISIBLE_DEVICES"] for s in servers] == ["0,1", "2,3", "4,5"]
+    assert all(flags(s.command)["--tensor-parallel-size"] == ["2"] for s in servers)
+    assert serve_verb._devices(servers) == ("cuda:0", "cuda:2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
     assert all("CUDA_VISIBLE_DEVICES" not in p.env for p in commands(pair, decode_replicas=9))
 
@@ -159,6 +168,10 @@ REFUSED = {
         "layer 0: .*'snapkv'.*first_last",
     ),
     "family": ({"family": "mistral"}, "family 'mistral' is not served"),
+    "heads": (
+        {"kv": (LayerKV(codec=parse_codec("int4")), *[LayerKV()] * 3)},
+        "codecs of 2 KV heads in tensor parallel 4: use a size that divides 2",
+    ),
 }
 
 
@@ -167,7 +180,7 @@ def test_what_vllm_cannot_serve_is_refused(tmp_path, what):
     made, words = REFUSED[what]
     folder = export_tiny(tmp_path / "pair", **made)
     with pytest.raises(PlanError, match=words) as error:
-        commands(folder, block_size=32)
+        commands(folder, block_size=32, tensor_parallel=4)
     assert "\n" not in str(error.value)
 
 
@@ -194,7 +207,7 @@ def test_two_stages_of_different_plans_are_refused(pair, tmp_path):
     [
         {"prefill_replicas": 0}, {"decode_replicas": 0}, {"block_size": 0}, {"max_model_len": 0},
         {"port": 0}, {"port": 65536}, {"start_seconds": 0}, {"local_prefill": "maybe"},
-        {"staged_prompts": 0},
+        {"staged_prompts": 0}, {"tensor_parallel": 0},
     ],
     ids=str,
 )  # fmt: skip

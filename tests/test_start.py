@@ -52,6 +52,8 @@ def test_each_number_is_said_with_how_it_came_about():
     ]
     assert all(line.how for line in lines)
     assert "from a process on cuda:0 into one on cuda:1 (a GPU)" in lines[2].how
+    shared = lines_of(replace(MEASURED, ranks=2))[1].text
+    assert shared.startswith("handover of each of 2 GPUs: of 512 tokens 16 MB")
     raw = [line.text for line in lines_of(replace(MEASURED, coded=None))]
     assert raw[1].startswith("handover: of 512 tokens 48 MB in 52 reads")
     assert len(raw) == 5 and raw[3].startswith("in turn: 6 ms")
@@ -78,8 +80,8 @@ def test_what_was_measured_travels_between_processes():
     assert Measured.from_json(asdict(raw)) == raw
 
 
-def report_of(pair, **options):
-    config = ServeConfig(pair=pair, max_model_len=300)
+def report_of(pair, ranks=1, **options):
+    config = ServeConfig(pair=pair, max_model_len=300, tensor_parallel=ranks)
     return serve._report(ENGINE, config, processes(config, free_port=free_port), **options)
 
 
@@ -87,11 +89,13 @@ def test_a_process_of_its_own_measures_the_plans_reads(tmp_path):
     """Ten pages in each of four layers; in the first six are dropped."""
     pytest.importorskip("nixl")
     pair = export_tiny(tmp_path / "pair", kv=KV, block_size=32)
-    lines = report_of(pair, explain=True)
+    lines = report_of(pair, ranks=2, explain=True)
     said, how = lines[::2], lines[1::2]
     assert all(line.startswith("    ") for line in how) and len(said) >= 6
-    assert said[1].startswith("handover: of 300 tokens ") and "in 1 read, " in said[1]
-    assert " MB in 40: compression " in said[1]
+    assert said[1].startswith("handover of each of 2 GPUs: of 300 tokens ")
+    assert "in 1 read, " in said[1]
+    dense = 40 * 32 * 2 * 8 * 4 / 1e6  # a rank has one head of 8 channels
+    assert f" {dense:.4g} MB in 40: compression " in said[1]
     assert "holds 34 of 40 pages" in said[5]
     assert "in float32" in how[1]
 

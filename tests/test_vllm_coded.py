@@ -11,10 +11,11 @@ from helpers import export, first_last, make_plan, tiny_model
 from pdtrim.engines.pages import is_coded
 from pdtrim.engines.ranges import Form, Ticket
 from pdtrim.engines.vllm import coded_worker
-from pdtrim.engines.vllm.coded import TICKET, Encoded
+from pdtrim.engines.vllm.coded import TICKET, Told
 from pdtrim.engines.vllm.coded_scheduler import CodedScheduler
 from pdtrim.engines.vllm.coded_worker import CodedWorker, RemotePool
-from pdtrim.engines.vllm.metrics import LOCAL
+from pdtrim.engines.vllm.kv_bias import StageBias
+from pdtrim.engines.vllm.metrics import LOCAL, REFUSED
 from pdtrim.engines.vllm.preempted import HostPages
 from pdtrim.engines.vllm.stage import Served, check_config
 from pdtrim.errors import PlanError
@@ -60,10 +61,10 @@ def test_only_steps_that_run_nothing_wait():
     assert not step(made, (one, 64)).pdtrim_idle and step(made).pdtrim_idle
 
 
-def scheduler(stage, prompts=1, codec="int4"):
+def scheduler(stage, prompts=1, codec="int4", ranks=1):
     extra = {"staged_prompts": prompts}
     parallel = SimpleNamespace(
-        tensor_parallel_size=1,
+        tensor_parallel_size=ranks,
         decode_context_parallel_size=1,
         pipeline_parallel_size=1,
         data_parallel_index=0,
@@ -120,14 +121,20 @@ def step(made, *scheduled, preempted=(), finished=()):
     )
 
 
-def hear(made, *, encoded=None, sent=()):
+def hear(made, *, told=None, sent=(), read=()):
     made.update_connector_output(
         SimpleNamespace(
-            finished_recving=None,
-            finished_sending=set(sent),
-            kv_connector_worker_meta=None if encoded is None else Encoded(encoded),
+            finished_recving=set(read), finished_sending=set(sent), kv_connector_worker_meta=told
         )
     )
+
+
+def encoded(*sizes, name="a"):
+    """What ranks tell of a request, one after the other as vLLM gathers it."""
+    first, *others = (Told({name: {rank: size}}, set()) for rank, size in enumerate(sizes))
+    for other in others:
+        first = first.aggregate(other)
+    return first
 
 
 def finish(made, one, status="FINISHED_LENGTH_CAPPED"):
@@ -165,7 +172,7 @@ def test_a_prompt_is_encoded_behind_its_last_chunk_only():
     one.num_computed_tokens = 64
     job = step(made, (one, 32)).pdtrim_to_encode["a"]
     assert job.pages == [1, 2, 3] and job.tokens == 96 and len(job.ticket.nonce) == 16
-    assert job.ticket.nbytes == Form.of(served("prefill").plan, torch.float32, 96, BLOCK).most
+    assert job.ticket.sizes == (Form.of(served("prefill").plan, torch.float32, 96, BLOCK).most,)
     one.num_computed_tokens = 96
     assert step(made, (one, 1)).pdtrim_to_encode == {}
 
@@ -177,30 +184,60 @@ def test_the_clients_ticket_has_the_length_that_was_encoded(encoded_first):
     one = prompt("a", 96)
     made.get_num_new_matched_tokens(one, 0)
     job = step(made, (one, 96)).pdtrim_to_encode["a"]
-    nbytes = job.ticket.nbytes - 800
+    nbytes = job.ticket.sizes[0] - 800
     if encoded_first:
-        hear(made, encoded={"a": nbytes})
+        hear(made, told=encoded(nbytes))
     delay, params = finish(made, one)
     if not encoded_first:
         assert TICKET not in params
-        hear(made, encoded={"a": nbytes})
+        hear(made, told=encoded(nbytes))
     assert delay
-    assert params[TICKET] == {"offset": 0, "bytes": nbytes, "nonce": job.ticket.nonce.hex()}
+    assert params[TICKET] == {"offset": 0, "bytes": [nbytes], "nonce": job.ticket.nonce.hex()}
     other = prompt("b", LONGEST)
     assert made.get_num_new_matched_tokens(other, 0) == WAITS, "nobody has read it"
     hear(made, sent={"a"})
     assert made.get_num_new_matched_tokens(other, 0) == GOES
-    hear(made, encoded={"gone": 1})
+    hear(made, told=encoded(1, name="gone"))
+
+
+def test_a_ticket_waits_for_every_rank():
+    made = scheduler("prefill", codec="entropy", ranks=2)
+    one = prompt("a", 96)
+    made.get_num_new_matched_tokens(one, 0)
+    (first, second) = step(made, (one, 96)).pdtrim_to_encode["a"].ticket.sizes
+    whole = Form.of(served("prefill", "entropy").plan, torch.float32, 96, BLOCK).most
+    assert first == second < 0.6 * whole, "a rank has one of the two heads"
+    _, params = finish(made, one)
+    hear(made, told=encoded(800))
+    assert TICKET not in params
+    hear(made, told=Told({"a": {1: 640}}, set()))
+    assert params[TICKET]["bytes"] == [800, 640]
+    other = scheduler("prefill", codec="entropy", ranks=2)
+    two = prompt("b", 96)
+    other.get_num_new_matched_tokens(two, 0)
+    _, params = finish(other, two)
+    hear(other, told=encoded(800, 640, name="b"))
+    assert params[TICKET]["bytes"] == [800, 640]
+
+
+def test_a_range_that_several_ranks_refuse_counts_once():
+    made = scheduler("decode", ranks=2)
+    hear(made, told=Told({}, {"a"}))
+    assert made.take_stats() is None, "the other rank still reads"
+    hear(made, told=Told({}, {"a", "b"}).aggregate(Told({}, {"b"})), read={"a", "b", "c"})
+    assert made.take_stats().data[REFUSED] == [1, 1]
+    hear(made, read={"a"})
+    assert made.take_stats() is None
 
 
 def test_decode_refuses_what_has_no_sound_ticket():
     made = scheduler("decode")
     form = Form.of(served("decode").plan, torch.float32, 40, BLOCK)
-    ticket = Ticket(offset=64, nbytes=form.most, nonce=bytes(16))
+    ticket = Ticket(offset=64, sizes=(form.most,), nonce=bytes(16))
     good = request("a", 40, **WHERE, **{TICKET: ticket.to_json()})
     assert made._problem(good) is None
     assert "name no range" in made._problem(request("b", 40, **WHERE))
-    long = ticket.to_json() | {"bytes": form.most + 8}
+    long = ticket.to_json() | {"bytes": [form.most + 8]}
     assert "a prompt of 40 tokens has" in made._problem(request("c", 40, **WHERE, **{TICKET: long}))
     made._reqs_need_recv = {
         "a": (good, ([1],), (), True),
@@ -241,7 +278,7 @@ def pages(*groups, hashed=()):
 def test_a_preempted_prompt_comes_back_in_its_new_pages():
     made = scheduler("decode")
     form = Form.of(served("decode").plan, torch.float32, 40, BLOCK)
-    ticket = Ticket(offset=64, nbytes=form.most, nonce=bytes(16)).to_json()
+    ticket = Ticket(offset=64, sizes=(form.most,), nonce=bytes(16)).to_json()
     one = request("a", 40, **WHERE, **{TICKET: ticket})
     assert made.get_num_new_matched_tokens(one, 0) == (40, True)
     made.update_state_after_alloc(one, pages([3, 4], [0, 5]), 40)
@@ -326,14 +363,14 @@ def test_the_pool_travels_as_a_region():
     [
         (1, "auto", None),
         (1, "bfloat16", None),
-        (2, "auto", "--tensor-parallel-size 1"),
+        (2, "auto", None),
+        (4, "auto", "2 KV heads in tensor parallel 4: use a size that divides 2"),
         (1, "fp8", "a fp8 cache: drop --kv-cache-dtype"),
     ],
 )
 def test_settings_that_a_codec_does_not_go_with(tmp_path, tensor_parallel, cache_dtype, words):
     export(served("decode").plan, tiny_model(head_dim=32), tmp_path / "pair")
-    config = config_of(tmp_path / "pair")
-    config.parallel_config.tensor_parallel_size = tensor_parallel
+    config = config_of(tmp_path / "pair", tensor=tensor_parallel)
     config.cache_config.cache_dtype = cache_dtype
     config.model_config.dtype = torch.bfloat16
     if words is None:
@@ -341,3 +378,21 @@ def test_settings_that_a_codec_does_not_go_with(tmp_path, tensor_parallel, cache
     else:
         with pytest.raises(PlanError, match=words):
             check_config(config)
+
+
+def test_each_rank_takes_off_the_biases_of_its_own_heads(tmp_path):
+    model = tiny_model("qwen2", head_dim=32)
+    plan = make_plan(model, Gates.dense(4), (LayerKV(codec=parse_codec("int8")),) * 4)
+    folder = export(plan, model, tmp_path / "pair")
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(model=str(folder / "prefill"), dtype=torch.float32),
+        cache_config=SimpleNamespace(block_size=BLOCK),
+    )
+    stage = Served(stage="prefill", plan=plan)
+    both, *each = (StageBias(config, stage, rank=r, ranks=n) for r, n in ((0, 1), (0, 2), (1, 2)))
+    assert both.by_layer.keys() == {0, 1, 2, 3}
+    for layer, bias in both.by_layer.items():
+        for name in ("k_GD", "v_GD"):
+            shares = [getattr(one.by_layer[layer], name) for one in each]
+            assert [len(share) for share in shares] == [1, 1]
+            assert torch.equal(torch.cat(shares), getattr(bias, name))

@@ -11,16 +11,14 @@ from pdtrim.engines.pages import bytes_sent
 from pdtrim.engines.ranges import Form
 from pdtrim.engines.vllm.coded import TICKET
 from pdtrim.exported import load_pair
-from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.policy import HandoverPolicy
-from pdtrim.plan import LayerKV
 from vllm_servers import (
     ARGS,
     BLOCK,
     DTYPE,
     LENGTHS,
-    RULE,
     agree,
+    coded_rules,
     commands,
     completion,
     idle,
@@ -46,13 +44,7 @@ FEW = ("--num-gpu-blocks-override", str(4 * 1024 // BLOCK + 1))
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory, tiny_folder):
-    """Codecs of fixed and of varying length, two layers trimmed, one raw."""
-    codecs = [parse_codec(name) for name in ("int4:group=32,recent=8", "entropy")]
-    kv = [LayerKV(codec=codecs[layer % 2]) for layer in range(8)]
-    for layer in (1, 4):
-        kv[layer] = LayerKV(selector=RULE.selector, codec=codecs[layer % 2])
-    kv[2] = LayerKV()
-    return tiny_pair(tmp_path_factory.mktemp("coded"), tiny_folder, kv)
+    return tiny_pair(tmp_path_factory.mktemp("coded"), tiny_folder, coded_rules())
 
 
 @pytest.fixture(scope="module")

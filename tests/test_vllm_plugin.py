@@ -18,6 +18,7 @@ from pdtrim.engines.vllm.compat import FullAttentionSpec, KVCacheSpecRegistry
 from pdtrim.engines.vllm.metrics import HANDOVER, Metrics, Stats
 from pdtrim.engines.vllm.scheduler import handover_problem
 from pdtrim.engines.vllm.stage import check_config, prefill_to_decode
+from pdtrim.engines.vllm.worker import identity
 from pdtrim.errors import PlanError
 from pdtrim.models.checkpoint import read_stage_config
 from pdtrim.plan import Gates, LayerKV
@@ -225,6 +226,7 @@ def config_of(pair, stage="decode", **changes):
         "lora": None,
         "pipeline": 1,
         "context": 1,
+        "tensor": 1,
         "enforce": True,
         "local_prefill": "refuse",
         **data,
@@ -249,6 +251,7 @@ def config_of(pair, stage="decode", **changes):
             pipeline_parallel_size=settings["pipeline"],
             decode_context_parallel_size=settings["context"],
             prefill_context_parallel_size=1,
+            tensor_parallel_size=settings["tensor"],
         ),
         speculative_config=settings["speculative"],
         lora_config=settings["lora"],
@@ -298,6 +301,16 @@ def test_one_window_for_all_layers_is_refused_too(tmp_path):
         else:
             with pytest.raises(PlanError, match="sliding-window"):
                 check_config(config_of(made))
+
+
+def test_partners_of_another_tensor_parallel_size_have_another_identity(pair):
+    said = []
+    for size in (1, 2):
+        config = config_of(pair, tensor=size)
+        config.model_config.dtype, config.cache_config.cache_dtype = torch.float32, "auto"
+        said.append(identity(config, check_config(config)))
+    first, second = said
+    assert first.endswith("tensor parallel 1") and second == f"{first[:-1]}2"
 
 
 def test_layers_are_mapped_through_the_plan(pair):

@@ -273,7 +273,7 @@ def refuse_a_foreign_partner(log, decode):
     prefiller = replace(decode, process=replace(decode.process, url=url))
     request_id, body = prefill(prefiller, completion(prompt_of(40)))
     assert post(decode.url, body, request_id=request_id)[0] == 500
-    assert decode.log.read_text().count("Local: pdtrim/3 plan") >= 1
+    assert decode.log.read_text().count("Local: pdtrim/5 plan") >= 1
     until(lambda: idle(decode))
 
 

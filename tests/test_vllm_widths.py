@@ -97,13 +97,9 @@ def test_heads_of_different_numbers_need_one_rule(model):
 
 def test_tensor_parallel_is_refused(model, tmp_path):
     made = export(narrow_plan(model), model, tmp_path / "pair")
-    config = config_of(made)
-    config.parallel_config.tensor_parallel_size = 1
-    served = check_config(config)
-    assert not served.whole
-    config.parallel_config.tensor_parallel_size = 2
+    assert not check_config(config_of(made)).whole
     with pytest.raises(PlanError, match="narrower blocks in tensor parallel"):
-        check_config(config)
+        check_config(config_of(made, tensor=2))
 
 
 def test_a_stage_is_whole_if_all_that_it_runs_is(model):
@@ -144,6 +140,8 @@ def test_biases_are_of_the_heads_that_travel_also_in_a_prompt_shorter_than_a_pag
                 cache_config=SimpleNamespace(block_size=32),
             ),
             Served(stage=stage, plan=plan),
+            rank=0,
+            ranks=1,
         )
         for stage in STAGES
     }

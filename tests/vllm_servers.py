@@ -28,9 +28,10 @@ from pdtrim.bundle import TrimPlan
 from pdtrim.engines.base import Process
 from pdtrim.engines.config import ServeConfig
 from pdtrim.engines.vllm.launch import free_port, processes
+from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.loading import load_model
-from pdtrim.plan import Gates
+from pdtrim.plan import Gates, LayerKV
 from pdtrim.stage.forward import Batch, forward
 
 GPU = torch.cuda.is_available()
@@ -82,6 +83,16 @@ def tiny_pair(folder, tokenizer, kv, family="qwen3", *, widths=None, blocks=None
     plan = make_plan(model, GATES, tuple(kv), block_size=BLOCK)
     plan = plan.model_copy(update={"widths": widths})
     return TrimPlan.of(plan, blocks or {}).export(model, folder / "pair")
+
+
+def coded_rules():
+    """Codecs of fixed and of varying length, two layers trimmed, one raw."""
+    codecs = [parse_codec(name) for name in ("int4:group=32,recent=8", "entropy")]
+    kv = [LayerKV(codec=codecs[layer % 2]) for layer in range(8)]
+    for layer in (1, 4):
+        kv[layer] = LayerKV(selector=RULE.selector, codec=codecs[layer % 2])
+    kv[2] = LayerKV()
+    return kv
 
 
 def prompt_of(length, seed=0):
@@ -218,7 +229,7 @@ def running(started, folder):
                 )
             servers.append(Server(process, popen, log))
         for server in servers:
-            until(lambda server=server: _answers(server), seconds=400)
+            until(lambda server=server: _answers(server), seconds=600)
         yield servers
     finally:
         for server in servers:

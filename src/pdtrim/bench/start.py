@@ -68,6 +68,7 @@ class Measured:
     """A prompt's handover, on empty machines, one step after the other.
 
     Attributes:
+        ranks: that share the KV heads; bytes and seconds are of one, the others work beside it.
         dense: the pages that vLLM's own connector reads of the dense model.
         pages: the plan's, before any codec.
         copy_gb_s: of a plain copy of as many bytes as ``dense`` on the device that reads.
@@ -82,6 +83,7 @@ class Measured:
     pages: Read
     coded: Coded | None
     copy_gb_s: float
+    ranks: int = 1
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Measured:
@@ -101,17 +103,22 @@ class Measured:
         return self.coded.encode_s + self.coded.read.seconds + self.coded.decode_s
 
 
-def dense_sizes(plan: PrunePlan, tokens: int) -> Sizes:
-    """Of the dense model's cache."""
+def dense_sizes(plan: PrunePlan, tokens: int, ranks: int = 1) -> Sizes:
+    """Of the dense model's cache, on one of so many ranks."""
     model = plan.model
-    return Sizes(
-        layers=model.num_layers, heads=model.num_kv_heads, tokens=tokens, width=model.head_dim
-    )
+    heads = max(1, model.num_kv_heads // ranks)
+    return Sizes(layers=model.num_layers, heads=heads, tokens=tokens, width=model.head_dim)
 
 
 @torch.inference_mode()
 def measure(
-    plan: PrunePlan, *, dtype: str, block_size: int, longest: int, devices: tuple[str, str]
+    plan: PrunePlan,
+    *,
+    dtype: str,
+    block_size: int,
+    longest: int,
+    devices: tuple[str, str],
+    ranks: int = 1,
 ) -> Measured:
     """Measure a pair's handover, of the longest prompt that two buffers of 256 MiB hold.
 
@@ -119,21 +126,23 @@ def measure(
         block_size: tokens of an engine's page.
         longest: tokens of the longest prompt.
         devices: prefill's and decode's.
+        ranks: of each server in tensor parallel; one's share is measured.
 
     Raises:
         PdtrimError: NIXL is not there or fails, or a device is not there.
     """
     kind, (source, target) = dtype_named(dtype), (device_of(name) for name in devices)
     layers = plan.model.num_layers
-    page = dense_sizes(plan, block_size).raw_bytes(kind) // layers
+    page = dense_sizes(plan, block_size, ranks).raw_bytes(kind) // layers
     most = MOST_BYTES // (page * layers) * block_size
     tokens = max(1, min(longest, LONGEST, most))
     whole = layers * pages_of(tokens, block_size)
     sent = sum(pages_sent(plan, layer, tokens, block_size) for layer in plan.sent_layers)
-    wanted = [(page * whole, whole), (bytes_sent(plan, tokens, block_size, kind.itemsize), sent)]
+    nbytes = bytes_sent(plan, tokens, block_size, kind.itemsize, ranks)
+    wanted = [(page * whole, whole), (nbytes, sent)]
     coded = None
     if is_coded(plan):
-        form = Form.of(plan, kind, tokens, block_size)
+        form = Form.of(plan, kind, tokens, block_size, ranks)
         nbytes, encode_s, decode_s = _code(form, source, target)
         wanted.append((nbytes, 1))
     dense, pages, *more = _reads(wanted, source, target)
@@ -159,6 +168,7 @@ def measure(
         pages=pages,
         coded=coded,
         copy_gb_s=page * whole / copy_s / 1e9,
+        ranks=ranks,
     )
 
 

@@ -28,7 +28,7 @@ def serve(
         bool, typer.Option("--explain", help="Print how each measured number came about.")
     ] = False,
 ) -> None:
-    """Serve a pair with vLLM behind a router, a GPU each server, until Ctrl-C."""
+    """Serve a pair with vLLM behind a router until Ctrl-C."""
     lines = serve_pair(
         config, dry_run=dry_run, explain=explain, say=_say, log=_log, advise=err.print
     )

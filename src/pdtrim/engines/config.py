@@ -19,6 +19,7 @@ class ServeConfig:
         pair: an exported pair's folder, which holds both stages.
         prefill_replicas: prefill servers.
         decode_replicas: decode servers.
+        tensor_parallel: GPUs of each server, of both stages, which share the heads of every layer.
         host: where the OpenAI endpoint listens.
         port: the port of the OpenAI endpoint.
         name: the model's name in requests; the last part of the plan's if not given.
@@ -39,6 +40,7 @@ class ServeConfig:
     pair: Path
     prefill_replicas: int = 1
     decode_replicas: int = 1
+    tensor_parallel: int = 1
     host: str = LOOPBACK
     port: int = 8000
     name: str | None = None
@@ -52,8 +54,8 @@ class ServeConfig:
     probe: bool = True
 
     def __post_init__(self) -> None:
-        counts = ("prefill_replicas", "decode_replicas", "block_size", "max_model_len")
-        for option in (*counts, "staged_prompts"):
+        counts = ("prefill_replicas", "decode_replicas", "tensor_parallel", "block_size")
+        for option in (*counts, "max_model_len", "staged_prompts"):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise PdtrimError(f"{option} {value} must be at least 1")

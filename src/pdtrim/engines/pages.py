@@ -43,17 +43,34 @@ def pages_sent(plan: PrunePlan, layer: int, prompt_tokens: int, block_size: int)
 
 
 def page_bytes(
-    plan: PrunePlan, layer: int, block_size: int, itemsize: int, stage: Stage = "decode"
+    plan: PrunePlan,
+    layer: int,
+    block_size: int,
+    itemsize: int,
+    stage: Stage = "decode",
+    ranks: int = 1,
 ) -> int:
-    """Bytes of a stage's page: keys and values of one layer, all KV heads that the stage keeps."""
-    return 2 * len(plan.kv_heads(stage, layer)) * plan.model.head_dim * block_size * itemsize
+    """Bytes of a stage's page: keys and values of one layer, all KV heads that the stage keeps.
+
+    Args:
+        ranks: that share the heads, the page being of one of them; more ranks than heads have a
+            copy each.
+    """
+    heads = max(1, len(plan.kv_heads(stage, layer)) // ranks)
+    return 2 * heads * plan.model.head_dim * block_size * itemsize
 
 
-def bytes_sent(plan: PrunePlan, prompt_tokens: int, block_size: int, itemsize: int) -> int:
-    """Bytes of the pages that cross the wire for a prompt, over all layers that decode reads."""
+def bytes_sent(
+    plan: PrunePlan, prompt_tokens: int, block_size: int, itemsize: int, ranks: int = 1
+) -> int:
+    """Bytes of the pages that cross the wire for a prompt, over all layers that decode reads.
+
+    Args:
+        ranks: that share the heads, the bytes being those of one of them.
+    """
     return sum(
         pages_sent(plan, layer, prompt_tokens, block_size)
-        * page_bytes(plan, layer, block_size, itemsize)
+        * page_bytes(plan, layer, block_size, itemsize, ranks=ranks)
         for layer in plan.sent_layers
     )
 
@@ -96,8 +113,9 @@ def shares_prefixes(plan: PrunePlan) -> bool:
     )
 
 
-def check_servable(plan: PrunePlan, block_size: int) -> None:
-    """Raise PlanError unless pages of this size carry the plan's KV."""
+def check_servable(plan: PrunePlan, block_size: int, ranks: int = 1) -> None:
+    """Raise PlanError unless pages of this size, on so many ranks, carry the plan's KV."""
+    _check_ranks(plan, ranks)
     heads = {len(plan.kv_heads("decode", layer)) for layer in plan.sent_layers}
     if len(heads) > 1 and len({plan.kv[layer].selector for layer in plan.sent_layers}) > 1:
         raise PlanError(
@@ -117,3 +135,17 @@ def check_servable(plan: PrunePlan, block_size: int) -> None:
                 f"the plan drops prompt tokens in pages of {plan.block_size}, the engine's hold"
                 f" {block_size}: plan again with --block-size {block_size}"
             )
+
+
+def _check_ranks(plan: PrunePlan, ranks: int) -> None:
+    if ranks > 1 and plan.widths is not None:
+        raise PlanError(
+            "pdtrim does not serve narrower blocks in tensor parallel: use a size of 1, or plan"
+            " whole blocks"
+        )
+    heads = plan.model.num_kv_heads
+    if heads % ranks and is_coded(plan):
+        raise PlanError(
+            f"pdtrim does not serve a plan with codecs of {heads} KV heads in tensor parallel"
+            f" {ranks}: use a size that divides {heads}, or plan without a codec"
+        )

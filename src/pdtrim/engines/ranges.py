@@ -11,6 +11,9 @@ little-endian. A READ has no owner: behind the end of its lease a range may hold
 another request's bytes, or be overwritten while it is read. The nonce tells the one, the checksum
 the other. Both sides compute every bound from the plan and the prompt's length.
 
+Ranks of a server in tensor parallel share a layer's KV heads equally, and codecs see each head by
+itself. Each rank has a range of its own heads, all at one offset of equally large pools.
+
 No vLLM here. Shapes: G KV heads, T tokens of a cache, M kept ones, D head width, Y layers that are
 alike, S bytes from one to the next.
 """
@@ -51,7 +54,7 @@ class Part:
         layer: in the dense model.
         hole: pages ``[start, stop)`` of the prompt that do not travel.
         tokens: M, those that do.
-        heads: G, those that decode keeps.
+        heads: G, those that decode keeps; of one rank.
         most: bytes of the encoding; a bound for a codec of variable length.
     """
 
@@ -83,12 +86,23 @@ class Form:
     parts: tuple[Part, ...]
 
     @classmethod
-    def of(cls, plan: PrunePlan, dtype: torch.dtype, prompt_tokens: int, block_size: int) -> Form:
-        """The form of a prompt, all tokens but the last of which are handed over."""
+    def of(
+        cls,
+        plan: PrunePlan,
+        dtype: torch.dtype,
+        prompt_tokens: int,
+        block_size: int,
+        ranks: int = 1,
+    ) -> Form:
+        """The form of a prompt, all tokens but the last of which are handed over.
+
+        Args:
+            ranks: that share the KV heads; the form is of one of them.
+        """
         width = plan.model.head_dim
         parts = []
         for layer in plan.sent_layers:
-            rule, heads = plan.kv[layer], len(plan.kv_heads("decode", layer))
+            rule, heads = plan.kv[layer], len(plan.kv_heads("decode", layer)) // ranks
             start, stop = hole_of(rule, prompt_tokens, block_size)
             tokens = prompt_tokens - 1 - (stop - start) * block_size
             most = rule.codec.nbytes(heads, tokens, width, dtype)
@@ -209,39 +223,47 @@ class Form:
 
 @dataclass(frozen=True, kw_only=True)
 class Ticket:
-    """Where a request's range lies in prefill's pool; the client carries it."""
+    """Where a request's ranges lie in prefill's pools; the client carries it.
+
+    Attributes:
+        sizes: bytes of each rank's range.
+    """
 
     offset: int
-    nbytes: int
+    sizes: tuple[int, ...]
     nonce: bytes
 
     def to_json(self) -> dict[str, Any]:
         """For ``kv_transfer_params``."""
-        return {"offset": self.offset, "bytes": self.nbytes, "nonce": self.nonce.hex()}
+        return {"offset": self.offset, "bytes": [*self.sizes], "nonce": self.nonce.hex()}
 
     @classmethod
-    def from_json(cls, value: Any, form: Form) -> Ticket:
+    def from_json(cls, value: Any, form: Form, ranks: int = 1) -> Ticket:
         """Of a request of this form.
 
         Raises:
             WireError: it is not one.
         """
         value = value if isinstance(value, dict) else {}
-        offset, nbytes, nonce = (value.get(key) for key in ("offset", "bytes", "nonce"))
-        if type(offset) is not int or offset < 0 or offset % ALIGN or type(nbytes) is not int:
+        offset, sizes, nonce = (value.get(key) for key in ("offset", "bytes", "nonce"))
+        are_sizes = isinstance(sizes, list) and all(type(size) is int for size in sizes)
+        if type(offset) is not int or offset < 0 or offset % ALIGN or not are_sizes:
             raise WireError("its kv_transfer_params name no range of coded KV")
-        if not form.fits(nbytes):
-            raise WireError(
-                f"its range has {nbytes} bytes: a prompt of {form.prompt_tokens} tokens has"
-                f" {'' if form.exact else 'at most '}{form.most}"
-            )
+        if len(sizes) != ranks:
+            raise WireError(f"it has ranges of {len(sizes)} ranks, not of {ranks}")
+        for nbytes in sizes:
+            if not form.fits(nbytes):
+                raise WireError(
+                    f"its range has {nbytes} bytes: a prompt of {form.prompt_tokens} tokens has"
+                    f" {'' if form.exact else 'at most '}{form.most}"
+                )
         try:
             raw = bytes.fromhex(nonce)
         except (TypeError, ValueError):
             raw = b""
         if len(raw) != NONCE_BYTES:
             raise WireError(f"its range has no nonce of {NONCE_BYTES} bytes")
-        return cls(offset=offset, nbytes=nbytes, nonce=raw)
+        return cls(offset=offset, sizes=tuple(sizes), nonce=raw)
 
 
 class Pool:
@@ -280,14 +302,19 @@ class Pool:
 
 
 def pool_bytes(
-    plan: PrunePlan, dtype: torch.dtype, longest: int, block_size: int, prompts: int
+    plan: PrunePlan,
+    dtype: torch.dtype,
+    longest: int,
+    block_size: int,
+    prompts: int,
+    ranks: int = 1,
 ) -> int:
     """Memory for so many of the longest prompts.
 
     A ``first_last`` rule rounds to pages, so that a prompt a little shorter may need a little more.
     """
     lengths = range(max(1, longest - block_size + 1), longest + 1)
-    most = max(Form.of(plan, dtype, tokens, block_size).most for tokens in lengths)
+    most = max(Form.of(plan, dtype, tokens, block_size, ranks).most for tokens in lengths)
     return prompts * -(-most // ALIGN) * ALIGN
 
 

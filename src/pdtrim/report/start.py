@@ -34,7 +34,7 @@ def _saved(plan: PrunePlan, measured: Measured) -> Iterator[Line]:
         how="the plan's gates: blocks whose attention and MLP both run",
     )
     yield Line(
-        text=f"handover: of {measured.tokens:,} tokens {_size(read.nbytes)} in"
+        text=f"handover{_share(measured)}: of {measured.tokens:,} tokens {_size(read.nbytes)} in"
         f" {_count(read.pieces, 'read')}, the dense model's {_size(dense.nbytes)} in"
         f" {dense.pieces:,}: compression {dense.nbytes / read.nbytes:.3g}x",
         how=f"pages of {measured.block_size} tokens in {measured.dtype}, by the plan, against those"
@@ -70,6 +70,10 @@ def _saved(plan: PrunePlan, measured: Measured) -> Iterator[Line]:
         how=f"keys and values of the {len(plan.sent_layers)} layers that decode reads; dropped"
         " pages take none",
     )
+
+
+def _share(measured: Measured) -> str:
+    return f" of each of {measured.ranks} GPUs" if measured.ranks > 1 else ""
 
 
 def _holes(plan: PrunePlan, measured: Measured) -> str:

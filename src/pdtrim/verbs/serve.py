@@ -78,6 +78,7 @@ def _report(
         "dtype": str(configs["decode"].get("dtype")),
         "block_size": engine.page_size(plan, config.block_size),
         "longest": config.max_model_len or longest_of(configs["decode"]),
+        "ranks": config.tensor_parallel,
         "devices": _devices(started),
     }
     command = python_module("pdtrim.bench.start", str(config.pair), json.dumps(settings))
@@ -100,7 +101,7 @@ def _report(
 
 
 def _devices(started: Sequence[Process]) -> tuple[str, str]:
-    """Those of the first prefill server and of the first decode server."""
+    """The first ones of the first prefill server and of the first decode server."""
     import torch
 
     if not torch.cuda.is_available():
@@ -110,5 +111,5 @@ def _devices(started: Sequence[Process]) -> tuple[str, str]:
         for stage in ("prefill", "decode")
     )
     numbers = (process.env.get("CUDA_VISIBLE_DEVICES", "0") for process in (prefill, decode))
-    first, second = (f"cuda:{number}" for number in numbers)
+    first, second = (f"cuda:{shared.split(',')[0]}" for shared in numbers)
     return first, second

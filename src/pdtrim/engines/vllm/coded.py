@@ -6,6 +6,9 @@ decode, which reads the range in one descriptor into a pool of its own, checks i
 it decodes into its pages before the engine hears of it. The pool's address travels in NIXL's
 handshake, as one more region.
 
+In tensor parallel every rank does so with its own KV heads, in a pool of its own: prefill's ranks
+at the offset that their scheduler gave, decode's from prefill's rank of the same number.
+
 A range lives as long as the pages that vLLM keeps for the request: until it was read, its lease
 ended, or it was aborted.
 """
@@ -34,25 +37,39 @@ class Job:
     tokens: int
 
 
-class Encoded(KVConnectorWorkerMetadata):
-    """Bytes of the ranges that a step wrote, by request: from the worker to the scheduler."""
+class Told(KVConnectorWorkerMetadata):
+    """What the workers tell the scheduler of a step.
 
-    def __init__(self, sizes: dict[str, int]) -> None:
+    Attributes:
+        sizes: bytes of each range that was written, by request and rank.
+        refused: requests whose ranges a rank refused.
+    """
+
+    def __init__(self, sizes: dict[str, dict[int, int]], refused: set[str]) -> None:
         self.sizes = sizes
+        self.refused = refused
 
-    def aggregate(self, other: Any) -> Encoded:
-        """There is one worker."""
-        return Encoded(self.sizes | other.sizes)
+    def aggregate(self, other: Any) -> Told:
+        """Of all ranks."""
+        names = self.sizes.keys() | other.sizes.keys()
+        sizes = {name: self.sizes.get(name, {}) | other.sizes.get(name, {}) for name in names}
+        return Told(sizes, self.refused | other.refused)
 
 
 def staging_bytes(vllm_config: Any, served: Served) -> int:
-    """Bytes of a server's pool, the same for its worker and its scheduler."""
+    """Bytes of a rank's pool, the same for its worker and its scheduler."""
     prompts = vllm_config.kv_transfer_config.get_from_extra_config("staged_prompts", PROMPTS)
     if type(prompts) is not int or prompts < 1:
         raise PlanError(f"staged_prompts {prompts} must be a number of at least 1")
     model = vllm_config.model_config
     block_size = vllm_config.cache_config.block_size
-    return pool_bytes(served.plan, model.dtype, model.max_model_len, block_size, prompts)
+    longest, ranks = model.max_model_len, ranks_of(vllm_config)
+    return pool_bytes(served.plan, model.dtype, longest, block_size, prompts, ranks)
+
+
+def ranks_of(vllm_config: Any) -> int:
+    """Ranks that share the KV heads."""
+    return int(vllm_config.parallel_config.tensor_parallel_size)
 
 
 def forms(vllm_config: Any, served: Served) -> Any:
@@ -61,6 +78,7 @@ def forms(vllm_config: Any, served: Served) -> Any:
 
     @functools.lru_cache(maxsize=256)
     def form(prompt_tokens: int) -> Form:
-        return Form.of(served.plan, model.dtype, prompt_tokens, block_size)
+        ranks = ranks_of(vllm_config)
+        return Form.of(served.plan, model.dtype, prompt_tokens, block_size, ranks)
 
     return form

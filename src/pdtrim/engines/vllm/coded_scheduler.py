@@ -6,7 +6,8 @@ import secrets
 from typing import Any
 
 from pdtrim.engines.ranges import NONCE_BYTES, Pool, Ticket
-from pdtrim.engines.vllm.coded import TICKET, Job, forms, staging_bytes
+from pdtrim.engines.vllm.coded import TICKET, Job, forms, ranks_of, staging_bytes
+from pdtrim.engines.vllm.metrics import REFUSED
 from pdtrim.engines.vllm.scheduler import Scheduler
 from pdtrim.engines.vllm.stage import Served
 from pdtrim.errors import WireError
@@ -20,22 +21,27 @@ class CodedScheduler(Scheduler):
     ) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config, served=served)
         self._form = forms(vllm_config, served)
+        self._ranks = ranks_of(vllm_config)
         self._pool = Pool(staging_bytes(vllm_config, served))
         self._prompts: dict[str, Any] = {}
         self._nonces: dict[str, bytes] = {}
-        self._sizes: dict[str, int] = {}
+        self._sizes: dict[str, dict[int, int]] = {}
         self._answers: dict[str, dict[str, Any]] = {}
         self._next: str | None = None
+        self._unsound: set[str] = set()
 
     def _problem(self, request: Any) -> str | None:
         problem = super()._problem(request)
         if problem is None and self._stage == "decode":
             try:
-                ticket = request.kv_transfer_params.get(TICKET)
-                Ticket.from_json(ticket, self._form(request.num_prompt_tokens))
+                self._ticket(request)
             except WireError as error:
                 return str(error)
         return problem
+
+    def _ticket(self, request: Any) -> Ticket:
+        form = self._form(request.num_prompt_tokens)
+        return Ticket.from_json(request.kv_transfer_params.get(TICKET), form, self._ranks)
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
@@ -69,9 +75,7 @@ class CodedScheduler(Scheduler):
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         """Tell the worker what to encode behind this step, and by which tickets to read."""
         tickets = {
-            name: Ticket.from_json(
-                request.kv_transfer_params[TICKET], self._form(request.num_prompt_tokens)
-            )
+            name: self._ticket(request)
             for name, (request, _, _, awaiting) in self._reqs_need_recv.items()
             if awaiting
         }
@@ -86,9 +90,10 @@ class CodedScheduler(Scheduler):
             tokens, before = request.num_prompt_tokens, request.num_computed_tokens
             if before < tokens <= before + count:
                 (pages,) = scheduler_output.kv_connector_block_state.get_block_ids(name)
-                form = self._form(tokens)
                 ticket = Ticket(
-                    offset=self._pool.offset(name), nbytes=form.most, nonce=self._nonces[name]
+                    offset=self._pool.offset(name),
+                    sizes=(self._form(tokens).most,) * self._ranks,
+                    nonce=self._nonces[name],
                 )
                 meta.pdtrim_to_encode[name] = Job(ticket=ticket, pages=[*pages], tokens=tokens)
         return meta
@@ -110,23 +115,29 @@ class CodedScheduler(Scheduler):
     def update_connector_output(self, connector_output: Any) -> None:
         """Learn what was encoded, and what was read or has expired."""
         super().update_connector_output(connector_output)
-        encoded = connector_output.kv_connector_worker_meta
-        for name, size in encoded.sizes.items() if encoded is not None else ():
+        told = connector_output.kv_connector_worker_meta
+        for name, sizes in told.sizes.items() if told is not None else ():
             if name in self._pool:
-                self._sizes[name] = size
+                self._sizes.setdefault(name, {}).update(sizes)
                 self._sign(name)
+        # once a request, however many ranks refused it
+        self._unsound |= told.refused if told is not None else set()
+        for name in self._unsound & (connector_output.finished_recving or set()):
+            self._unsound.discard(name)
+            self._stats.note(REFUSED, 1)
         for name in connector_output.finished_sending or ():
             self._release(name)
 
     def _sign(self, name: str) -> None:
-        """Complete an answer whose length is known.
+        """Complete an answer whose lengths are known of all ranks.
 
         vLLM ends a request before it passes on what the worker said in the same step, but sends
         the answer, this very dict, only after both.
         """
-        if name in self._sizes and name in self._answers:
+        sizes = self._sizes.get(name, {})
+        if len(sizes) == self._ranks and name in self._answers:
             self._answers.pop(name)[TICKET] = Ticket(
                 offset=self._pool.offset(name),
-                nbytes=self._sizes[name],
+                sizes=tuple(sizes[rank] for rank in range(self._ranks)),
                 nonce=self._nonces[name],
             ).to_json()

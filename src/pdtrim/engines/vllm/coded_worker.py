@@ -14,14 +14,14 @@ import torch
 
 from pdtrim.engines.pages import bytes_sent
 from pdtrim.engines.ranges import NONCE_BYTES, Batch, Form, Part, Pool, Ticket
-from pdtrim.engines.vllm.coded import Encoded, forms, staging_bytes
+from pdtrim.engines.vllm.coded import Told, forms, staging_bytes
 from pdtrim.engines.vllm.compat import (
     NixlAgentMetadata,
     NixlHandshakePayload,
     NixlPullConnectorWorker,
 )
 from pdtrim.engines.vllm.kv_bias import StageBias
-from pdtrim.engines.vllm.metrics import REFUSED, SKIPPED_CODEC
+from pdtrim.engines.vllm.metrics import SKIPPED_CODEC
 from pdtrim.engines.vllm.pages_io import (
     Rows,
     check_readable,
@@ -62,10 +62,10 @@ class CodedWorker(Worker):
     ) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config, served=served)
         self._form = forms(vllm_config, served)
-        self._bias = StageBias(vllm_config, served)
+        self._bias = StageBias(vllm_config, served, rank=self.tp_rank, ranks=self.world_size)
         self._pool = Pool(staging_bytes(vllm_config, served))
         self._remote_pools: dict[str, RemotePool] = {}
-        self._encoded: dict[str, int] = {}
+        self._told = Told({}, set())
         self._reading: dict[str, tuple[Ticket, Any]] = {}
         self._waiting: list[tuple[str, Any]] = []
         self._idle = False
@@ -75,13 +75,14 @@ class CodedWorker(Worker):
         self._caches = {self.served.layers[slot_of(name)]: name for name in kv_caches}
         self._context = self.vllm_config.compilation_config.static_forward_context
         self._rows: dict[int, Rows] = {}
-        for layer in self.served.plan.sent_layers:
-            attention, cache = self._context[self._caches[layer]], kv_caches[self._caches[layer]]
-            rows = rows_of(attention, cache, len(self.served.plan.kv_heads("decode", layer)))
+        for part in self._form(1).parts:
+            name = self._caches[part.layer]
+            attention, cache = self._context[name], kv_caches[name]
+            rows = rows_of(attention, cache, part.heads)
             if self.served.stage == "prefill" or rows is not None:
                 check_readable(attention, cache)
-            if rows is not None and layer not in self._bias.by_layer:
-                self._rows[layer] = rows
+            if rows is not None and part.layer not in self._bias.by_layer:
+                self._rows[part.layer] = rows
         host = self.nixl_memory_type == "DRAM"
         device = torch.device("cpu") if host else next(iter(kv_caches.values())).device
         self._staging = torch.zeros(self._pool.size, dtype=torch.uint8, device=device)
@@ -138,8 +139,8 @@ class CodedWorker(Worker):
         for request, job in metadata.pdtrim_to_encode.items():
             form = self._form(job.tokens)
             room = self._staging[job.ticket.offset :][: form.most]
-            batches = self._kept(form, job.pages, job.tokens)
-            self._encoded[request] = form.write(room, job.ticket.nonce, batches)
+            size = form.write(room, job.ticket.nonce, self._kept(form, job.pages, job.tokens))
+            self._told.sizes[request] = {self.tp_rank: size}
 
     def _kept(self, form: Form, pages: list[int], tokens: int) -> Iterator[Batch]:
         """Keys and values of all parts, without their biases; the pages themselves if they can be.
@@ -178,10 +179,10 @@ class CodedWorker(Worker):
     def _page_of(self, part: Part) -> int:
         return self._cache_of(part.layer)[1].shape[2]
 
-    def take_encoded(self) -> Encoded | None:
-        """What was encoded since the last call."""
-        sizes, self._encoded = self._encoded, {}
-        return Encoded(sizes) if sizes else None
+    def take_told(self) -> Told | None:
+        """What was encoded and refused since the last call."""
+        told, self._told = self._told, Told({}, set())
+        return told if told.sizes or told.refused else None
 
     def start_load_kv(self, metadata: Any) -> None:
         """Begin to read what was scheduled, those first that found no room before."""
@@ -200,36 +201,38 @@ class CodedWorker(Worker):
             NixlPullConnectorWorker._read_blocks_for_req(self, req_id, meta)
             return
         ticket, remote = meta.pdtrim_ticket, self._remote_pools[engine]
-        if ticket.offset + ticket.nbytes > remote.size or ticket.nbytes > self._pool.size:
+        nbytes, most = ticket.sizes[self.tp_rank], max(ticket.sizes)
+        if ticket.offset + most > remote.size or most > self._pool.size:
             self._refuse(req_id, f"its range is not within prefill's pool of {remote.size} bytes")
             self._handle_failed_transfer(req_id, None, self._recv_failures)
-        elif not self._pool.reserve(req_id, ticket.nbytes):
+        elif not self._pool.reserve(req_id, nbytes):
             self._waiting.append((req_id, meta))
         elif not self._spread(meta):
             self._pool.release(req_id)
             self._handle_failed_transfer(req_id, None, self._recv_failures)
         else:
             self._reading[req_id] = ticket, meta
-            self._note_coded(meta.remote.num_tokens, ticket.nbytes)
+            self._note_coded(meta.remote.num_tokens, nbytes)
             self._read(req_id, ticket, remote, meta.remote)
 
     def _note_coded(self, tokens: int, nbytes: int) -> None:
-        raw = bytes_sent(self.served.plan, tokens, self._page_tokens, self._itemsize)
+        size, ranks = self._page_tokens, self.world_size
+        raw = bytes_sent(self.served.plan, tokens, size, self._itemsize, ranks)
         self.xfer_stats.note(SKIPPED_CODEC, max(0, raw - nbytes))
 
     def _read(self, request: str, ticket: Ticket, remote: RemotePool, source: Any) -> None:
-        """Post one READ of the whole range; vLLM polls it as one of its own."""
+        """Post one READ of this rank's whole range; vLLM polls it as one of its own."""
         nixl, handle = self.nixl_wrapper, None
         own = self._staged(request, ticket)
-        local = (own.data_ptr(), ticket.nbytes, max(0, own.get_device()))
-        away = (remote.address + ticket.offset, ticket.nbytes, remote.device)
+        local = (own.data_ptr(), len(own), max(0, own.get_device()))
+        away = (remote.address + ticket.offset, len(own), remote.device)
         self._recving_transfers.setdefault(request, [])
         try:
             handle = nixl.initialize_xfer(
                 "READ",
                 nixl.get_xfer_descs([local], self.nixl_memory_type),
                 nixl.get_xfer_descs([away], remote.memory),
-                self._remote_agents[source.engine_id][(0, 0)],
+                self._remote_agents[source.engine_id][(0, self.tp_rank)],
                 f"{source.request_id}:1".encode(),
             )
             nixl.transfer(handle)
@@ -261,7 +264,7 @@ class CodedWorker(Worker):
             return
 
     def _staged(self, request: str, ticket: Ticket) -> torch.Tensor:
-        return self._staging[self._pool.offset(request) :][: ticket.nbytes]
+        return self._staging[self._pool.offset(request) :][: ticket.sizes[self.tp_rank]]
 
     def _arrived(self, results: Any) -> None:
         """Decode what came whole; refuse the rest."""
@@ -307,7 +310,7 @@ class CodedWorker(Worker):
 
     def _refuse(self, request: str, problem: str) -> None:
         logger.error("request %s refused: %s", request, problem)
-        self.xfer_stats.note(REFUSED, 1)
+        self._told.refused.add(request)
 
 
 def _of_layers(places: list[torch.Tensor], heads: int) -> torch.Tensor:

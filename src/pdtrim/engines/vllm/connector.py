@@ -12,7 +12,7 @@ from typing import Any
 
 from pdtrim.engines.pages import is_coded
 from pdtrim.engines.vllm import compat
-from pdtrim.engines.vllm.coded import Encoded
+from pdtrim.engines.vllm.coded import Told
 from pdtrim.engines.vllm.coded_scheduler import CodedScheduler
 from pdtrim.engines.vllm.coded_worker import CodedWorker
 from pdtrim.engines.vllm.compat import KVConnectorRole, NixlBaseConnector, NixlPullConnector
@@ -56,10 +56,10 @@ class PDTrimConnector(NixlPullConnector):
         if isinstance(self.connector_worker, CodedWorker):
             self.connector_worker.encode(self._connector_metadata)
 
-    def build_connector_worker_meta(self) -> Encoded | None:
+    def build_connector_worker_meta(self) -> Told | None:
         """What the worker has to tell the scheduler of this step."""
         worker = self.connector_worker
-        return worker.take_encoded() if isinstance(worker, CodedWorker) else None
+        return worker.take_told() if isinstance(worker, CodedWorker) else None
 
     def get_kv_connector_stats(self) -> Any:
         """What the worker or the scheduler noted since the last call."""

@@ -1,7 +1,7 @@
 """The biases of keys and values that codecs do not see, for pages as vLLM has them.
 
 They are read from the stage's own checkpoint: both stages hold the dense model's, of the KV heads
-that they keep; those that decode keeps are used. RoPE's angles are
+that they keep; those that decode keeps are used, of them each rank its own. RoPE's angles are
 transformers' for the checkpoint's config, as the simulator uses them.
 
 Shapes: G KV heads, M kept tokens, D head width.
@@ -23,17 +23,24 @@ from pdtrim.models.checkpoint import read_kv_bias, stage_rope
 
 
 class StageBias:
-    """The biases of the layers whose codecs round; nothing for models without."""
+    """The biases of the layers whose codecs round; nothing for models without.
 
-    def __init__(self, vllm_config: Any, served: Served) -> None:
+    Args:
+        rank: of the ``ranks`` that share the KV heads.
+    """
+
+    def __init__(self, vllm_config: Any, served: Served, *, rank: int, ranks: int) -> None:
         model = vllm_config.model_config
         rounded = [i for i in served.plan.sent_layers if not served.plan.kv[i].codec.exact]
         folder = Path(model.model)
         self.block_size: int = vllm_config.cache_config.block_size
         self.by_layer = read_kv_bias(folder, served.stage, rounded)
-        for layer, bias in self.by_layer.items() if served.stage == "prefill" else ():
-            sent = list(served.plan.sent_places(layer))
-            self.by_layer[layer] = KVBias(k_GD=bias.k_GD[sent], v_GD=bias.v_GD[sent])
+        for layer, bias in self.by_layer.items():
+            places = range(len(bias.k_GD))
+            sent = served.plan.sent_places(layer) if served.stage == "prefill" else places
+            share = len(sent) // ranks
+            own = [*sent[rank * share : (rank + 1) * share]]
+            self.by_layer[layer] = KVBias(k_GD=bias.k_GD[own], v_GD=bias.v_GD[own])
         self._rope = stage_rope(folder, served.stage, model.dtype) if self.by_layer else None
 
     def taken_from(self, part: Part, tokens: int, kv: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -40,13 +40,14 @@ def page_size(plan: PrunePlan, asked: int | None) -> int:
     return asked or (plan.block_size if plan.block_size > 1 else BLOCK_SIZE)
 
 
-def check_plan(plan: PrunePlan, block_size: int) -> None:
+def check_plan(plan: PrunePlan, block_size: int, ranks: int = 1) -> None:
     """Refuse a plan that vLLM cannot serve.
 
     Raises:
-        PlanError: its rules do not fit pages, or its family is unknown.
+        PlanError: its rules do not fit pages, its KV heads not so many ranks, or its family is
+            unknown.
     """
-    check_servable(plan, block_size)
+    check_servable(plan, block_size, ranks)
     if plan.model.family not in FAMILIES:
         raise PlanError(
             f"family '{plan.model.family}' is not served by vLLM yet, only {', '.join(FAMILIES)}:"
@@ -64,13 +65,13 @@ def processes(config: ServeConfig, *, free_port: Callable[[], int]) -> list[Proc
     """
     configs, plan = read_pair(config.pair)
     block_size = page_size(plan, config.block_size)
-    check_plan(plan, block_size)
+    check_plan(plan, block_size, config.tensor_parallel)
     if not shares_prefixes(plan) or config.local_prefill != "refuse":
         config = replace(config, decode_args=(UNSHARED, *config.decode_args))
     name = config.name or PurePosixPath(plan.model.name).name or plan.model.family
     ports = _distinct(free_port, config.port)
     replicas = {"prefill": config.prefill_replicas, "decode": config.decode_replicas}
-    devices = iter(_devices(sum(replicas.values())))
+    devices = iter(_devices(sum(replicas.values()), config.tensor_parallel))
     servers = [
         _server(config, stage, number, configs[stage], name, block_size, ports, next(devices))
         for stage in STAGES
@@ -135,18 +136,20 @@ def _distinct(free_port: Callable[[], int], *taken: int) -> Iterator[int]:
             yield port
 
 
-def _devices(servers: int) -> list[dict[str, str]]:
-    """The environment that gives each server a GPU of its own; nothing if the user has chosen."""
+def _devices(servers: int, each: int) -> list[dict[str, str]]:
+    """The environment that gives each server GPUs of its own; nothing if the user has chosen."""
     import torch
 
     if "CUDA_VISIBLE_DEVICES" in os.environ or not torch.cuda.is_available():
         return [{}] * servers
-    if torch.cuda.device_count() < servers:
+    if torch.cuda.device_count() < servers * each:
         raise PdtrimError(
-            f"{servers} servers need a GPU each and there are {torch.cuda.device_count()}: use"
-            " fewer replicas, or set CUDA_VISIBLE_DEVICES to have all servers share what it names"
+            f"{servers} servers need {'a GPU' if each == 1 else f'{each} GPUs'} each and there are"
+            f" {torch.cuda.device_count()}: use fewer replicas, or set CUDA_VISIBLE_DEVICES to have"
+            " all servers share what it names"
         )
-    return [{"CUDA_VISIBLE_DEVICES": str(number)} for number in range(servers)]
+    shares = (range(at, at + each) for at in range(0, servers * each, each))
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(map(str, numbers))} for numbers in shares]
 
 
 def _server(
@@ -168,6 +171,8 @@ def _server(
     command += ["--hf-overrides", json.dumps({"architectures": [_architecture(data, folder)]})]
     if config.max_model_len is not None:
         command += ["--max-model-len", str(config.max_model_len)]
+    if config.tensor_parallel > 1:
+        command += ["--tensor-parallel-size", str(config.tensor_parallel)]
     command += config.prefill_args if stage == "prefill" else config.decode_args
     side_channel = {
         "VLLM_NIXL_SIDE_CHANNEL_HOST": LOOPBACK,

@@ -105,29 +105,19 @@ def check_config(config: Any) -> Served:
             raise PlanError(f"pdtrim does not serve with {what}")
     if is_coded(served.plan):
         _check_coded(config)
-    if served.plan.widths is not None and parallel.tensor_parallel_size > 1:
-        raise PlanError(
-            "pdtrim does not serve narrower blocks in tensor parallel: use"
-            " --tensor-parallel-size 1, or plan whole blocks"
-        )
     hf_config = config.model_config.hf_config
     kinds = getattr(hf_config, "layer_types", None) or ()
     family = family_named(served.plan.model.family)
     slots = range(len(served.layers))
     if "sliding_attention" in kinds or any(family.window_of(hf_config, i) for i in slots):
         raise PlanError("pdtrim does not serve sliding-window attention on vLLM: use the runtime")
-    check_servable(served.plan, cache.block_size)
+    check_servable(served.plan, cache.block_size, parallel.tensor_parallel_size)
     return served
 
 
 def _check_coded(config: Any) -> None:
     """What a plan with codecs needs beside."""
     dtype = str(config.model_config.dtype).removeprefix("torch.")
-    if config.parallel_config.tensor_parallel_size > 1:
-        raise PlanError(
-            "pdtrim does not serve a plan with codecs in tensor parallel: use"
-            " --tensor-parallel-size 1, or plan without a codec"
-        )
     if config.cache_config.cache_dtype not in ("auto", dtype):
         raise PlanError(
             f"pdtrim does not serve a plan with codecs from a {config.cache_config.cache_dtype}"

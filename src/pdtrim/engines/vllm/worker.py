@@ -26,7 +26,7 @@ from pdtrim.engines.vllm.preempted import HostPages, Pages
 from pdtrim.engines.vllm.stage import Served, prefill_to_decode, slot_of
 from pdtrim.plan import STAGES
 
-PROTOCOL = 4
+PROTOCOL = 5
 
 
 def identity(vllm_config: Any, served: Served) -> str:
@@ -152,9 +152,10 @@ class Worker(NixlPullConnectorWorker):
     def _note_skipped(self, tokens: int) -> None:
         plan, size = self.served.plan, self._page_tokens
         whole = pages_of(tokens, size)
+        one = (size, self._itemsize)
         skipped = dict.fromkeys((SKIPPED_LAYER, SKIPPED_HEAD, SKIPPED_TOKEN), 0)
         for layer, gate in enumerate(plan.gates.prefill_attention):
-            made, read = (page_bytes(plan, layer, size, self._itemsize, stage) for stage in STAGES)
+            made, read = (page_bytes(plan, layer, *one, stage, self.world_size) for stage in STAGES)
             if layer in plan.sent_layers:
                 skipped[SKIPPED_HEAD] += whole * (made - read)
                 skipped[SKIPPED_TOKEN] += (whole - pages_sent(plan, layer, tokens, size)) * read
@@ -175,6 +176,7 @@ class Worker(NixlPullConnectorWorker):
         self._arrived(results)
         for request in results.finished_recving:
             began = self._began.pop(request, None)
-            if began is not None and request not in results.failed_recving:
+            sound = request not in results.failed_recving
+            if began is not None and sound and self.tp_rank == 0:  # or each rank would count it
                 self.xfer_stats.note(HANDOVER, time.perf_counter() - began)
         return results
