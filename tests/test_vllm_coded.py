@@ -246,6 +246,15 @@ def test_decode_refuses_what_has_no_sound_ticket():
     assert step(made).pdtrim_tickets == {"a": ticket}
 
 
+@pytest.mark.parametrize("said", [7, "many"])
+def test_how_often_prefill_registered_its_cache_is_not_the_clients_to_say(said):
+    """vLLM 0.33 would shake hands again, and its worker end at a text."""
+    made = scheduler("decode")
+    one = request("a", 40, **WHERE, remote_registration_generation=said)
+    made._reqs_need_recv = {"a": (one, [], (), False)}
+    assert step(made).reqs_to_recv["a"].remote.registration_generation == 0
+
+
 def test_a_prompt_of_one_token_is_loaded_once():
     """Behind its load nothing is computed, so vLLM asks again: that is not a local prompt."""
     made = scheduler("decode")

@@ -54,7 +54,7 @@ else:
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or all servers share one core
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-        "PYTHONPATH": os.pathsep.join((str(HOST), SOURCE)),
+        "PYTHONPATH": os.pathsep.join((str(HOST), SOURCE, os.environ.get("PYTHONPATH", ""))),
     }
     ARGS = ("--dtype", "float32", "--enforce-eager")
 LEASE = 6  # seconds; vLLM's own default is 30

@@ -2,6 +2,9 @@
 
 vLLM moves these between minor releases. The rest of the plugin imports them from here only; when a
 release changes one, this is the file to read. ``check()`` runs when the plugin is loaded.
+
+0.33 has all of these names of 0.32 where they were, and the arguments in ``SIGNATURES``. Of what it
+adds one thing concerns pdtrim: prefill counts its registrations (:func:`forget_generations`).
 """
 
 from __future__ import annotations
@@ -75,13 +78,14 @@ __all__ = [
     "check",
     "create_metric_per_engine",
     "direct_register_custom_op",
+    "forget_generations",
     "iter_layer_specs",
     "kv_cache_dtype_str_to_dtype",
     "subclass_attention_backend",
 ]
 
-TESTED = ("0.32",)
-"""Minor versions that the test suite has run on."""
+TESTED = ("0.32", "0.33")
+"""Minor versions that the tests have run on; how each, ``docs/serving.md`` says."""
 
 SIGNATURES: dict[Callable[..., Any], tuple[str, ...]] = {
     NixlPullConnectorWorker.register_kv_caches: ("self", "kv_caches"),
@@ -167,12 +171,25 @@ SIGNATURES: dict[Callable[..., Any], tuple[str, ...]] = {
 def check() -> None:
     """Raise RuntimeError in one line if this vLLM is not one that the plugin fits."""
     changed = [
-        function.__qualname__
+        f"{function.__qualname__} has other arguments"
         for function, names in SIGNATURES.items()
         if tuple(inspect.signature(function).parameters) != names
     ]
+    if ".".join(vllm.__version__.split(".")[:2]) not in TESTED:
+        changed.append("it is not tested with it")
     if changed:
         raise RuntimeError(
-            f"pdtrim does not fit vLLM {vllm.__version__}: {changed[0]} has other arguments;"
-            f" install vLLM {TESTED[-1]}"
+            f"pdtrim does not fit vLLM {vllm.__version__}: {changed[0]};"
+            f" install vLLM {' or '.join(TESTED)}"
         )
+
+
+def forget_generations(metadata: NixlConnectorMetadata) -> None:
+    """Read from prefill as it was at the handshake, whatever number a request gives (vLLM 0.33).
+
+    There prefill counts how often it registered its cache, for after a sleep, and the number comes
+    back in a request's ``kv_transfer_params``: at a greater one decode shakes hands again. pdtrim
+    refuses sleep mode, and a client may write anything there.
+    """
+    for request in metadata.reqs_to_recv.values():
+        request.remote.registration_generation = 0

@@ -20,7 +20,7 @@ def register() -> None:
 
     try:
         from pdtrim.engines.vllm import cache
-    except ImportError as error:  # plain vLLM must go on working
+    except (ImportError, AttributeError) as error:  # plain vLLM must go on working
         logging.getLogger("vllm.pdtrim").warning(
             "pdtrim cannot serve: it does not fit vLLM %s (%s)", vllm.__version__, error
         )

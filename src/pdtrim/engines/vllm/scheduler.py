@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pdtrim.engines.pages import pages_of
-from pdtrim.engines.vllm.compat import NixlPullConnectorScheduler
+from pdtrim.engines.vllm.compat import NixlPullConnectorScheduler, forget_generations
 from pdtrim.engines.vllm.metrics import LOCAL, REFUSED, Stats
 from pdtrim.engines.vllm.preempted import Pages
 from pdtrim.engines.vllm.stage import Served
@@ -132,6 +132,7 @@ class Scheduler(NixlPullConnectorScheduler):
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         """What the worker needs to know of this step."""
         meta = super().build_connector_meta(scheduler_output)
+        forget_generations(meta)
         meta.pdtrim_to_fail, self._to_fail = self._to_fail, set()
         # in this order: a request may be preempted and come back within one step
         preempted = self._loaded.keys() & scheduler_output.preempted_req_ids

@@ -93,6 +93,7 @@ def check_config(config: Any) -> Served:
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
         "LoRA: drop --enable-lora": config.lora_config is not None,
+        "sleep mode: drop --enable-sleep-mode": config.model_config.enable_sleep_mode,
         "kv_load_failure_policy other than fail: decode would run prompts on its own blocks": (
             decode and transfer.kv_load_failure_policy != "fail"
         ),
