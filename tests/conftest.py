@@ -35,7 +35,8 @@ def ctrl_c():
 
 @pytest.fixture(scope="session")
 def smollm2_folder(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct in bf16 as safetensors: the GGUF is slow to read."""
+    """SmolLM2-135M-Instruct in bf16 as safetensors, for the GGUF is slow to read; and beside it
+    ``smollm2.fingerprint``, that of the model in the GGUF."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent  # all workers share one
@@ -45,6 +46,7 @@ def smollm2_folder(tmp_path_factory) -> Path:
             model = load_model("smollm2")
             model.network.save_pretrained(folder)
             model.need_tokenizer().save_pretrained(folder)
+            folder.with_suffix(".fingerprint").write_text(model.fingerprint)
     return folder
 
 

@@ -92,19 +92,18 @@ def test_every_gate_state_of_two_blocks_equals_the_simulator(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "phi3"])
 def test_two_processes_equal_the_simulator(family, tmp_path):
-    model, rng = tiny_model(family), random.Random(5)
-    cut = first_last(2, 3)
-    for number, kv in enumerate(((LayerKV(),) * 4, (cut, LayerKV(), cut, LayerKV()))):
-        gates = random_gates(4, rng)
-        plan = make_plan(model, gates, kv)
-        folder = export(plan, model, tmp_path / str(number))
-        batch = random_batch(model, rows=3, prompt=14, new=5)
-        pair, _ = load_pair(folder)
-        with torch.no_grad():
-            simulated = forward(pair, batch, gates, HandoverPolicy.of(plan))
-        with Session(folder) as session:
-            torch.testing.assert_close(session.score(batch), simulated, atol=1e-4, rtol=0)
-            assert session.kv_bytes == [Layout.of(plan, torch.float32, 13).frame_bytes] * 3
+    model = tiny_model(family)
+    gates, cut = random_gates(4, random.Random(9)), first_last(2, 3)
+    assert gates.prefill_attention == ("full", "kv", "kv", "off")
+    plan = make_plan(model, gates, (cut, LayerKV(), cut, LayerKV()))
+    folder = export(plan, model, tmp_path / "pair")
+    batch = random_batch(model, rows=3, prompt=14, new=5)
+    pair, _ = load_pair(folder)
+    with torch.no_grad():
+        simulated = forward(pair, batch, gates, HandoverPolicy.of(plan))
+    with Session(folder) as session:
+        torch.testing.assert_close(session.score(batch), simulated, atol=1e-4, rtol=0)
+        assert session.kv_bytes == [Layout.of(plan, torch.float32, 13).frame_bytes] * 3
 
 
 def greedy_by_simulator(pair, plan, prompt, count):
