@@ -14,6 +14,8 @@ from pdtrim.cli import app
 from pdtrim.evaluate.result import Result
 from pdtrim.plan import PrunePlan
 
+pytestmark = pytest.mark.usefixtures("warm_stages")
+
 VERBS = tuple(typer.main.get_command(app).commands)
 
 

@@ -67,6 +67,7 @@ def test_a_hundredfold_key_bias_costs_no_quality(codec, monkeypatch):
     assert kl(loud, codec) > 5 * plain  # what keeping them apart is for
 
 
+@pytest.mark.usefixtures("warm_stages")
 def test_two_processes_give_what_the_simulator_gives(tmp_path):
     """A layer for each codec, the first one raw."""
     rules = tuple(LayerKV(codec=parse_codec(codec)) for codec in ("raw", *LOSSY))

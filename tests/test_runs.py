@@ -17,7 +17,7 @@ from pdtrim.evaluate.result import Result
 from pdtrim.exported import load_pair
 from pdtrim.methods import METHODS
 from pdtrim.plan import PrunePlan
-from warm import warm
+from warm import Warm, forked
 
 RUNS = Path(__file__).parents[1] / "runs"
 WORDS = (
@@ -126,8 +126,13 @@ def run(name, out, command, **variables):
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    with warm(tmp_path_factory.mktemp("warm")) as words:
-        yield words
+    """Of processes that need not import what takes each of them seconds."""
+    ours = ("evaluate.ablation", "evaluate.compare.run", "distill.train")
+    ours += ("runtime.prefill", "runtime.decode")
+    theirs = ("transformers.models.llama.modeling_llama", "lm_eval.evaluator", "matplotlib.figure")
+    modules = [f"pdtrim.{name}" for name in ours]
+    with Warm(tmp_path_factory.mktemp("warm"), *modules, *theirs) as made:
+        yield " ".join(forked(made.path, "pdtrim.cli"))
 
 
 CASES = {

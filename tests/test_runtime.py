@@ -1,7 +1,6 @@
 """Two real processes against the simulator."""
 
 import itertools
-import os
 import random
 import socket
 
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import export, first_last, make_plan, random_batch, random_gates, tiny_model
-from pdtrim.errors import PdtrimError, PlanError, RuntimeFailure
+from pdtrim.errors import RuntimeFailure
 from pdtrim.exported import load_pair
 from pdtrim.kv.frame import Layout
 from pdtrim.kv.policy import HandoverPolicy
@@ -20,6 +19,8 @@ from pdtrim.runtime.prefill import PrefillProcess
 from pdtrim.runtime.session import Session
 from pdtrim.stage.forward import Batch, Pair, forward
 from pdtrim.stage.sampling import Sampling
+
+pytestmark = pytest.mark.usefixtures("warm_stages")
 
 
 class Events:
@@ -190,35 +191,3 @@ def test_frames_of_a_wrong_prefill_are_refused_and_both_processes_stay_up(runnin
         assert [s.process.poll() for s in (stranger.prefill, session.decode)] == [None, None]
     session._linked = False
     assert session.generate([[5, 6]], max_new_tokens=3)[0].tokens
-
-
-def test_a_killed_stage_is_reported_and_nothing_outlives_the_session(tmp_path):
-    model = tiny_model("llama")
-    folder = export(make_plan(model, Gates.dense(4)), model, tmp_path / "pair")
-    session = Session(folder)
-    pids = [session.prefill.process.pid, session.decode.process.pid]
-    session.prefill.process.kill()
-    session.prefill.process.wait()
-    with pytest.raises(RuntimeFailure, match="prefill process ended"):
-        session.generate([[1, 2, 3]], max_new_tokens=2)
-    session.close()
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
-    with pytest.raises(PdtrimError, match="closed"):
-        session.generate([[1, 2, 3]], max_new_tokens=2)
-
-
-def test_a_pair_that_cannot_load_says_why(tmp_path):
-    model = tiny_model("llama")
-    folder = export(make_plan(model, Gates.dense(4)), model, tmp_path / "pair")
-    (folder / "decode" / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(PdtrimError, match=r"decode.*is not the file that export wrote"):
-        Session(folder)
-    export(make_plan(model, Gates.dense(4)), model, tmp_path / "a")
-    export(make_plan(model, Gates.removing(4, decode={1})), model, tmp_path / "b")
-    (tmp_path / "mixed").mkdir()
-    (tmp_path / "a" / "prefill").rename(tmp_path / "mixed" / "prefill")
-    (tmp_path / "b" / "decode").rename(tmp_path / "mixed" / "decode")
-    with pytest.raises(PlanError, match="different plans"):
-        Session(tmp_path / "mixed")

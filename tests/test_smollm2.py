@@ -20,7 +20,7 @@ from pdtrim.search.anneal import Annealing
 from pdtrim.stage.cost import Lengths
 from pdtrim.stage.forward import Batch, Pair, forward
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_stages")]
 
 TEXT = (
     "The history of the lighthouse begins in antiquity. Before the development of clearly defined"
