@@ -3,7 +3,8 @@
 vLLM's workers spin while they wait for the engine, and each NIXL agent has a thread that polls
 without a pause: two idle servers keep two cores busy. Both wait a little here. On CPUs vLLM starts
 the processes of a server anew, each with all its imports; here they are forked, as vLLM does it
-elsewhere. Nothing else changes.
+elsewhere. And what kind of model it serves vLLM finds out in one more process, lest CUDA starts;
+here there is none. Nothing else changes.
 """
 
 import os
@@ -14,8 +15,10 @@ def register():
     """Called by vLLM in each of its processes."""
     from nixl_cu12 import _api
     from vllm.distributed.device_communicators import shm_broadcast
+    from vllm.model_executor.models import registry
     from vllm.platforms.cpu import CpuPlatform
 
+    registry._run_in_subprocess = lambda find_out: find_out()
     shm_broadcast.sched_yield = lambda: time.sleep(0.0005)
     plain = _api.nixlBind.nixlAgentConfig
 
