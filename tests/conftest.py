@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers import tiny_model
 from pdtrim.models.loading import load_model
+from warm import Warm, stages_by
 
 LONG = ("test_smollm2", "test_vllm_", "test_runs", "test_supervisor")
 
@@ -35,7 +36,8 @@ def ctrl_c():
 
 @pytest.fixture(scope="session")
 def smollm2_folder(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct in bf16 as safetensors: the GGUF is slow to read."""
+    """SmolLM2-135M-Instruct in bf16 as safetensors, for the GGUF is slow to read; and beside it
+    ``smollm2.fingerprint``, that of the model in the GGUF."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent  # all workers share one
@@ -45,6 +47,7 @@ def smollm2_folder(tmp_path_factory) -> Path:
             model = load_model("smollm2")
             model.network.save_pretrained(folder)
             model.need_tokenizer().save_pretrained(folder)
+            folder.with_suffix(".fingerprint").write_text(model.fingerprint)
     return folder
 
 
@@ -75,3 +78,20 @@ def tiny_text(tmp_path_factory) -> Path:
     ids = torch.randint(0, 61, (6000,), generator=torch.Generator().manual_seed(5)).tolist()
     path.write_text(" ".join(f"w{i}" for i in ids))
     return path
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory):
+    """What a stage process imports, imported once."""
+    modules = ("pdtrim.runtime.prefill", "pdtrim.runtime.decode")
+    modules += ("transformers.models.llama.modeling_llama",)
+    with Warm(tmp_path_factory.mktemp("warm"), *modules) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def warm_stages(warm):
+    """Stage processes of a file's sessions that need not import what takes each of them seconds."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("pdtrim.runtime.process.python_module", stages_by(warm.path))
+        yield

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import get_type_hints
 
+import pytest
 import typer
 
 import pdtrim
@@ -33,6 +34,7 @@ def test_importing_pdtrim_and_its_command_loads_no_torch():
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.usefixtures("warm_stages")
 def test_the_examples_of_the_docs_run(tiny_folder, tiny_text, tmp_path, monkeypatch, capsys):
     text = (Path(__file__).parent.parent / "docs" / "api.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)

@@ -130,6 +130,7 @@ def test_an_exported_pair_computes_what_the_simulator_does(family, tmp_path):
         assert changed == {f"model.layers.1.{name}" for name in names}
 
 
+@pytest.mark.usefixtures("warm_stages")
 def test_a_session_needs_no_files_but_the_pair(model, tmp_path):
     plan, batch = decode_plan(model, tmp_path), random_batch(model)
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""Every verb as a user runs it: its output, its exit code; what is made, by new processes."""
+"""Every verb as a user runs it: its output, its exit code. A plan, its pair and an answer are made
+by new processes."""
 
 import json
 import subprocess
@@ -13,6 +14,8 @@ from pdtrim.cli import app
 from pdtrim.evaluate.result import Result
 from pdtrim.plan import PrunePlan
 
+pytestmark = pytest.mark.usefixtures("warm_stages")
+
 VERBS = tuple(typer.main.get_command(app).commands)
 
 
@@ -22,6 +25,18 @@ def pdtrim(*args, code=0):
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """The same in the tests' own process; returns the output."""
+
+    def run(*args):
+        code, out, said = run_here(monkeypatch, capsys, *args)
+        assert code == 0, said
+        return out
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -48,52 +63,52 @@ def test_plan_writes_what_was_asked(made, tiny_folder):
     assert plan.model.name == str(tiny_folder)
 
 
-def test_paper_is_planned_from_self_written_text(made, tiny_folder):
-    done = pdtrim(
+def test_paper_is_planned_from_self_written_text(made, tiny_folder, here):
+    shown = here(
         "plan", tiny_folder, "-o", made / "paper.json", "--method", "paper",
         "--prefill-remove", 1, "--decode-remove", 2, "--prompt-tokens", 16,
         "--continuation-tokens", 8, "--sequences", 4, "--json",
     )  # fmt: skip
-    report = json.loads(done.stdout)
+    report = json.loads(shown)
     plan = PrunePlan.load(made / "paper.json")
     assert report["digest"] == plan.digest and report["mode"] == "subset"
     assert report["calibration"] == "self"
 
 
-def test_inspect_draws_the_stages(made):
-    shown = pdtrim("inspect", made / "plan.json").stdout
+def test_inspect_draws_the_stages(made, here):
+    shown = here("inspect", made / "plan.json")
     plan = PrunePlan.load(made / "plan.json")
     letters = {"full": "A", "kv": "k", "off": "·"}
     assert "prefill  " + "".join(letters[a] for a in plan.gates.prefill_attention) in shown
     decode = "".join("A" if a else "·" for a in plan.gates.decode_attention)
     assert "decode   " + decode in shown
     assert plan.digest[:12] in shown and "first_last (first 1, last 2)" in shown
-    data = json.loads(pdtrim("inspect", made / "pair", "--json").stdout)
+    data = json.loads(here("inspect", made / "pair", "--json"))
     assert data["digest"] == plan.digest
 
 
-def test_generate_streams_what_a_batch_gives(made):
+def test_generate_streams_what_a_batch_gives(made, here):
     alone = pdtrim("generate", made / "pair", "--prompt", "w1 w2 w3", "--max-new-tokens", 6)
     assert "handover" in alone.stderr
-    batch = pdtrim(
+    batch = here(
         "generate", made / "pair", "--prompt", "w1 w2 w3", "--prompt", "w9 w8",
         "--max-new-tokens", 6, "--json",
     )  # fmt: skip
-    results = json.loads(batch.stdout)
+    results = json.loads(batch)
     assert [r["prompt_tokens"] for r in results] == [3, 2]
     assert results[0]["text"].split() == alone.stdout.split()
     assert all(r["kv_bytes"] > 0 for r in results)
 
 
-def test_eval_gives_the_same_quality_for_the_plan_and_its_pair(made, tiny_text):
+def test_eval_gives_the_same_quality_for_the_plan_and_its_pair(made, tiny_text, here):
     options = (
         "--text", tiny_text, "--prompt-tokens", 16, "--continuation-tokens", 8, "--limit", 6,
         "--dtype", "float32", "--json",
     )  # fmt: skip
-    by_plan = json.loads(pdtrim("eval", made / "plan.json", *options).stdout)
+    by_plan = json.loads(here("eval", made / "plan.json", *options))
     out = made / "result.json"
     asked = ("--ask", "w1 w2 w3", "-o", out)
-    by_pair = json.loads(pdtrim("eval", made / "pair", *options, *asked).stdout)
+    by_pair = json.loads(here("eval", made / "pair", *options, *asked))
     assert [row["name"] for row in by_plan["rows"]] == ["dense", "pdtrim"]
     for a, b in zip(by_plan["rows"], by_pair["rows"], strict=True):
         for key in ("kl", "nll", "kv_bytes", "kv_compression", "prefill_flops_ratio"):
@@ -101,17 +116,17 @@ def test_eval_gives_the_same_quality_for_the_plan_and_its_pair(made, tiny_text):
     assert by_pair["rows"][1]["kl"] > 1e-4 and by_pair["rows"][1]["kv_compression"] > 1.5
     assert Result.load(out).provenance.sequences == 6
     prompt = ("--prompt", "w1 w2 w3", "--max-new-tokens", 80)
-    real = json.loads(pdtrim("generate", made / "pair", *prompt, "--json").stdout)[0]["text"]
+    real = json.loads(here("generate", made / "pair", *prompt, "--json"))[0]["text"]
     assert by_pair["rows"][1]["answer"] == real != by_pair["rows"][0]["answer"]
     assert by_plan["rows"][0]["answer"] is None
 
 
-def test_bench_prints_a_ratio(tiny_folder):
-    done = pdtrim(
+def test_bench_prints_a_ratio(tiny_folder, here):
+    shown = here(
         "bench-forward", tiny_folder, "--prompt-tokens", 16, "--continuation-tokens", 8,
         "--repeats", 1, "--json",
     )  # fmt: skip
-    report = json.loads(done.stdout)
+    report = json.loads(shown)
     assert report["ratio"] > 0 and [e["start"] for e in report["reuse"]] == [1, 2, 3]
 
 

@@ -87,6 +87,7 @@ def test_every_family_is_measured_at_real_bytes(result):
     assert caches["snapkv@4.95x"] < 0.3 * caches["dense"]
 
 
+@pytest.mark.usefixtures("warm_stages")
 def test_bytes_are_those_of_two_processes(model, tiny_text):
     from pdtrim.calibration.batches import text_batch
 

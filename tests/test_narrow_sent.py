@@ -93,6 +93,7 @@ def test_weights_of_another_width_are_refused(model, tmp_path):
 # --- real processes ---
 
 
+@pytest.mark.usefixtures("warm_stages")
 def test_two_processes_generate_what_the_simulator_does(tmp_path):
     model = grouped("qwen2", eos_token_id=None)
     kv = (

@@ -187,12 +187,15 @@ def test_an_error_of_the_encoder_is_one_line_and_the_next_prompt_works(stages, m
     assert len(handed_over(stages, overlap=True)) == len(IDS)
 
 
+@pytest.mark.usefixtures("warm_stages")
 def test_generations_name_their_exposed_handover_and_are_equal_both_ways(model, plan, tmp_path):
     folder = export(plan, model, tmp_path / "pair")
     prompts = [[*tokens, 8] for tokens in PROMPTS]
     made = []
-    for overlap in (True, False):
-        with Session(folder, overlap=overlap) as session:
+    with Session(folder, overlap=False) as session:
+        assert not session.overlap
+        for overlap in (False, True):
+            session.overlap = overlap
             made.append(session.generate(prompts, max_new_tokens=8))
             exposed = session.timing.exposed_handover
             assert {one.exposed_handover for one in made[-1]} == {exposed}

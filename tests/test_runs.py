@@ -17,6 +17,7 @@ from pdtrim.evaluate.result import Result
 from pdtrim.exported import load_pair
 from pdtrim.methods import METHODS
 from pdtrim.plan import PrunePlan
+from warm import Warm, forked
 
 RUNS = Path(__file__).parents[1] / "runs"
 WORDS = (
@@ -115,12 +116,24 @@ def texts(tmp_path_factory):
 
 def run(name, out, command, **variables):
     """Run a model's script, as a user does in a shell."""
-    environment = {**os.environ, "PDTRIM": f"{sys.executable} {command}", **variables}
+    environment = {**os.environ, "PDTRIM": command, **variables}
     words = ["bash", str(RUNS / f"{name}.sh"), str(out)]
     return subprocess.run(words, capture_output=True, text=True, env=environment)
 
 
 # the whole thing
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """Of processes that need not import what takes each of them seconds."""
+    ours = ("evaluate.ablation", "evaluate.compare.run", "distill.train")
+    ours += ("runtime.prefill", "runtime.decode")
+    theirs = ("transformers.models.llama.modeling_llama", "lm_eval.evaluator", "matplotlib.figure")
+    modules = [f"pdtrim.{name}" for name in ours]
+    with Warm(tmp_path_factory.mktemp("warm"), *modules, *theirs) as made:
+        yield " ".join(forked(made.path, "pdtrim.cli"))
+
 
 CASES = {
     "llama-3.1-8b": {"METHODS": "all", "TRAINED": "paper", "KV": "budget:compression=2"},
@@ -131,7 +144,7 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_a_run_makes_all_its_outputs_and_then_nothing(name, texts, tmp_path):
+def test_a_run_makes_all_its_outputs_and_then_nothing(name, texts, command, tmp_path):
     save_model(name, tmp_path / "model")
     out = tmp_path / "out"
     variables = {
@@ -156,7 +169,7 @@ def test_a_run_makes_all_its_outputs_and_then_nothing(name, texts, tmp_path):
         "TRAIN_SEQUENCES": "2",
         **CASES[name],
     }
-    done = run(name, out, "-m pdtrim.cli", **variables)
+    done = run(name, out, command, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     check_comparison(out / "compare-0.15", CASES[name])
     check_plan_and_pair(name, out)
@@ -164,7 +177,7 @@ def test_a_run_makes_all_its_outputs_and_then_nothing(name, texts, tmp_path):
         assert (out / picture).stat().st_size > 1000
         assert picture.split("/")[-1] in done.stdout
     before = times_of(out)
-    again = run(name, out, "-m pdtrim.cli", **variables)
+    again = run(name, out, command, **variables)
     assert again.returncode == 0 and times_of(out) == before
     assert again.stdout.count("already made") == done.stdout.count("\n== ") - 1
 
@@ -243,7 +256,7 @@ def steps(tmp_path):
         done = run(
             "llama-3.1-8b",
             tmp_path / "out",
-            tmp_path / "fake.py",
+            f"{sys.executable} {tmp_path / 'fake.py'}",
             **{"LOG": str(log), "DEVICE": "cpu", **variables},
         )
         return done, log.read_text().splitlines()
@@ -342,7 +355,7 @@ def test_a_host_that_cannot_run_it_is_one_line(variables, problem, steps):
 
 
 def test_a_run_without_a_folder_is_one_line():
-    done = run("qwen2.5-7b", "", "-m pdtrim.cli")
+    done = run("qwen2.5-7b", "", sys.executable)
     assert done.returncode == 2 and done.stderr.startswith("error: give the folder of the run")
 
 

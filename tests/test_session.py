@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from helpers import export, make_plan, tiny_model
-from pdtrim.errors import PdtrimError, RuntimeFailure
+from pdtrim.errors import PdtrimError, PlanError, RuntimeFailure
 from pdtrim.plan import Gates
 from pdtrim.runtime.process import Patience, StageProcess, last_words
 from pdtrim.runtime.session import Session
@@ -350,3 +350,33 @@ def test_a_stage_that_fails_while_another_is_waited_for_says_why(tmp_path):
     finally:
         prefill.close()
         decode.close()
+
+
+def test_a_killed_stage_is_reported_and_nothing_outlives_the_session(folder):
+    session = Session(folder)
+    pids = [session.prefill.process.pid, session.decode.process.pid]
+    session.prefill.process.kill()
+    session.prefill.process.wait()
+    with pytest.raises(RuntimeFailure, match="prefill process ended"):
+        session.generate([[1, 2, 3]], max_new_tokens=2)
+    session.close()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    with pytest.raises(PdtrimError, match="closed"):
+        session.generate([[1, 2, 3]], max_new_tokens=2)
+
+
+def test_a_pair_that_cannot_load_says_why(tmp_path):
+    model = tiny_model("llama")
+    folder = export(make_plan(model, Gates.dense(4)), model, tmp_path / "pair")
+    (folder / "decode" / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(PdtrimError, match=r"decode.*is not the file that export wrote"):
+        Session(folder)
+    export(make_plan(model, Gates.dense(4)), model, tmp_path / "a")
+    export(make_plan(model, Gates.removing(4, decode={1})), model, tmp_path / "b")
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "a" / "prefill").rename(tmp_path / "mixed" / "prefill")
+    (tmp_path / "b" / "decode").rename(tmp_path / "mixed" / "decode")
+    with pytest.raises(PlanError, match="different plans"):
+        Session(tmp_path / "mixed")
