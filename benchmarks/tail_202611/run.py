@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +135,9 @@ def items(args: argparse.Namespace, model: Model) -> Iterator[Item]:
         for task in TASKS
         if args.probes
     }
-    for number in range(max(args.probes, args.text_limit)):
+    numbers = list(range(max(args.probes, args.text_limit)))
+    random.Random(args.seed).shuffle(numbers)  # a probe's depth grows with its number
+    for number in numbers:
         for kind, ids_nT in texts.items():
             if number < len(ids_nT):
                 yield Item(kind=kind, number=number, ids_BT=ids_nT[number : number + 1], prompt=P)
