@@ -153,6 +153,8 @@ def test_a_range_that_is_not_this_requests_is_refused():
         list(form.read(staged, NONCE[::-1]))
     with pytest.raises(WireError, match="not announced"):
         list(form.read(staged[:-8], NONCE))
+    with pytest.raises(WireError, match="no whole words"):
+        list(form.read(staged[:-1], NONCE))
     with pytest.raises(WireError, match="less than its own head"):
         list(form.read(staged[: HEAD.size], NONCE))
     with pytest.raises(WireError, match="not announced"):

@@ -205,6 +205,8 @@ class Form:
     def _sizes(self, staged: Tensor, nonce: bytes) -> list[int]:
         if staged.numel() < self.start:
             raise WireError(f"it holds {staged.numel()} bytes, which is less than its own head")
+        if staged.numel() % WORD:
+            raise WireError(f"it holds {staged.numel()} bytes, which are no whole words")
         opening = staged[: HEAD.size + WORD * len(self.parts)]
         found, tokens, rest, claimed, summed, *sizes = _opening(opening, staged[HEAD.size :])
         if found != nonce:
