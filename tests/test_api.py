@@ -78,7 +78,8 @@ OF_VERBS = {
     "bench-codec": {"torch_path"},
     "distill": {"plan_file"},
     "eval": {"pair"},
-    "generate": {"folder", "prompt", "max_new_tokens", "chat"},
+    "generate": {"folder", "prompt", "max_new_tokens", "chat"}
+    | {field.name for field in fields(configs.RuntimeConfig)},
     "report": {"runs"},
     "roi": {"pair"},
     "serve": {"dry_run", "explain"},

@@ -94,8 +94,9 @@ def forked(path, module, *words, streams=(0, 1, 2)):
 def stages_by(path):
     """What ``runtime.process`` calls for the command of a stage process."""
 
-    def made(module, stage, folder, parent, channel):
-        return forked(path, module, stage, folder, PARENT, channel, streams=(0, 1, 2, channel))
+    def made(module, stage, folder, parent, channel, device):
+        words = (stage, folder, PARENT, channel, device)
+        return forked(path, module, *words, streams=(0, 1, 2, channel))
 
     return made
 
