@@ -113,6 +113,7 @@ def test_names_are_told_apart(model, tiny_text, tmp_path):
         ({"shots": -1}, "shots must be 0 or more"),
         ({"tasks": ("piqa", "piqa")}, "each once"),
         ({"seeds": ()}, "at least one seed"),
+        ({"recall": -0.1}, "--recall -0.1 must be a number of at least 0"),
     ],
 )
 def test_settings_that_give_no_comparison_are_refused(changes, problem, tiny_text):

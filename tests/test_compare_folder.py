@@ -20,6 +20,7 @@ from pdtrim.keep.store import claim, once
 from pdtrim.models.loading import load_model
 from pdtrim.plan import Gates, PrunePlan
 from pdtrim.report.compare import markdown, plot_compare, table
+from pdtrim.words import RECALL
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,8 @@ def test_every_system_and_seed_has_its_plan_and_cells(compared):
         for run in row.runs:
             plan = PrunePlan.load(folder / "plans" / f"{row.name}-seed{run.seed}.json")
             assert (plan.digest, plan.provenance.seed) == (run.plan_digest, run.seed)
+            own = row.name != "shortgpt"  # which minimises no KL
+            assert plan.provenance.recall_weight == (RECALL if own else 0), "as plan's own default"
             cells = folder / "cells" / f"{row.name}-seed{run.seed}"
             assert {path.name for path in cells.iterdir()} == {
                 *("piqa.json", "wikitext.json", "_pair.json")

@@ -42,6 +42,10 @@ that and the queries of kept blocks. ``blocks``: all that prefill runs, from the
 cut on.
 """
 
+RECALL = 0.2
+"""Weight of recall, nats an answer above dense, beside KL: one lost answer in some hundred tokens
+of text."""
+
 LocalPrefill = Literal["refuse", "count"]
 """What a decode server does with a prompt that comes without its KV: refuse it, or run and count
 it."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.tasks import TASKS
+from pdtrim.words import RECALL
 
 if TYPE_CHECKING:
     from pdtrim.calibration.batches import CalibrationConfig
@@ -149,6 +151,7 @@ class CompareConfig(_Sequences):
             repairs are fitted to twice as many.
         prompt_tokens: tokens of each calibration prompt.
         continuation_tokens: tokens of each calibration continuation.
+        recall: weight of recall beside KL in what pdtrim and its hybrids minimise; 0 leaves it out.
         rows: plan files that are measured too, as NAME=PLAN.json.
         latency: time the two stages beside the dense ones, with each system's first seed.
         batch_tokens: tokens of a task that run together; more is faster on a large GPU.
@@ -176,6 +179,7 @@ class CompareConfig(_Sequences):
     sequences: int = 32
     prompt_tokens: int = 256
     continuation_tokens: int = 256
+    recall: float = RECALL
     rows: tuple[tuple[str, Path], ...] = ()
     latency: bool = True
     batch_tokens: int = BATCH_TOKENS
@@ -189,6 +193,8 @@ class CompareConfig(_Sequences):
         for what, values in (("task", self.tasks), ("seed", self.seeds)):
             if not values or len(set(values)) < len(values):
                 raise PdtrimError(f"give at least one {what}, and each once")
+        if not 0 <= self.recall < math.inf:
+            raise PdtrimError(f"--recall {self.recall:g} must be a number of at least 0")
         assert self.tasks_config  # refuses what no task can be run with
 
     @property

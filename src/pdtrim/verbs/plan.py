@@ -11,17 +11,13 @@ from typing import TYPE_CHECKING, Any, get_args
 from pdtrim.errors import PdtrimError
 from pdtrim.progress import Progress, silent
 from pdtrim.verbs.model import dense_model
-from pdtrim.words import Grain, Metric, Mode, Repair, Search
+from pdtrim.words import RECALL, Grain, Metric, Mode, Repair, Search
 
 if TYPE_CHECKING:
     from pdtrim.bundle import TrimPlan
     from pdtrim.calibration.batches import CalibrationConfig
     from pdtrim.methods import Target
     from pdtrim.models.model import Model
-
-RECALL = 0.2
-"""Weight of recall, nats an answer above dense, beside KL: one lost answer in some hundred tokens
-of text."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,12 +138,13 @@ class Measurements:
 
     def _plan(self, system: System, seed: int, path: Path) -> TrimPlan | str:
         """The plan, or in one line why the method makes none."""
+        target = system.target(seed, self.config.recall)
         claim(
             path.with_name(f"{path.stem}.settings.json"),
             {
                 **self._of_model(),
                 "method": system.method,
-                "target": asdict(system.target(seed)),
+                "target": asdict(target),
                 "text": text_settings(self.model, self.config.calibration_of(seed)),
             },
         )
@@ -155,7 +156,7 @@ class Measurements:
             made = METHODS[system.method]().plan(
                 self.model,
                 text,
-                system.target(seed),
+                target,
                 progress=self.progress,
                 journal=journal,
             )

@@ -85,14 +85,15 @@ class System:
         """Whether it is a method of the literature, planned here and not trained."""
         return not self.given and METHODS.get(self.method) in BASELINES
 
-    def target(self, seed: int) -> Target:
-        """What its plans must meet."""
+    def target(self, seed: int, recall: float = 0.0) -> Target:
+        """What its plans must meet, and what recall weighs."""
         return Target(
             metric="parameters",
             prefill_share=self.prefill_share,
             decode_share=self.decode_share,
             mode=self.mode,
             seed=seed,
+            recall=recall,
             **self.options,
         )
 
