@@ -13,6 +13,7 @@ REPORT := \
 	benchmarks/predicted_202611/roi.json benchmarks/predicted_202611/pruned.json \
 	benchmarks/answers_smollm2_202611/quality.json \
 	benchmarks/compare_smollm2_202611/20 benchmarks/compare_smollm2_202611/33 \
+	benchmarks/compare_qwen_202611/20 \
 	benchmarks/kv_smollm2_202611 benchmarks/pruning_smollm2_202611/blocks.md \
 	benchmarks/pruning_smollm2_202611/ablation.json \
 	benchmarks/pruning_smollm2_202611/whole_validation.json \
