@@ -8,6 +8,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from pdtrim.engines.base import Process
 from pdtrim.engines.supervise import serve
 
@@ -67,3 +69,8 @@ def counters(url: str) -> dict[str, float]:
     """A decode server's sums so far, by the names of ``COUNTERS``."""
     lines = lines_of(url)
     return {key: sum_of(lines, name) for key, name in COUNTERS.items()}
+
+
+def quantile(values: list[float], q: float) -> float:
+    """Between the two nearest."""
+    return float(torch.tensor(values or [0.0], dtype=torch.float64).quantile(q))

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from servers import counters, lines_of, running, sum_of
+from servers import counters, lines_of, quantile, running, sum_of
 from serving_systems import NAME, SYSTEMS, commands, distinct, write_pair
 from vllm.benchmarks import serve as serve_benchmark
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -130,11 +130,6 @@ def measure(
         "decode_share": {"mean": sum(watch.seen) / max(1, len(watch.seen)),
                          "most": max(watch.seen, default=0.0)},
     }  # fmt: skip
-
-
-def quantile(values: list[float], q: float) -> float:
-    """Between the two nearest."""
-    return float(torch.tensor(values or [0.0], dtype=torch.float64).quantile(q))
 
 
 Load = tuple[int, Point]

@@ -15,17 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from servers import quantile
 from serving_systems import SYSTEMS
 
 Row = dict[str, Any]
 SLOS = ((0.6, 0.02), (0.4, 0.01))
 """Seconds to the first token, and for each further one."""
-
-
-def quantile(values: list[float], q: float) -> float:
-    """Between the two nearest."""
-    return float(torch.tensor(values or [0.0], dtype=torch.float64).quantile(q))
 
 
 def goodput(rows: list[Row], slo: tuple[float, float]) -> float:

@@ -12,10 +12,8 @@ from helpers import export, make_plan, tiny_model
 from pdtrim.errors import PdtrimError, RuntimeFailure, WireError
 from pdtrim.exported import load_pair
 from pdtrim.kv import wire
-from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.frame import ENTRY, Layout
-from pdtrim.kv.selectors.snapkv import SnapKV
-from pdtrim.plan import Gates, LayerKV
+from pdtrim.plan import Gates
 from pdtrim.runtime import config as runtime_config
 from pdtrim.runtime import decode, prefill, sender
 from pdtrim.runtime.config import RuntimeConfig
@@ -25,20 +23,12 @@ from pdtrim.runtime.receiver import Receiver
 from pdtrim.runtime.session import Session
 from pdtrim.runtime.shelf import Shelf
 from pdtrim.runtime.slots import ALIGN, SLOTS, Slots
+from test_overlap import DEVICE, IDS, PROMPTS, RULES
 from test_runtime import greedy_by_simulator
 
 pytest.importorskip("nixl")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IDS = [bytes([n]) * 16 for n in range(3)]
-PROMPTS = [[5, 9, 3, 7, 1, 4], [11] * 40, []]
 LAYERS = 2 * SLOTS  # the ring goes round twice
-RULES = (
-    LayerKV(),
-    LayerKV(codec=parse_codec("entropy")),
-    LayerKV(selector=SnapKV(share=0.5), codec=parse_codec("lossless")),
-    LayerKV(codec=parse_codec("int4")),
-)
 
 
 @pytest.fixture(scope="module")

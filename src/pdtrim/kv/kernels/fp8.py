@@ -20,9 +20,9 @@ from pdtrim.kv.kernels import ALIGNED
 from pdtrim.kv.kernels.launch import (
     TILE,
     Pairs,
-    aligned,
+    decoded,
+    encoded,
     on,
-    rows,
     shape_of,
     source,
     threads,
@@ -61,11 +61,7 @@ def takes(codec: Fp8, tokens: int, width: int) -> bool:
 
 def encode(codec: Fp8, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None = None) -> Tensor:
     """The wire bytes, as :meth:`Fp8.encode` makes them of the kept pairs."""
-    kv, kept_YLM = [(rows(k_LTD), rows(v_LTD))], None if kept_LM is None else kept_LM[None]
-    size = codec.nbytes(*shape_of(kv, kept_YLM)[1:], k_LTD.dtype)
-    data = torch.empty(size, dtype=torch.uint8, device=k_LTD.device)
-    encode_layers(codec, kv, kept_YLM, data[None])
-    return data
+    return encoded(encode_layers, codec, k_LTD, v_LTD, kept_LM)
 
 
 def encode_layers(codec: Fp8, kv: Pairs, kept_YLM: Tensor | None, room_YS: Tensor) -> None:
@@ -94,8 +90,7 @@ def decode(
     codec: Fp8, data: Tensor, heads: int, tokens: int, width: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values ``[L, M, D]``, and int32 ``[1]``, not 0 where one is broken."""
-    k_LMD, v_LMD = torch.empty(2, heads, tokens, width, dtype=dtype, device=data.device)
-    return k_LMD, v_LMD, decode_layers(codec, aligned(data)[None], [(k_LMD, v_LMD)], None)
+    return decoded(decode_layers, codec, data, (heads, tokens, width), dtype)
 
 
 def decode_layers(codec: Fp8, data_YS: Tensor, kv: Pairs, kept_YLM: Tensor | None) -> Tensor:

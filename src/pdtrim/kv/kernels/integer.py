@@ -17,9 +17,9 @@ from pdtrim.kv.kernels.integer_decode import decode_kernel
 from pdtrim.kv.kernels.integer_encode import encode_kernel
 from pdtrim.kv.kernels.launch import (
     Pairs,
-    aligned,
+    decoded,
+    encoded,
     on,
-    rows,
     shape_of,
     source,
     threads,
@@ -40,11 +40,7 @@ def takes(codec: Integer, tokens: int, width: int) -> bool:
 
 def encode(codec: Integer, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None = None) -> Tensor:
     """The wire bytes, as :meth:`Integer.encode` makes them of the kept pairs."""
-    kv, kept_YLM = [(rows(k_LTD), rows(v_LTD))], None if kept_LM is None else kept_LM[None]
-    size = codec.nbytes(*shape_of(kv, kept_YLM)[1:], k_LTD.dtype)
-    data = torch.empty(size, dtype=torch.uint8, device=k_LTD.device)
-    encode_layers(codec, kv, kept_YLM, data[None])
-    return data
+    return encoded(encode_layers, codec, k_LTD, v_LTD, kept_LM)
 
 
 def encode_layers(codec: Integer, kv: Pairs, kept_YLM: Tensor | None, room_YS: Tensor) -> None:
@@ -71,8 +67,7 @@ def decode(
     codec: Integer, data: Tensor, heads: int, tokens: int, width: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values ``[L, M, D]``, and int32 ``[1]``, not 0 where a grid is broken."""
-    k_LMD, v_LMD = torch.empty(2, heads, tokens, width, dtype=dtype, device=data.device)
-    return k_LMD, v_LMD, decode_layers(codec, aligned(data)[None], [(k_LMD, v_LMD)], None)
+    return decoded(decode_layers, codec, data, (heads, tokens, width), dtype)
 
 
 def decode_layers(codec: Integer, data_YS: Tensor, kv: Pairs, kept_YLM: Tensor | None) -> Tensor:

@@ -5,8 +5,9 @@ Shapes: Y layers, L heads, T tokens of the cache, M of them kept, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -75,3 +76,30 @@ def shape_of(kv: Pairs, kept_YLM: Tensor | None) -> tuple[int, int, int, int]:
     """Layers, heads, tokens that travel, width."""
     L, T, D = kv[0][0].shape
     return len(kv), L, T if kept_YLM is None else kept_YLM.shape[2], D
+
+
+def encoded(
+    encode_layers: Callable[..., None],
+    codec: Any,
+    k_LTD: Tensor,
+    v_LTD: Tensor,
+    kept_LM: Tensor | None,
+) -> Tensor:
+    """One layer's bytes, by what encodes many of a codec of fixed length."""
+    kv, kept_YLM = [(rows(k_LTD), rows(v_LTD))], None if kept_LM is None else kept_LM[None]
+    size = codec.nbytes(*shape_of(kv, kept_YLM)[1:], k_LTD.dtype)
+    data = torch.empty(size, dtype=torch.uint8, device=k_LTD.device)
+    encode_layers(codec, kv, kept_YLM, data[None])
+    return data
+
+
+def decoded(
+    decode_layers: Callable[..., Tensor],
+    codec: Any,
+    data: Tensor,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer's keys and values ``[L, M, D]`` and ``broken``, by what decodes many."""
+    k_LMD, v_LMD = torch.empty(2, *shape, dtype=dtype, device=data.device)
+    return k_LMD, v_LMD, decode_layers(codec, aligned(data)[None], [(k_LMD, v_LMD)], None)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pdtrim.kv.kernels import ALIGNED
-from pdtrim.kv.kernels.launch import TILE, Pairs, on, rows, shape_of, source, tokens_of
+from pdtrim.kv.kernels.launch import TILE, Pairs, encoded, on, shape_of, source, tokens_of
 from pdtrim.kv.kernels.numbers import EXACT, channels, layer_of, load_side, store_side
 
 if TYPE_CHECKING:
@@ -29,11 +29,7 @@ def takes(codec: Raw, tokens: int, width: int) -> bool:
 
 def encode(codec: Raw, k_LTD: Tensor, v_LTD: Tensor, kept_LM: Tensor | None = None) -> Tensor:
     """The wire bytes, as :meth:`Raw.encode` makes them of the kept pairs."""
-    kv, kept_YLM = [(rows(k_LTD), rows(v_LTD))], None if kept_LM is None else kept_LM[None]
-    size = codec.nbytes(*shape_of(kv, kept_YLM)[1:], k_LTD.dtype)
-    data = torch.empty(size, dtype=torch.uint8, device=k_LTD.device)
-    encode_layers(codec, kv, kept_YLM, data[None])
-    return data
+    return encoded(encode_layers, codec, k_LTD, v_LTD, kept_LM)
 
 
 def encode_layers(codec: Raw, kv: Pairs, kept_YLM: Tensor | None, room_YS: Tensor) -> None:
