@@ -18,7 +18,8 @@ from pathlib import Path
 from servers import counters, running
 
 from pdtrim.engines.config import ServeConfig
-from pdtrim.engines.vllm.launch import free_port, processes
+from pdtrim.engines.ports import free_port
+from pdtrim.engines.vllm.launch import processes
 from pdtrim.versions import host, versions
 
 

@@ -20,7 +20,8 @@ from pdtrim.bench.shapes import shape_config
 from pdtrim.bundle import TrimPlan
 from pdtrim.engines.base import Process
 from pdtrim.engines.config import ServeConfig
-from pdtrim.engines.vllm.launch import free_port, processes
+from pdtrim.engines.ports import free_port
+from pdtrim.engines.vllm.launch import processes
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.selectors import FirstLast
 from pdtrim.models.checkpoint import WEIGHTS, seal, write_stage_config

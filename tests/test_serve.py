@@ -1,5 +1,6 @@
 """Serving on vLLM: the commands, what is refused, and the verb. No vLLM here."""
 
+import itertools
 import os
 import re
 import shlex
@@ -12,7 +13,9 @@ from typer.testing import CliRunner
 
 from helpers import first_last
 from pdtrim.cli import app, main
+from pdtrim.engines import ports
 from pdtrim.engines.config import ServeConfig
+from pdtrim.engines.ports import free_port
 from pdtrim.engines.vllm import launch
 from pdtrim.engines.vllm.launch import check_runnable, processes
 from pdtrim.errors import ModelError, PdtrimError, PlanError
@@ -242,7 +245,7 @@ def test_altered_weights_are_not_served(tmp_path, monkeypatch, stage):
     data[-100] ^= 4
     weights.write_bytes(data)
     with pytest.raises(ModelError, match=rf"{stage}/model\.safetensors is not the file"):
-        check_runnable(ServeConfig(pair=pair, port=launch.free_port()))
+        check_runnable(ServeConfig(pair=pair, port=free_port()))
 
 
 def test_the_router_is_found_beside_python_before_the_path(tmp_path, monkeypatch):
@@ -310,7 +313,7 @@ def test_the_verb_serves_until_ctrl_c(pair, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("SUPERVISOR", str(os.getpid()))
     monkeypatch.setattr(launch, "find_router", lambda: str(router))
-    port = str(launch.free_port())
+    port = str(free_port())
     words = ["serve", str(pair), "--port", port, "--max-model-len", "512", "--no-probe"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.exception
@@ -332,3 +335,22 @@ def test_an_error_is_one_line_even_with_brackets_in_it(monkeypatch, capsys):
         main()
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith("error: no prefill checkpoint at [/x]/prefill")
+
+
+def test_ports_are_none_that_outgoing_connections_get(tmp_path, monkeypatch):
+    """Two processes of neighbouring numbers, one port that somebody listens on; no room at all."""
+    given = tmp_path / "range"
+    monkeypatch.setattr(ports, "GIVEN", given)
+    given.write_text("32768\t60999\n")
+    first = [free_port() for _ in range(20)]
+    pid = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: pid + 1)
+    monkeypatch.setattr(ports, "_offers", itertools.count())
+    second = [free_port() for _ in range(20)]
+    assert len({*first, *second}) == 40 and max(*first, *second) < 32768
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", second[0]))
+        monkeypatch.setattr(ports, "_offers", itertools.count())
+        assert free_port() == second[1]
+    given.write_text("1024\t65535\n")
+    assert free_port() >= 1024

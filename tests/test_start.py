@@ -7,7 +7,8 @@ import pytest
 from helpers import first_last, make_plan, tiny_model
 from pdtrim.bench.start import Coded, Measured, Read
 from pdtrim.engines.config import ServeConfig
-from pdtrim.engines.vllm.launch import ENGINE, free_port, processes
+from pdtrim.engines.ports import free_port
+from pdtrim.engines.vllm.launch import ENGINE, processes
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.report.start import start_lines

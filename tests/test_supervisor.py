@@ -20,8 +20,8 @@ import pytest
 
 from pdtrim.engines import supervise as supervisor
 from pdtrim.engines.base import Process
+from pdtrim.engines.ports import free_port
 from pdtrim.engines.supervise import serve
-from pdtrim.engines.vllm.launch import free_port
 from pdtrim.errors import PdtrimError, RuntimeFailure
 from pdtrim.runtime.start import python_module
 

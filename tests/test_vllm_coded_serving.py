@@ -79,7 +79,7 @@ def test_tokens_are_the_simulators_and_bytes_one_range_a_prompt(pair, servers):
 def test_preempted_requests_come_back(pair, servers):
     """In layers with and without a hole, coded and not."""
     source, decode, router = servers
-    refill(load_pair(pair), decode, router, TIE)
+    refill(load_pair(pair), source, decode, router, TIE)
     until(lambda: idle(source, decode))
 
 

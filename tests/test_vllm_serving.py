@@ -22,7 +22,8 @@ pytest.importorskip("vllm")
 from helpers import export, first_last, make_plan
 from pdtrim.engines.config import ServeConfig
 from pdtrim.engines.pages import bytes_sent, page_bytes
-from pdtrim.engines.vllm.launch import free_port, processes
+from pdtrim.engines.ports import free_port
+from pdtrim.engines.vllm.launch import processes
 from pdtrim.exported import load_pair
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.plan import Gates, LayerKV
@@ -122,7 +123,7 @@ def test_fused_projections_are_served_and_prefixes_shared(tmp_path, tiny_folder)
         assert agree(simulated, prompt, tokens_of(post(router.url, completion(prompt, 80))))
         arrive(pages)
         assert decode.metric("vllm:prefix_cache_hits_total") == 192 + 320
-        refill(simulated, decode, router)
+        refill(simulated, source, decode, router)
         until(lambda: idle(source, decode))
 
 
@@ -141,15 +142,14 @@ def test_the_trimmed_pages_change_what_is_said(simulated):
 def test_memory_is_saved_in_the_hole(servers):
     """Two trimmed layers and five whole ones are groups of two: three tables whole, one trimmed."""
     first, decode, *_ = servers
-    request_id, body = prefill(first, completion(prompt_of(900), 100))
+    request_id, body = prefill(first, completion(prompt_of(600), 400))
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(post, decode.url, body, request_id=request_id)
-        until(lambda: decode.used > 0)
-        used = decode.used
+        used = until(lambda: decode.used)
         assert answer.result()[0] == 200
     held = round(used * (decode.pages - 1))  # one is the null block
-    dropped = (900 - 1 - 50) // BLOCK - 1
-    assert held in [4 * pages - dropped for pages in range(900 // BLOCK, 1000 // BLOCK + 2)]
+    dropped = (600 - 1 - 50) // BLOCK - 1
+    assert held in [4 * pages - dropped for pages in range(600 // BLOCK, 1000 // BLOCK + 2)]
 
 
 def test_a_stream_says_the_same(servers):
@@ -294,7 +294,7 @@ def group_members(pid):
 
 def test_a_dead_decode_frees_prefills_pages(servers):
     first, _, second, router = servers
-    held = [prefill(first, completion(prompt_of(n), 200)) for n in (100, 200)]
+    held = [prefill(first, completion(prompt_of(n), 800)) for n in (100, 200)]
     request_id, body = held[0]
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(post, second.url, body, request_id=request_id)

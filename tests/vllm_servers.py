@@ -27,7 +27,8 @@ from helpers import first_last, make_plan, tiny_model
 from pdtrim.bundle import TrimPlan
 from pdtrim.engines.base import Process
 from pdtrim.engines.config import ServeConfig
-from pdtrim.engines.vllm.launch import free_port, processes
+from pdtrim.engines.ports import free_port
+from pdtrim.engines.vllm.launch import processes
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.loading import load_model
@@ -117,13 +118,20 @@ def tokens_of(answer):
     return body["choices"][0]["token_ids"]
 
 
-def refill(simulated, decode, router, tie=TIE):
-    """Requests that fit in decode's few pages at first, and do not when they have grown."""
+def refill(simulated, source, decode, router, tie=TIE):
+    """Requests that fit in decode's few pages at first, and do not when they have grown.
+
+    Decode stands still until prefill has answered all three, so that they are there together.
+    """
     before = decode.metric("pdtrim:handover_seconds_count")
     preempted = decode.metric("vllm:num_preemptions_total")
     prompts = [prompt_of(n, 3) for n in (300, 280, 260)]
-    with ThreadPoolExecutor(3) as pool:
-        made = list(pool.map(lambda p: post(router.url, completion(p, 200)), prompts))
+    answered = source.metric("vllm:request_success_total") + len(prompts)
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        with decode.stopped():
+            asked = [pool.submit(post, router.url, completion(p, 200)) for p in prompts]
+            until(lambda: source.metric("vllm:request_success_total") == answered)
+        made = [answer.result() for answer in asked]
     assert decode.metric("vllm:num_preemptions_total") > preempted
     for prompt, answer in zip(prompts, made, strict=True):
         assert len(tokens_of(answer)) == 200
@@ -153,6 +161,15 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait()
+
+    @contextlib.contextmanager
+    def stopped(self):
+        """Its processes stand still; what is sent meanwhile waits at its port."""
+        os.killpg(self.popen.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self.popen.pid, signal.SIGCONT)
 
     def lines(self):
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
@@ -186,11 +203,12 @@ class Server:
 
 
 def until(condition, seconds=90):
-    """Wait for something that other processes bring about."""
+    """What other processes bring about, as soon as it is more than nothing."""
     deadline = time.monotonic() + seconds
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.2)
+    return found
 
 
 def commands(pair, **config):

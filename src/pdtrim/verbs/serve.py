@@ -41,8 +41,8 @@ def serve_pair(
         RuntimeFailure: a process ended, or did not answer in time.
     """
     from pdtrim.engines import engine_named
+    from pdtrim.engines.ports import free_port
     from pdtrim.engines.supervise import serve
-    from pdtrim.engines.vllm.launch import free_port
 
     engine = engine_named("vllm")
     started = engine.processes(config, free_port=free_port)

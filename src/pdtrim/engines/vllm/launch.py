@@ -119,15 +119,8 @@ def find_router() -> str | None:
     return str(beside) if os.access(beside, os.X_OK) else shutil.which("vllm-router")
 
 
-def free_port() -> int:
-    """A loopback port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
-
-
 def _distinct(free_port: Callable[[], int], *taken: int) -> Iterator[int]:
-    """Ports, each once: the system may offer one again as long as nobody listens on it."""
+    """Ports, each once and none of ``taken``."""
     seen = set(taken)
     while True:
         port = free_port()
