@@ -11,6 +11,7 @@ the text itself, without a data set:
 * ``copies``: a piece of the text, and its middle once more. (A repeated random sequence is the
   usual probe of induction heads: Olsson et al., 2209.11895.)
 * ``questions``: what stood behind some words. Where there is no tokenizer, a copy.
+* ``choices``: which of four words stood in the text; the answer is a letter (``choices.py``).
 
 The search of blocks, the choice of repairs and ``sensitivity`` read :func:`recall_text` and
 :func:`lost`. A KV budget has ``copies`` at the text's own length, in which every token is an
@@ -21,17 +22,19 @@ Shapes: n sequences of text, B rows of recall, P prompt tokens, C continuation t
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pdtrim.calibration.choices import SURE, Asker, Question
 from pdtrim.calibration.tokens import begin_ids, encode_for
+from pdtrim.calibration.word_tokens import WordTokens
 from pdtrim.errors import CalibrationError
 from pdtrim.models.model import Model
 from pdtrim.stage.forward import Batch, Trimmed
@@ -39,7 +42,7 @@ from pdtrim.stage.forward import Batch, Trimmed
 PIECE = 32  # tokens; the first few only tell where it comes from
 PROMPT, CONTINUATION = 64, 16  # tokens of a row, at most
 LEAST = 16  # tokens of a sequence of text that rows are cut out of
-ROWS = 3  # of a sequence: two returns, and pairs, a copy or a question in turn
+ROWS = 3  # of a sequence: two returns, and pairs, a copy or a question in turn, or a choice
 PLACES = 4  # of a sequence, among which the returns are chosen
 SHORT = 12  # last tokens of a prompt, which tell what needs no recall
 AWAY = 8  # tokens between a word and its return, at least
@@ -84,7 +87,7 @@ def recall_text(model: Model, text: Batch, *, seed: int = 0) -> Recall:
             f"recall needs sequences of at least {LEAST} tokens, and these have"
             f" {ids_nW.shape[1]}: give longer ones, or a recall weight of 0"
         )
-    cutter = _Cutter(model, ids_nW, random.Random(seed))
+    cutter = _Cutter(model, ids_nW, seed)
     rows = [row for number in range(len(ids_nW)) for row in cutter.rows(number)]
     prompts, continuations, answers = zip(*rows, strict=True)
     batch = Batch(
@@ -138,8 +141,8 @@ _Row = tuple[list[int], list[int], list[bool]]
 class _Cutter:
     """Cuts rows out of token sequences."""
 
-    def __init__(self, model: Model, ids_nW: Tensor, rng: random.Random) -> None:
-        self.model, self.rng = model, rng
+    def __init__(self, model: Model, ids_nW: Tensor, seed: int) -> None:
+        self.model, self.rng = model, random.Random(seed)
         self.begin = begin_ids(model.tokenizer) if model.tokenizer is not None else []
         sequences = ids_nW.tolist()
         begun = [row[: len(self.begin)] == self.begin for row in sequences]
@@ -150,10 +153,11 @@ class _Cutter:
         self.C = min(CONTINUATION, room - self.P, self.P // 3)
         counts = Counter(token for text in self.texts for token in text)
         limit = COMMON * sum(counts.values())
-        self.words = _Words(model.tokenizer)
+        self.words = WordTokens(model.tokenizer)
         self.rare = {t for t, n in counts.items() if n <= limit and self.words.starts(t)}
         self.colon, self.line = self._ids(":"), self._ids("\n")
         self.places = self._chosen_places()
+        self.choices = self._chosen_choices(random.Random(seed))
 
     def rows(self, number: int) -> list[_Row]:
         """The rows of one sequence."""
@@ -161,7 +165,8 @@ class _Cutter:
         made: list[_Row | None] = [self._returns(text, at) for at in self.places[number]]
         made += [None] * (2 - len(made))
         made.append((self._pairs, self._copy, self._question)[number % 3](text))
-        return [row or self._copy(text) for row in made]
+        *returns, turn = [row or self._copy(text) for row in made]
+        return [*returns, self.choices.get(number, turn)]
 
     def _ids(self, text: str) -> list[int]:
         return [] if self.model.tokenizer is None else encode_for(self.model, text)
@@ -243,47 +248,47 @@ class _Cutter:
         """How much likelier the dense model finds each word with all of the prompt."""
         if not found:
             return []
+        words = [self.texts[n][at] for n, at in found]
         whole, short = (
-            self._log_likelihoods([(n, at, size) for n, at in found])
+            self._log_likelihoods([self.texts[n][at - size : at] for n, at in found], words)
             for size in (self.P, min(SHORT, self.P // 2))
         )
         return (whole - short).tolist()
 
+    def _chosen_choices(self, rng: random.Random) -> dict[int, _Row]:
+        """For every second sequence the question whose letter the dense model is surest of."""
+        asker = Asker(
+            words=self.words, ids=self._ids, rare=self.rare, texts=self.texts, size=self.P, rng=rng
+        )
+        found: list[tuple[int, Question]] = [
+            (number, question)
+            for number in range(1, len(self.texts), 2)
+            for question in asker.questions(self.texts[number])
+        ]
+        if not found:
+            return {}
+        prompts, letters = zip(*(order for _, q in found for order in q.orders), strict=True)
+        sure = self._log_likelihoods(list(prompts), list(letters)).view(len(found), -1).amin(1)
+        chosen: dict[int, _Row] = {}
+        for logp, at in sorted(zip(sure.tolist(), range(len(found)), strict=True)):
+            if logp > math.log(SURE):
+                number, question = found[at]
+                prompt, letter = question.orders[0]
+                chosen[number] = self._row(prompt, [letter, *self.line * self.C][: self.C], [0])
+        return chosen
+
     @torch.inference_mode()
-    def _log_likelihoods(self, places: list[tuple[int, int, int]]) -> Tensor:
+    def _log_likelihoods(self, prompts: list[list[int]], words: list[int]) -> Tensor:
+        """Of each word behind its prompt, in the dense model."""
         dense, device = Trimmed.dense(self.model), self.model.device
         parts = []
-        for first in range(0, len(places), 16):
-            some = places[first : first + 16]
-            prompts = [self.begin + self.texts[n][at - size : at] for n, at, size in some]
-            words = torch.tensor([[self.texts[n][at]] for n, at, _ in some])
-            batch = Batch(prompt_BP=torch.tensor(prompts), continuation_BC=words).to(device)
+        for first in range(0, len(prompts), 16):
+            some = slice(first, first + 16)
+            batch = Batch(
+                prompt_BP=torch.tensor([self.begin + prompt for prompt in prompts[some]]),
+                continuation_BC=torch.tensor(words[some])[:, None],
+            ).to(device)
             logits_B1V = self.model.head(dense.last_stream(batch))
             logp_BV = F.log_softmax(logits_B1V[:, 0], -1, dtype=torch.float32)
             parts.append(logp_BV.gather(-1, batch.continuation_BC)[:, 0].cpu())
         return torch.cat(parts)
-
-
-class _Words:
-    """Which tokens begin a word, and which go on with one."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.known: dict[int, str] = {}
-
-    def starts(self, token: int) -> bool:
-        """Whether a token begins a word of some letters; without a tokenizer each does."""
-        if self.tokenizer is None:
-            return True
-        text = self._text(token)
-        return text[:1] in (" ", "\u2581") and len(text) > 3 and text[1:].isalpha()
-
-    def goes_on(self, token: int) -> bool:
-        """Whether a token belongs to the word before it."""
-        return self.tokenizer is not None and self._text(token).isalpha()
-
-    def _text(self, token: int) -> str:
-        if token not in self.known:
-            piece = str(self.tokenizer.convert_ids_to_tokens(token))
-            self.known[token] = piece.replace("\u0120", " ")
-        return self.known[token]

@@ -1,0 +1,64 @@
+"""Recall's questions with four options: what they ask, and of which model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pdtrim.calibration import recall
+from pdtrim.calibration.choices import LETTERS
+from pdtrim.calibration.recall import ROWS, recall_text
+from pdtrim.calibration.tokens import encode_for
+from pdtrim.stage.forward import Batch
+
+TEXT = Path(__file__).parents[1] / "docs" / "design.md"
+SEQUENCES, TOKENS = 6, 150
+
+
+@pytest.fixture(scope="module")
+def text(smollm2):
+    ids = encode_for(smollm2, TEXT.read_text())[: SEQUENCES * TOKENS]
+    return Batch.cut(torch.tensor(ids).view(SEQUENCES, TOKENS), 100)
+
+
+def rows_of(made):
+    return [made.batch.ids_BT[at::ROWS] for at in range(ROWS)]
+
+
+def test_every_second_sequence_asks_which_word_it_holds(smollm2, text, monkeypatch):
+    monkeypatch.setattr(recall, "SURE", 1e-9)  # the model is asked whatever it thinks
+    made = recall_text(smollm2, text)
+    asked = 0
+    for number in range(SEQUENCES):
+        row = made[number : number + 1]
+        prompt = smollm2.tokenizer.decode(row.batch.prompt_BP[ROWS - 1])
+        if number % 2 == 0:
+            assert "Which of these words" not in prompt
+            continue
+        piece, question = prompt.split("\nQuestion: Which of these words is in the text above?\n")
+        options = dict(line.split(". ") for line in question.splitlines()[:-1])
+        assert question.endswith("Answer:") and list(options) == list(LETTERS)
+        whole = smollm2.tokenizer.decode(text.ids_BT[number])
+        held = [letter for letter, word in options.items() if f" {word}" in piece]
+        assert len(held) == 1 and piece.strip() in whole
+        answers = row.answer_BC[ROWS - 1]
+        assert answers.tolist() == [True] + [False] * (len(answers) - 1)
+        letter = smollm2.tokenizer.decode(row.batch.continuation_BC[ROWS - 1, :1])
+        assert letter == f" {held[0]}"
+        asked += 1
+    assert asked == SEQUENCES // 2
+
+
+def test_a_model_that_does_not_know_letters_is_not_asked(smollm2, text, monkeypatch):
+    """Its rows are those it would have had without such questions, of the other kinds too."""
+    monkeypatch.setattr(recall, "SURE", 0.999)
+    without = recall_text(smollm2, text)
+    assert "Which of these" not in str(smollm2.tokenizer.batch_decode(without.batch.prompt_BP))
+    monkeypatch.setattr(recall, "SURE", 1e-9)
+    asked = recall_text(smollm2, text)
+    first, second, last = (
+        [torch.equal(a, b) for a, b in zip(x, y, strict=True)]
+        for x, y in zip(rows_of(without), rows_of(asked), strict=True)
+    )
+    assert all(first) and all(second)
+    assert last[0] and not any(last[1::2])
