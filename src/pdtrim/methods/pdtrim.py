@@ -9,6 +9,11 @@ search has not seen.
 In mode ``projected`` a block that prefill skips still gives decode its keys and values, computed
 from the stream that reaches it (POP, 2602.03295, skips the last third so; here any block may go).
 Prefill work that nothing reads is then removed; it changes nothing.
+
+The search compares pairs as they are cut, and a repair changes their order: keys and values of
+prefill's last blocks, all read off one stream, lose much and are fitted well (SwiftKV, 2410.03960,
+trains them). So beside the finalists the best state is repaired with prefill's last blocks gone in
+place of those that were found.
 """
 
 from __future__ import annotations
@@ -34,7 +39,7 @@ from pdtrim.search.evolution import Evolution, evolution
 from pdtrim.search.goal import SEARCH_ORDER, Goal
 from pdtrim.search.greedy import greedy, greedy_evaluations
 from pdtrim.search.hybrid import Hybrid, hybrid
-from pdtrim.search.objective import Measured, Objective
+from pdtrim.search.objective import BudgetSpent, Measured, Objective
 from pdtrim.search.one_shot import one_shot
 from pdtrim.search.state import Removal
 from pdtrim.stage.forward import Pair, Trimmed
@@ -83,7 +88,8 @@ class Ground:
 class PDTrim(Method):
     """Settings: candidates a greedy step re-measures, the searches, finalists of the re-ranking.
 
-    ``repaired`` of the finalists are repaired, if the target asks for it, and the best then wins.
+    ``repaired`` of the finalists are repaired, if the target asks for it, and the state without
+    prefill's last blocks; the best then wins.
 
     ``annealing`` holds for the searches ``anneal`` and ``hybrid``.
     """
@@ -118,6 +124,10 @@ class PDTrim(Method):
         ranked, spent = self._rerank(problem, objective, ground.goal, best.state)
         state, repaired = ranked[0], None
         if target.repair != "none":
+            ranked = ranked[: self.repaired]
+            last = without_last(ranked[0], ground.goal)
+            if last is not None and last not in ranked and _measured(objective, last):
+                ranked.insert(1, last)
             state, repaired = self._repair(problem, ranked, objective.start, clock)
         score = objective.score_of(state)
         gates = state.gates.without_dead_work()
@@ -246,7 +256,8 @@ class PDTrim(Method):
     ) -> tuple[Removal, Repaired]:
         """The finalist that is best when repaired, chosen on the re-rank text.
 
-        All kinds of repair are tried on the first, on the others the kinds that won there. Fitted
+        All kinds of repair are tried on the first, on the others the kinds that won there, and the
+        fits of keys and values. Fitted
         to the text that is there for it, or else to the search's. The search's meter does not count
         it: a repair costs a few passes.
 
@@ -256,7 +267,7 @@ class PDTrim(Method):
         text, model = problem.text, problem.model
         if len(text.rerank) == 0:
             raise PlanError("a repair is chosen on the re-rank text, and there is none")
-        options = [replace(start, gates=state.gates) for state in ranked[: self.repaired]]
+        options = [replace(start, gates=state.gates) for state in ranked]
         changed = [
             stage for stage in STAGES if any(stage in changed_stages(model, o) for o in options)
         ]
@@ -266,11 +277,40 @@ class PDTrim(Method):
         kinds: Mapping[Stage, Sequence[Kind]] = KINDS
         made: list[tuple[Removal, Repaired]] = []
         with problem.progress("repairing finalists", len(options)) as advance:
-            for state, trimmed in zip(ranked, options, strict=False):
+            for state, trimmed in zip(ranked, options, strict=True):
                 if made and over():
                     break
                 repaired = best_repair(model, trimmed, fit, judge, kinds, over=over)
                 made.append((state, repaired))
-                kinds = repaired.winners
+                kinds = {**repaired.winners, "prefill": _with_kv(repaired.winners["prefill"])}
                 advance(1)
         return min(made, key=lambda pair: pair[1].score.loss)
+
+
+def without_last(best: Removal, goal: Goal) -> Removal | None:
+    """A state whose prefill lost its last units in place of those that the state has lost.
+
+    None where prefill's units are not its own to choose, or it has lost none.
+    """
+    if best.mode != "projected" or not best.prefill:
+        return None
+    state = replace(best, prefill=frozenset())
+    for unit in reversed(range(best.num_units)):
+        if goal.met(state):
+            break
+        state = state.remove("prefill", unit)
+    return state
+
+
+def _measured(objective: Objective, state: Removal) -> bool:
+    """Whether a state is measured, or can be: neither budget nor time is over."""
+    if state not in objective.memo:
+        try:
+            objective.measure(state)
+        except BudgetSpent:
+            return False
+    return True
+
+
+def _with_kv(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
+    return tuple(dict.fromkeys((*kinds, "kv", "outputs+kv")))

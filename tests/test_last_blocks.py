@@ -1,0 +1,77 @@
+"""Prefill's last blocks, tried beside the finalists of the search when all are repaired."""
+
+from dataclasses import replace
+
+import pytest
+
+from helpers import random_batch, tiny_model
+from pdtrim.calibration.batches import Calibration
+from pdtrim.methods import PDTrim, Target
+from pdtrim.methods import pdtrim as module
+from pdtrim.methods.pdtrim import without_last
+from pdtrim.plan import Gates
+from pdtrim.repair.apply import best_repair
+from pdtrim.search.goal import Goal
+from pdtrim.search.state import Removal
+
+L = 5
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama", layers=L, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def text(model):
+    parts = [random_batch(model, rows=4, prompt=24, new=12, seed=seed) for seed in (1, 2, 3)]
+    return Calibration(search=parts[0], rerank=parts[1], fit=parts[2], source="x", hash="0" * 64)
+
+
+def best_of(monkeypatch, model, text, wins, **more):
+    """The plan, where each repair's loss is as ``wins`` says of its gates; and what was repaired."""
+    seen = []
+
+    def judged(model, trimmed, fit, judge, kinds, *, over):
+        made = best_repair(model, trimmed, fit, judge, kinds, over=over)
+        seen.append((trimmed.gates, tuple(kinds["prefill"])))
+        return replace(made, score=replace(made.score, kl=0.0 if wins(trimmed.gates) else 1.0))
+
+    monkeypatch.setattr(module, "best_repair", judged)
+    target = Target(search="one_shot", **{"prefill_remove": 2, "recall": 0.0} | more)
+    return PDTrim().plan(model, text, target).plan.gates, seen
+
+
+def test_they_win_where_their_repair_is_the_best(monkeypatch, model, text):
+    last = Gates.removing(L, prefill={3, 4}).without_dead_work()
+    gates, seen = best_of(monkeypatch, model, text, lambda gates: gates == last)
+    assert gates == last
+    others, _ = best_of(monkeypatch, model, text, lambda gates: gates == seen[0][0])
+    assert others == seen[0][0]
+    if seen[0][0] != last:
+        kinds = dict(seen)[last]
+        assert "kv" in kinds and "outputs+kv" in kinds, "what won for another pair is not enough"
+
+
+def test_decode_stays_as_it_was_found(monkeypatch, model, text):
+    gates, seen = best_of(monkeypatch, model, text, lambda gates: False, decode_remove=1)
+    found = seen[0][0]
+    assert any(
+        one.prefill_mlp == (True, True, True, False, False) and one.decode_mlp == found.decode_mlp
+        for one, _ in seen
+    )
+
+
+@pytest.mark.parametrize("grain", ["block", "part"])
+def test_as_many_last_units_go_as_the_goal_asks_for(grain):
+    units = L if grain == "block" else 2 * L
+    best = Removal(num_layers=L, mode="projected", grain=grain, prefill=frozenset({0, 2}))
+    goal = Goal.blocks(L, prefill=2, grain=grain, attention=0.25)
+    made = without_last(best, goal)
+    gone = sorted(made.prefill)
+    assert gone == list(range(gone[0], units)) and goal.met(made)
+    assert not goal.met(made.restore("prefill", gone[0]))
+    assert without_last(replace(best, prefill=frozenset()), goal) is None
+    for mode in ("unified", "subset"):
+        both = replace(best, mode=mode, decode=best.prefill)
+        assert without_last(both, goal) is None
