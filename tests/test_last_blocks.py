@@ -28,8 +28,9 @@ def text(model):
     return Calibration(search=parts[0], rerank=parts[1], fit=parts[2], source="x", hash="0" * 64)
 
 
-def best_of(monkeypatch, model, text, wins, **more):
-    """The plan, where each repair's loss is as ``wins`` says of its gates; and what was repaired."""
+def best_of(monkeypatch, model, text, found, wins):
+    """The plan of a search that finds a state, where the repair of the gates that win is the best;
+    and what was repaired."""
     seen = []
 
     def judged(model, trimmed, fit, judge, kinds, *, over):
@@ -38,28 +39,26 @@ def best_of(monkeypatch, model, text, wins, **more):
         return replace(made, score=replace(made.score, kl=0.0 if wins(trimmed.gates) else 1.0))
 
     monkeypatch.setattr(module, "best_repair", judged)
-    target = Target(search="one_shot", **{"prefill_remove": 2, "recall": 0.0} | more)
+    monkeypatch.setattr(PDTrim, "explore", lambda self, problem, one, goal: one.measure(found))
+    target = Target(prefill_remove=2, decode_remove=len(found.decode))
     return PDTrim().plan(model, text, target).plan.gates, seen
 
 
 def test_they_win_where_their_repair_is_the_best(monkeypatch, model, text):
-    last = Gates.removing(L, prefill={3, 4}).without_dead_work()
-    gates, seen = best_of(monkeypatch, model, text, lambda gates: gates == last)
-    assert gates == last
-    others, _ = best_of(monkeypatch, model, text, lambda gates: gates == seen[0][0])
-    assert others == seen[0][0]
-    if seen[0][0] != last:
-        kinds = dict(seen)[last]
-        assert "kv" in kinds and "outputs+kv" in kinds, "what won for another pair is not enough"
+    found = Removal(num_layers=L, mode="projected", prefill=frozenset({0, 2}))
+    own, last = (g.without_dead_work() for g in (found.gates, Gates.removing(L, prefill={3, 4})))
+    for winner in (last, own):
+        gates, seen = best_of(monkeypatch, model, text, found, winner.__eq__)
+        assert gates == winner and [one for one, _ in seen] == [own, last]
+    kinds = dict(seen)[last]
+    assert "kv" in kinds and "outputs+kv" in kinds, "what won for another pair is not enough"
 
 
 def test_decode_stays_as_it_was_found(monkeypatch, model, text):
-    gates, seen = best_of(monkeypatch, model, text, lambda gates: False, decode_remove=1)
-    found = seen[0][0]
-    assert any(
-        one.prefill_mlp == (True, True, True, False, False) and one.decode_mlp == found.decode_mlp
-        for one, _ in seen
-    )
+    sets = {"prefill": frozenset({0, 2}), "decode": frozenset({1})}
+    found = Removal(num_layers=L, mode="projected", **sets)
+    gates, _ = best_of(monkeypatch, model, text, found, lambda gates: gates.prefill_mlp[0])
+    assert gates == Gates.removing(L, prefill={3, 4}, decode={1}).without_dead_work()
 
 
 @pytest.mark.parametrize("grain", ["block", "part"])
