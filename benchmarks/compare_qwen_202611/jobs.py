@@ -117,6 +117,7 @@ def all_jobs(settings: Settings) -> list[Job]:
         dense(settings, "20"),
         *systems20[:4],
         third[0],
+        *parts(settings),
         *systems20[4:],
         *third[1:],
         retrieval(settings, "prefill", ("dense", "third", "third-trained")),
@@ -186,6 +187,30 @@ def prefill(settings: Settings, name: str) -> list[Job]:
         makes=(*plans.values(), out / "table.md"),
     )
     return [job, *(row(settings, "20", label, plan) for label, plan in plans.items())]
+
+
+def parts(settings: Settings) -> list[Job]:
+    """Attention and MLP removed apart: the stages tilted at 20 %, and prefill without a third."""
+    jobs = []
+    for name, prefill, decode in (("tilted-parts", 0.3, 0.1), ("third-parts", 0.3, 0.0)):
+        plan = settings.out / "parts" / f"{name}.json"
+        command = [
+            *("plan", settings.model, "-o", str(plan), "--grain", "part"),
+            *("--metric", "parameters", "--prefill-remove", str(prefill)),
+            *("--decode-remove", str(decode), *settings.calibration()),
+            *("--device", settings.device),
+        ]
+        jobs.append(
+            Job(
+                name=name,
+                group="parts",
+                command=command,
+                gigabytes=PLANNING * settings.scale,
+                makes=(plan,),
+            )
+        )
+        jobs.append(row(settings, "20", name, plan))
+    return jobs
 
 
 def row(settings: Settings, share: str, name: str, plan: Path) -> Job:
