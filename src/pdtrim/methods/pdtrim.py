@@ -10,10 +10,11 @@ In mode ``projected`` a block that prefill skips still gives decode its keys and
 from the stream that reaches it (POP, 2602.03295, skips the last third so; here any block may go).
 Prefill work that nothing reads is then removed; it changes nothing.
 
-The search compares pairs as they are cut, and a repair changes their order: keys and values of
-prefill's last blocks, all read off one stream, lose much and are fitted well (SwiftKV, 2410.03960,
-trains them). So beside the finalists the best state is repaired with prefill's last blocks gone in
-place of those that were found.
+A repair changes the order of states: keys and values of prefill's last blocks, all read off one
+stream, lose much as they are cut and are fitted well (SwiftKV, 2410.03960, trains them). So where
+repairs follow, the search measures states with these fits in place (``repair/ahead.py``), and
+beside the finalists the best state is repaired with prefill's last blocks gone in place of those
+that were found.
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ from pdtrim.methods.pace import measured_pace, minutes
 from pdtrim.methods.problem import Problem, Target
 from pdtrim.models.swap import Blocks, joined
 from pdtrim.plan import STAGES, Gates, Stage, Widths
-from pdtrim.repair.apply import KINDS, Kind, Repaired, best_repair, changed_stages
+from pdtrim.repair.ahead import Ahead
+from pdtrim.repair.apply import (
+    KINDS,
+    KV_RIDGE,
+    Kind,
+    Repaired,
+    best_repair,
+    changed_stages,
+)
 from pdtrim.repair.cuts import writes
 from pdtrim.repair.dense import DenseText
 from pdtrim.repair.held_out import HeldOut
@@ -115,7 +124,9 @@ class PDTrim(Method):
         start = replace(
             Trimmed.whole(ground.pair, Gates.dense(problem.model.num_layers)), policy=problem.policy
         )
-        objective = problem.objective(start=start, recall=True)
+        objective = problem.objective(
+            start=start, recall=True, pair_of=self._fitted_ahead(problem, ground)
+        )
         objective.spent += ground.block_tokens
         clock = self._clock(problem, objective, ground.goal, begun)
         best = self.explore(problem, objective, ground.goal)
@@ -141,6 +152,19 @@ class PDTrim(Method):
             widths=widths,
             blocks=joined(blocks, repaired.blocks) if repaired else blocks,
         )
+
+    def _fitted_ahead(self, problem: Problem, ground: Ground) -> Callable[[Gates], Pair] | None:
+        """What measures states with the keys and values that their repair will fit."""
+        target, text = problem.target, problem.text
+        if (
+            target.repair == "none"
+            or target.mode != "projected"
+            or not ground.goal.least("prefill")
+        ):
+            return None
+        fit = text.fit if len(text.fit) else text.search
+        dense = DenseText(problem.model, fit, stages=("prefill",))
+        return Ahead(ground.pair, dense, ridge=KV_RIDGE).pair
 
     def ground(self, problem: Problem) -> Ground:
         """What the search starts from; a hybrid narrows the blocks first."""
@@ -196,7 +220,13 @@ class PDTrim(Method):
         text = problem.text
         if len(text.rerank) == 0 or len(finalists) == 1:
             return [best], 0
-        second = problem.objective(start=objective.start, text=text.rerank, free=True, recall=True)
+        second = problem.objective(
+            start=objective.start,
+            text=text.rerank,
+            free=True,
+            recall=True,
+            pair_of=objective.pair_of,
+        )
         share = len(text.rerank) / (len(text.rerank) + len(text.search))
         losses: dict[Removal, float] = {}
         with problem.progress("ranking finalists", len(finalists)) as advance:

@@ -19,14 +19,14 @@ from pdtrim.kvfit.observed import Observed
 from pdtrim.kvfit.policy import KVPolicy
 from pdtrim.kvfit.sizes import rule_bytes
 from pdtrim.models.model import Model
-from pdtrim.plan import STAGES, LayerKV, Mode, Stage
+from pdtrim.plan import STAGES, Gates, LayerKV, Mode, Stage
 from pdtrim.progress import Progress
 from pdtrim.search.goal import Goal, attention_share
 from pdtrim.search.latency import measure_latency
 from pdtrim.search.objective import LossMaker, Objective, kl_loss
 from pdtrim.search.state import Removal
 from pdtrim.stage.cost import Lengths
-from pdtrim.stage.forward import Batch, Trimmed
+from pdtrim.stage.forward import Batch, Pair, Trimmed
 from pdtrim.words import Grain, Metric, Repair, Search
 
 KV_SEQUENCES = 4  # of the calibration text, on which KV policies are fitted and measured
@@ -211,6 +211,7 @@ class Problem:
         text: Batch | None = None,
         free: bool = False,
         recall: bool = False,
+        pair_of: Callable[[Gates], Pair] | None = None,
     ) -> Objective:
         """The loss of states on a text, under the target's budget and with the journal.
 
@@ -219,6 +220,7 @@ class Problem:
             text: None is the search text.
             free: of the budget.
             recall: with the target's weight of it.
+            pair_of: the pair that runs under some gates; None is ``start``'s.
         """
         return Objective(
             self.model,
@@ -229,6 +231,7 @@ class Problem:
             journal=self.journal,
             recall=self.target.recall if recall else 0.0,
             seed=self.target.seed,
+            pair_of=pair_of,
         )
 
     def narrower(self, model: Model) -> Problem:

@@ -329,12 +329,5 @@ def _repair_kv(walk: Walk, ridge: float) -> None:
             walk.go_to(layer)
             block = walk.model.block(layer)
             own = walk.weights("prefill", layer, *KEYS_AND_VALUES)
-            made = {name: part.clone() for name, part in own.items() if part.dim() > 1}
-            # where a family fuses queries with keys and values, a selector may still read them
-            rows: Weights = {
-                part: made[f"{block.making(part).name}.weight"][block.span(part)]
-                for part in KEYS_AND_VALUES
-            }
-            for part, fitted in kv.fit(walk.normed_and_targets(), rows, ridge=ridge).items():
-                rows[part].copy_(fitted)
+            made = kv.fitted(block, own, walk.normed_and_targets(), ridge=ridge)
             walk.swap("prefill", layer, made)

@@ -23,8 +23,29 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from pdtrim.models.block import KEYS_AND_VALUES, Block
 from pdtrim.models.swap import Weights
 from pdtrim.repair.ridge import change
+
+
+def fitted(
+    block: Block, own: Weights, pairs: Iterable[tuple[Tensor, Tensor]], *, ridge: float
+) -> Weights:
+    """The parameters of a block's projections that make keys and values, fitted; biases stay.
+
+    Args:
+        own: these parameters as they are; not changed.
+        pairs: as :func:`fit` takes them.
+    """
+    made = {name: part.clone() for name, part in own.items() if part.dim() > 1}
+    # where a family fuses queries with keys and values, a selector may still read them
+    rows: Weights = {
+        part: made[f"{block.making(part).name}.weight"][block.span(part)]
+        for part in KEYS_AND_VALUES
+    }
+    for part, new in fit(pairs, rows, ridge=ridge).items():
+        rows[part].copy_(new)
+    return made
 
 
 def fit(pairs: Iterable[tuple[Tensor, Tensor]], projections: Weights, *, ridge: float) -> Weights:

@@ -34,7 +34,7 @@ from pdtrim.models.model import Model
 from pdtrim.plan import Gates
 from pdtrim.search.state import Removal
 from pdtrim.stage.cost import block_tokens
-from pdtrim.stage.forward import Batch, Trace, Trimmed
+from pdtrim.stage.forward import Batch, Pair, Trace, Trimmed
 
 ROWS = 8  # sequences run together, at most
 PARTS = 4  # of the text, at least, where it has as many sequences
@@ -117,6 +117,8 @@ class Objective:
             uninterrupted one; streams that it still needs of them are made again uncounted.
         recall: weight of recall in the loss; 0 does not measure it.
         seed: of the rows of recall.
+        pair_of: the pair that runs under some gates without dead work; None is ``start``'s. What it
+            gives a layer may depend on the gates of this layer and those before.
 
     Attributes:
         memo: loss of every state measured on the whole text.
@@ -135,10 +137,12 @@ class Objective:
         journal: Journal | None = None,
         recall: float = 0.0,
         seed: int = 0,
+        pair_of: Callable[[Gates], Pair] | None = None,
     ) -> None:
         batch = batch.to(model.device)
         self.model = model
         self.start = start or Trimmed.dense(model)
+        self.pair_of = pair_of
         rows = min(ROWS, -(-len(batch) // PARTS))
         self.batches = batch.parts(rows)
         self.losses = [loss(model, part) for part in self.batches]
@@ -285,6 +289,8 @@ class Objective:
     @torch.inference_mode()
     def _run(self, gates: Gates, parts: range, resume: Traces | None, start: int) -> Traces:
         trimmed = replace(self.start, gates=gates)
+        if self.pair_of is not None:
+            trimmed = replace(trimmed, pair=self.pair_of(trimmed.gates))
 
         def streams(batch: Batch, before: list[Trace] | None, part: int) -> Trace:
             return trimmed.streams(
