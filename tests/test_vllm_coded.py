@@ -1,5 +1,6 @@
 """A plan with codecs inside vLLM's own classes, without a server."""
 
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from helpers import export, first_last, make_plan, tiny_model
 from pdtrim.engines.pages import is_coded
 from pdtrim.engines.ranges import Form, Ticket
 from pdtrim.engines.vllm import coded_worker
-from pdtrim.engines.vllm.coded import TICKET, Told
+from pdtrim.engines.vllm.coded import TICKET, Job, Told
 from pdtrim.engines.vllm.coded_scheduler import CodedScheduler
 from pdtrim.engines.vllm.coded_worker import CodedWorker, RemotePool
 from pdtrim.engines.vllm.kv_bias import StageBias
@@ -217,6 +218,63 @@ def test_a_ticket_waits_for_every_rank():
     _, params = finish(other, two)
     hear(other, told=encoded(800, 640, name="b"))
     assert params[TICKET]["bytes"] == [800, 640]
+
+
+class Written:
+    """Stands for a CUDA event."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def synchronize(self):
+        self.seen.append("waited")
+
+
+def test_a_ticket_is_given_when_the_gpu_has_written_the_range():
+    made = scheduler("prefill", codec="entropy")
+    one = prompt("a", 96)
+    made.get_num_new_matched_tokens(one, 0)
+    _, params = finish(made, one)
+    seen = []
+    written = SimpleNamespace(synchronize=lambda: seen.append(TICKET in params))
+    hear(made, told=Told({"a": {0: 640}}, set(), written))
+    assert seen == [False] and TICKET in params
+
+
+def test_what_ranks_tell_of_a_gpu_waits_for_it_on_its_way():
+    seen = []
+    told = Told({"a": {0: 640}}, {"b"}, Written(seen))
+    came = pickle.loads(pickle.dumps(told))
+    assert seen == ["waited"] and (came.sizes, came.refused) == (told.sizes, told.refused)
+    assert came.written is None
+    told.aggregate(Told({}, set(), Written(seen)))
+    assert seen == ["waited"] * 2, "once each"
+
+
+@pytest.mark.parametrize("is_cuda", [False, True])
+def test_the_event_lies_behind_the_last_range(is_cuda, monkeypatch):
+    made, seen = object.__new__(CodedWorker), []
+    stream = SimpleNamespace(record_event=lambda: seen.append("event") or "event")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+
+    class Staging:
+        device = torch.device("cpu")
+
+        def __getitem__(self, at):
+            return self
+
+    Staging.is_cuda = is_cuda
+    form = SimpleNamespace(most=640, write=lambda room, nonce, kept: seen.append("range") or 640)
+    made._staging, made._form, made._kept = Staging(), lambda tokens: form, lambda *args: ()
+    made.tp_rank, made._told = 0, Told({}, set())
+    ticket = Ticket(offset=0, sizes=(640,), nonce=bytes(16))
+    jobs = {name: Job(ticket=ticket, pages=[1], tokens=9) for name in "ab"}
+    made.encode(SimpleNamespace(pdtrim_to_encode=jobs))
+    assert seen == ["range", "range", *["event"] * is_cuda]
+    told = made.take_told()
+    assert told.written == ("event" if is_cuda else None) and told.sizes.keys() == {"a", "b"}
+    made.encode(SimpleNamespace(pdtrim_to_encode={}))
+    assert made.take_told() is None
 
 
 def test_a_range_that_several_ranks_refuse_counts_once():

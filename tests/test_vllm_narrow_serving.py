@@ -10,7 +10,6 @@ import torch
 
 pytest.importorskip("vllm")
 
-import vllm_servers
 from pdtrim.engines.pages import bytes_sent, page_bytes
 from pdtrim.engines.ranges import Form
 from pdtrim.exported import load_pair
@@ -105,7 +104,7 @@ def test_tokens_are_the_simulators_and_only_decodes_heads_travel(tmp_path, tiny_
 
 def test_codecs_and_holes_are_of_the_heads_that_decode_keeps(tmp_path, tiny_folder):
     """Biases of keys and values too, which codecs do not see: those of the heads that travel."""
-    tie = max(0.05, vllm_servers.TIE)
+    tie = 0.05
     codecs = [parse_codec(name) for name in ("int4:group=32,recent=8", "entropy")]
     kv = [LayerKV(selector=RULE.selector, codec=codecs[layer % 2]) for layer in range(8)]
     kv[2] = RULE

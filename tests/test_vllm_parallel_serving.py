@@ -8,7 +8,6 @@ import torch
 
 pytest.importorskip("vllm")
 
-import vllm_servers
 from pdtrim.engines.pages import bytes_sent
 from pdtrim.engines.ranges import Form
 from pdtrim.engines.vllm.coded import TICKET
@@ -39,7 +38,7 @@ pytestmark = [
 ]
 
 RANKS = 2
-TIE = max(0.05, vllm_servers.TIE)
+TIE = 0.05
 """Nats, as for codecs on one rank: rounding that flips a code may swap what is nearer."""
 LENGTHS = (1, 32, 33, 84, 115, 300)
 HERE = {"CUDA_VISIBLE_DEVICES": "0,1"} if GPU else {"TORCH_COMPILE_DISABLE": "1"}

@@ -40,17 +40,37 @@ class Job:
 class Told(KVConnectorWorkerMetadata):
     """What the workers tell the scheduler of a step.
 
+    vLLM lets a step's answers go as soon as its tokens are known. A GPU writes the ranges behind
+    the tokens: whoever passes this on waits for the GPU, or decode could read what is not written.
+
     Attributes:
         sizes: bytes of each range that was written, by request and rank.
         refused: requests whose ranges a rank refused.
+        written: a CUDA event behind the ranges; None if they are written.
     """
 
-    def __init__(self, sizes: dict[str, dict[int, int]], refused: set[str]) -> None:
+    def __init__(
+        self, sizes: dict[str, dict[int, int]], refused: set[str], written: Any = None
+    ) -> None:
         self.sizes = sizes
         self.refused = refused
+        self.written = written
+
+    def wait(self) -> None:
+        """Return when the ranges are written."""
+        if self.written is not None:
+            self.written.synchronize()
+            self.written = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To the scheduler's process, by the thread that waits for a step's tokens too."""
+        self.wait()
+        return Told, (self.sizes, self.refused)
 
     def aggregate(self, other: Any) -> Told:
         """Of all ranks."""
+        self.wait()
+        other.wait()
         names = self.sizes.keys() | other.sizes.keys()
         sizes = {name: self.sizes.get(name, {}) | other.sizes.get(name, {}) for name in names}
         return Told(sizes, self.refused | other.refused)

@@ -116,6 +116,8 @@ class CodedScheduler(Scheduler):
         """Learn what was encoded, and what was read or has expired."""
         super().update_connector_output(connector_output)
         told = connector_output.kv_connector_worker_meta
+        if told is not None:
+            told.wait()
         for name, sizes in told.sizes.items() if told is not None else ():
             if name in self._pool:
                 self._sizes.setdefault(name, {}).update(sizes)

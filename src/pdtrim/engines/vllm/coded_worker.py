@@ -141,6 +141,9 @@ class CodedWorker(Worker):
             room = self._staging[job.ticket.offset :][: form.most]
             size = form.write(room, job.ticket.nonce, self._kept(form, job.pages, job.tokens))
             self._told.sizes[request] = {self.tp_rank: size}
+        if metadata.pdtrim_to_encode and self._staging.is_cuda:
+            stream = torch.cuda.current_stream(self._staging.device)
+            self._told.written = stream.record_event()
 
     def _kept(self, form: Form, pages: list[int], tokens: int) -> Iterator[Batch]:
         """Keys and values of all parts, without their biases; the pages themselves if they can be.
