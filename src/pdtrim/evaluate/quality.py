@@ -23,7 +23,7 @@ from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
 from pdtrim.progress import Progress, silent
-from pdtrim.stage.forward import Batch, Trimmed
+from pdtrim.stage.forward import Batch, Pair, Trimmed
 
 ROWS = 4  # sequences run together
 
@@ -81,19 +81,18 @@ def measure_quality(
         if variant.pair.decode.config.vocab_size != dense.config.vocab_size:
             raise PlanError(f"'{name}' and the dense model have different vocabularies")
     rows: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in variants}
-    alike: dict[tuple[int, int, Gates], dict[str, HandoverPolicy]] = {}
-    first: dict[tuple[int, int, Gates], Trimmed] = {}
-    for name, variant in variants.items():  # those that share a prefill run it once
-        key = (id(variant.pair.prefill), id(variant.pair.decode), variant.gates)
-        alike.setdefault(key, {})[name] = variant.policy
-        first.setdefault(key, variant)
+    alike: dict[tuple[Pair, Gates], dict[str | None, HandoverPolicy]] = {}
+    for name, variant in {None: Trimmed.dense(dense), **variants}.items():
+        alike.setdefault((variant.pair, variant.gates), {})[name] = variant.policy
     with progress("measuring quality", len(batch) * (len(variants) + 1)) as advance:
         for part in batch.to(dense.device).parts(ROWS):
-            dense_BCE = Trimmed.dense(dense).last_stream(part)
-            advance(len(part))
-            for key, policies in alike.items():
-                for name, y_BCE in first[key].last_streams(part, policies).items():
-                    rows[name].append(_compare(dense, dense_BCE, variants[name], y_BCE, part))
+            for (pair, gates), policies in alike.items():  # those that share a prefill run it once
+                streams = Trimmed.whole(pair, gates).last_streams(part, policies)
+                for name, y_BCE in streams.items():
+                    if name is None:  # it comes first
+                        dense_BCE = y_BCE
+                    else:
+                        rows[name].append(_compare(dense, dense_BCE, variants[name], y_BCE, part))
                     advance(len(part))
     return {
         name: Quality(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -98,6 +99,8 @@ class Pair:
         return self.prefill if stage == "prefill" else self.decode
 
 
+K = TypeVar("K")  # what policies are called by
+
 Trace = list[tuple[Tensor, Tensor]]
 """Streams that enter each layer, and the last one's output: L + 1 pairs ``([B,N,E], [B,C,E])``.
 
@@ -175,9 +178,7 @@ class Trimmed:
         """What decode's head reads, ``[B, C, E]``."""
         return self.streams(batch)[-1][1]
 
-    def last_streams(
-        self, batch: Batch, policies: Mapping[str, HandoverPolicy]
-    ) -> dict[str, Tensor]:
+    def last_streams(self, batch: Batch, policies: Mapping[K, HandoverPolicy]) -> dict[K, Tensor]:
         """The same under other policies, with one prefill for all of them."""
         run = _Run(self.pair, batch, self.gates, "compact")
         x, y = run.entry()
