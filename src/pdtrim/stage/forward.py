@@ -15,9 +15,10 @@ width, V vocabulary, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ class Pair:
         return self.prefill if stage == "prefill" else self.decode
 
 
-K = TypeVar("K")  # what policies are called by
+K = TypeVar("K")  # what variants are called by
 
 Trace = list[tuple[Tensor, Tensor]]
 """Streams that enter each layer, and the last one's output: L + 1 pairs ``([B,N,E], [B,C,E])``.
@@ -178,16 +179,32 @@ class Trimmed:
         """What decode's head reads, ``[B, C, E]``."""
         return self.streams(batch)[-1][1]
 
-    def last_streams(self, batch: Batch, policies: Mapping[K, HandoverPolicy]) -> dict[K, Tensor]:
-        """The same under other policies, with one prefill for all of them."""
-        run = _Run(self.pair, batch, self.gates, "compact")
-        x, y = run.entry()
-        ys = dict.fromkeys(policies, y)
-        for layer in range(self.gates.num_layers):
-            x, view = run.prefill(layer, x)
-            for name, policy in policies.items():
-                ys[name] = run.decode(layer, ys[name], view, policy)
-        return ys
+
+def last_streams(variants: Mapping[K, Trimmed], batch: Batch) -> dict[K, Tensor]:
+    """What decode's head reads in each variant, ``[B, C, E]``; what they do alike is done once.
+
+    The variants go side by side through the layers. In each, those whose streams, blocks, gates and
+    rules have been the same so far are one.
+    """
+    runs = {name: _Run(one.pair, batch, one.gates, "compact") for name, one in variants.items()}
+    made: dict[Hashable, Any] = {}
+
+    def once(key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in made:
+            made[key] = make()
+        return made[key]
+
+    at = {name: once(run.embeds(), run.entry) for name, run in runs.items()}
+    for layer in range(next(iter(runs.values())).gates.num_layers):
+        made.clear()
+        behind = {}
+        for name, run in runs.items():  # the streams of ``at`` live on, so that no id comes twice
+            (x, y), policy = at[name], variants[name].policy
+            ahead, view = once((id(x), *run.does("prefill", layer)), partial(run.prefill, layer, x))
+            key = (id(y), id(view), *run.does("decode", layer), *policy.of_layer(layer))
+            behind[name] = ahead, once(key, partial(run.decode, layer, y, view, policy))
+        at = behind
+    return {name: y for name, (_, y) in at.items()}
 
 
 class _Run:
@@ -200,6 +217,17 @@ class _Run:
         self.prefill_rope = pair.prefill.rope(at[:, :N])
         self.decode_rope = pair.decode.rope(at[:, N:])
         self.positions_BC = at[:, N:].expand(len(batch), -1)
+
+    def embeds(self) -> tuple[int, ...]:
+        """What the streams that enter layer 0 depend on beside the batch."""
+        models = self.pair.prefill, self.pair.decode
+        return tuple(id(model.network.model.embed_tokens.weight) for model in models)
+
+    def does(self, stage: Stage, layer: int) -> tuple[Hashable, ...]:
+        """What a stage's step through a layer depends on beside its streams and its policy."""
+        block = self.pair.of(stage).blocks[layer]
+        attention, mlp = self.gates.of(stage)
+        return stage, None if block is None else id(block.module), attention[layer], mlp[layer]
 
     def entry(self) -> tuple[Tensor, Tensor]:
         """The streams that enter layer 0."""
