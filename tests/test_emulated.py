@@ -59,13 +59,16 @@ def test_a_weight_is_copied_once_until_it_changes(monkeypatch):
     assert same(layers[0])
 
 
-def test_a_weight_that_trains_has_its_gradient(monkeypatch):
+@pytest.mark.parametrize("trains", [True, False])
+def test_gradients_go_to_and_through_a_weight_whose_copy_is_there(trains, monkeypatch):
     monkeypatch.setattr(emulated, "cpu_lacks_bf16", lambda: True)
-    layer = emulated.Linear(30, 7).bfloat16()
-    with torch.no_grad():
-        layer(torch.randn(64, 30).bfloat16())  # its copy is there
-    layer(torch.randn(64, 30).bfloat16()).sum().backward()
-    assert layer.weight.grad is not None and layer.bias.grad is not None
+    layer = emulated.Linear(30, 7).bfloat16().requires_grad_(trains)
+    x = torch.randn(64, 30).bfloat16().requires_grad_()
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert (layer.weight.grad is not None) == (layer.bias.grad is not None) == trains
 
 
 def test_other_types_are_left_alone(lacks):

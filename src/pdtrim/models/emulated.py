@@ -70,7 +70,8 @@ def _kept(weight: Tensor) -> Tensor:
     state = weight._version, weight.data_ptr()
     made, copy = _copies.get(weight, (None, None))
     if made != state:
-        copy = weight.detach().float()
+        with torch.inference_mode(False):  # or no gradient could go through it later
+            copy = weight.detach().float()
         held = sum(other.nbytes for key, (_, other) in _copies.items() if key is not weight)
         if held + copy.nbytes <= KEPT_BYTES:
             _copies[weight] = state, copy
