@@ -75,8 +75,8 @@ def test_variants_side_by_side_are_each_what_they_are_alone(model, monkeypatch):
         monkeypatch.setattr(
             stage, name, lambda *a, name=name, step=step, **b: ran.update([name]) or step(*a, **b)
         )
-    together = last_streams(variants, batch)
-    assert all(torch.equal(together[name], alone[name]) for name in variants)
+    together = last_streams(list(variants.values()), batch)
+    assert all(torch.equal(*two) for two in zip(together, alone.values(), strict=True))
     assert ran == {"prefill_block": 4 + 2, "decode_block": 4 + 2 + 3 + 2}
 
 

@@ -78,13 +78,13 @@ def measure_quality(
     for name, variant in variants.items():
         if variant.pair.decode.config.vocab_size != dense.config.vocab_size:
             raise PlanError(f"'{name}' and the dense model have different vocabularies")
-    everything: dict[str | None, Trimmed] = {None: Trimmed.dense(dense), **variants}
+    everything = [Trimmed.dense(dense), *variants.values()]
     rows: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in variants}
     with progress("measuring quality", len(batch) * len(everything)) as advance:
         for part in batch.to(dense.device).parts(ROWS):
-            streams = last_streams(everything, part)
-            for name, variant in variants.items():
-                rows[name].append(compare(dense, streams[None], variant, streams[name], part))
+            dense_BCE, *streams = last_streams(everything, part)
+            for (name, variant), y_BCE in zip(variants.items(), streams, strict=True):
+                rows[name].append(compare(dense, dense_BCE, variant, y_BCE, part))
             advance(len(part) * len(everything))
     return {
         name: Quality(

@@ -15,10 +15,10 @@ width, V vocabulary, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,8 +100,6 @@ class Pair:
         return self.prefill if stage == "prefill" else self.decode
 
 
-K = TypeVar("K")  # what variants are called by
-
 Trace = list[tuple[Tensor, Tensor]]
 """Streams that enter each layer, and the last one's output: L + 1 pairs ``([B,N,E], [B,C,E])``.
 
@@ -180,13 +178,13 @@ class Trimmed:
         return self.streams(batch)[-1][1]
 
 
-def last_streams(variants: Mapping[K, Trimmed], batch: Batch) -> dict[K, Tensor]:
+def last_streams(variants: Sequence[Trimmed], batch: Batch) -> list[Tensor]:
     """What decode's head reads in each variant, ``[B, C, E]``; what they do alike is done once.
 
     The variants go side by side through the layers. In each, those whose streams, blocks, gates and
     rules have been the same so far are one.
     """
-    runs = {name: _Run(one.pair, batch, one.gates, "compact") for name, one in variants.items()}
+    runs = [_Run(one.pair, batch, one.gates, "compact") for one in variants]
     made: dict[Hashable, Any] = {}
 
     def once(key: Hashable, make: Callable[[], Any]) -> Any:
@@ -194,17 +192,15 @@ def last_streams(variants: Mapping[K, Trimmed], batch: Batch) -> dict[K, Tensor]
             made[key] = make()
         return made[key]
 
-    at = {name: once(run.embeds(), run.entry) for name, run in runs.items()}
-    for layer in range(next(iter(runs.values())).gates.num_layers):
+    at: list[tuple[Tensor, Tensor]] = [once(run.embeds(), run.entry) for run in runs]
+    for layer in range(variants[0].gates.num_layers):
         made.clear()
-        behind = {}
-        for name, run in runs.items():  # the streams of ``at`` live on, so that no id comes twice
-            (x, y), policy = at[name], variants[name].policy
+        before, at = at, []  # those before live on meanwhile, so that no id comes twice
+        for one, run, (x, y) in zip(variants, runs, before, strict=True):
             ahead, view = once((id(x), *run.does("prefill", layer)), partial(run.prefill, layer, x))
-            key = (id(y), id(view), *run.does("decode", layer), *policy.of_layer(layer))
-            behind[name] = ahead, once(key, partial(run.decode, layer, y, view, policy))
-        at = behind
-    return {name: y for name, (_, y) in at.items()}
+            key = (id(y), id(view), *run.does("decode", layer), *one.policy.of_layer(layer))
+            at.append((ahead, once(key, partial(run.decode, layer, y, view, one.policy))))
+    return [y for _, y in at]
 
 
 class _Run:
