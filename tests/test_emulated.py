@@ -31,6 +31,46 @@ def test_a_product_is_summed_in_fp32_and_rounded_once(lacks, rows, monkeypatch):
     torch.testing.assert_close(made.double(), exact, atol=1e-3, rtol=2**-8)
 
 
+def test_a_weight_is_copied_once_until_it_changes(monkeypatch):
+    """And no more copies are held than have room; those of weights that are gone make room."""
+    monkeypatch.setattr(emulated, "cpu_lacks_bf16", lambda: True)
+    copied = []
+    product = emulated._product
+    monkeypatch.setattr(emulated, "_product", lambda x, w, b: copied.append(w) or product(x, w, b))
+    layers = [emulated.Linear(30, 7, bias=False).bfloat16().requires_grad_(False) for _ in "ab"]
+    held = sum(copy.nbytes for _, copy in emulated._copies.values())
+    monkeypatch.setattr(emulated, "KEPT_BYTES", held + 30 * 7 * 4)
+    x = torch.randn(64, 30).bfloat16()
+
+    def same(layer):
+        """Whether two products read the same copy."""
+        before = layer(x)
+        assert torch.equal(before, layer(x))
+        assert torch.equal(before, product(x, layer.weight.float(), None))
+        return copied[-1] is copied[-2]
+
+    assert same(layers[0]) and not same(layers[1])
+    layers[0].weight.mul_(2)
+    assert same(layers[0])
+    layers[0].weight.data = torch.ones(7, 30).bfloat16()
+    assert same(layers[0]) and not same(layers[1])
+    copied.clear()
+    del layers[0]
+    assert same(layers[0])
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_gradients_go_to_and_through_a_weight_whose_copy_is_there(trains, monkeypatch):
+    monkeypatch.setattr(emulated, "cpu_lacks_bf16", lambda: True)
+    layer = emulated.Linear(30, 7).bfloat16().requires_grad_(trains)
+    x = torch.randn(64, 30).bfloat16().requires_grad_()
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert (layer.weight.grad is not None) == (layer.bias.grad is not None) == trains
+
+
 def test_other_types_are_left_alone(lacks):
     layer = emulated.Linear(30, 7)
     x = torch.randn(64, 30)

@@ -119,7 +119,7 @@ def test_odd_results_are_drawn_without_a_warning(tmp_path, rows, recwarn):
 def test_nothing_to_draw_and_no_matplotlib_are_told(tmp_path, monkeypatch):
     with pytest.raises(PdtrimError, match="family@setting"):
         plot_kv(result_of(ROWS[:1]), tmp_path / "plot")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(PdtrimError, match=r"pdtrim\[plot\]"):
         plot_kv(result_of(ROWS), tmp_path / "plot")
     assert not list(tmp_path.iterdir())

@@ -2,19 +2,31 @@
 
 import json
 import math
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import first_last, make_plan, random_batch, reference_logits, tiny_model
+import pdtrim.stage.forward as stage
+from helpers import (
+    first_last,
+    make_plan,
+    perturbed,
+    random_batch,
+    reference_logits,
+    tiny_model,
+    trimmed,
+)
 from pdtrim.errors import PdtrimError, PlanError
 from pdtrim.evaluate.quality import Quality, measure_quality
 from pdtrim.evaluate.result import Result, make_provenance, make_row
 from pdtrim.kv.policy import HandoverPolicy
+from pdtrim.models.swap import swap_blocks
 from pdtrim.plan import Gates, LayerKV
 from pdtrim.stage.cost import Lengths, stage_flops
-from pdtrim.stage.forward import Pair, Trimmed
+from pdtrim.stage.forward import Pair, Trimmed, last_streams
 
 LENGTHS = Lengths(prompt=9, continuation=6)
 
@@ -41,6 +53,31 @@ def test_kl_and_nll_against_the_reference(model):
     assert found["dense"].kl == pytest.approx(0, abs=1e-6)
     assert found["cut"].ppl == pytest.approx(math.exp(float(nll_n.mean())), rel=1e-4)
     assert found["cut"].kl_error == pytest.approx(float(kl_n.std()) / 6**0.5, rel=1e-3)
+
+
+def test_variants_side_by_side_are_each_what_they_are_alone(model, monkeypatch):
+    """And what they do alike is done once: a cut costs the layers from there on."""
+    batch, dense = random_batch(model), Trimmed.dense(model)
+    rules = (LayerKV(), first_last(1, 2), LayerKV(), LayerKV())
+    swapped = swap_blocks(model, {2: perturbed(model, 2)})
+    variants = {
+        "dense": dense,
+        "again": Trimmed.dense(model),
+        "cut": trimmed(model, Gates.removing(4, prefill={2})),
+        "sent": replace(dense, policy=HandoverPolicy(rules=rules)),
+        "repaired": trimmed(Pair(prefill=model, decode=swapped), Gates.dense(4)),
+    }
+    alone = {name: variant.last_stream(batch) for name, variant in variants.items()}
+    assert len({float(y_BCE.sum()) for y_BCE in alone.values()}) == 4
+    ran = Counter()
+    for name in ("prefill_block", "decode_block"):
+        step = getattr(stage, name)
+        monkeypatch.setattr(
+            stage, name, lambda *a, name=name, step=step, **b: ran.update([name]) or step(*a, **b)
+        )
+    together = last_streams(list(variants.values()), batch)
+    assert all(torch.equal(*two) for two in zip(together, alone.values(), strict=True))
+    assert ran == {"prefill_block": 4 + 2, "decode_block": 4 + 2 + 3 + 2}
 
 
 def test_models_of_two_vocabularies_do_not_compare(model):

@@ -86,6 +86,10 @@ def test_scores_without_an_interval_are_refused(bad):
 def test_unpaired_scores_and_senseless_settings_are_refused():
     with pytest.raises(PdtrimError, match="same items: 3 and 2"):
         paired_difference([1.0, 2.0, 3.0], [1.0, 2.0], seed=0)
-    for settings in ({"samples": 0}, {"level": 1.0}, {"level": 0.0}):
-        with pytest.raises(PdtrimError, match="level between"):
+    for settings, words in (
+        ({"samples": 0}, "at least 1 sample"),
+        ({"level": 1.0}, "level between"),
+        ({"level": 0.0}, "level between"),
+    ):
+        with pytest.raises(PdtrimError, match=words):
             mean_interval([1.0, 2.0], seed=0, **settings)

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.tasks import TASKS, folder, olmo, rows
-from pdtrim.evaluate.tasks.definitions import DEFINITIONS, definition_of
+from pdtrim.evaluate.tasks import folder, olmo, rows
+from pdtrim.evaluate.tasks.definitions import DEFINITIONS, TASKS, definition_of
 from pdtrim.evaluate.tasks.folder import LAYOUTS, read_folder
 from pdtrim.evaluate.tasks.harness import parts_of_hub, parts_of_rows
 from pdtrim.evaluate.tasks.olmo import read_olmo

@@ -13,10 +13,8 @@ from pdtrim.errors import PlanError
 from pdtrim.methods.baselines import WandaSP
 from pdtrim.methods.baselines.flap import (
     compensation,
-    cut_until_enough,
     flap_scores,
     fluctuation,
-    ranked,
     standardised,
 )
 from pdtrim.methods.baselines.llm_pruner import (
@@ -26,6 +24,7 @@ from pdtrim.methods.baselines.llm_pruner import (
     vector_scores,
 )
 from pdtrim.methods.baselines.moments import Moments, watched
+from pdtrim.methods.baselines.one_ranking import cut_until_enough, ranked
 from pdtrim.methods.baselines.residuals import dense_residuals
 from pdtrim.methods.baselines.uniform import uniform_counts
 from pdtrim.methods.baselines.wanda_sp import channel_scores

@@ -35,6 +35,7 @@ TEXT = "SQuAD contexts and LAMBADA passages"
 
 LENGTHS = Lengths(prompt=512, continuation=256)
 SEQUENCES = 8
+TEXTS = 200  # of each source, out of which the sequences are cut
 SEARCH = Annealing(steps=8)
 CUT = parse_policy("first_last:first=4,last=60,layers=26")
 
@@ -191,7 +192,7 @@ def _held_out(model: Model, folder: Path) -> Batch:
     return Batch.join(parts)
 
 
-def _squad(limit: int = 200) -> Iterator[str]:
+def _squad() -> Iterator[str]:
     """Distinct contexts of the SQuAD v1.1 rows in the package."""
     seen: set[str] = set()
     for row in requests(package("the demo"), "squad", "bpb_5shot"):
@@ -199,13 +200,13 @@ def _squad(limit: int = 200) -> Iterator[str]:
         if context and context not in seen:
             seen.add(context)
             yield context
-        if len(seen) == limit:
+        if len(seen) == TEXTS:
             return
 
 
-def _lambada(limit: int = 200) -> Iterator[str]:
+def _lambada() -> Iterator[str]:
     """Passages with their last word."""
     for number, row in enumerate(requests(package("the demo"), "lambada", "bpb_0shot")):
-        if number == limit:
+        if number == TEXTS:
             return
         yield row["request"]["context"] + row["request"]["continuation"]

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 MOST_TOKENS = 2**31 - 1
 """Of any count of tokens in a record: more than any prompt has, and exact in every arithmetic."""
 
+SHOWN = 60  # letters of a user's text that a message holds
+
 
 class Frozen(BaseModel):
     """A record that cannot change and that refuses keys it does not know."""
@@ -36,7 +38,7 @@ def first_problem(error: ValidationError) -> str:
     return f"{where}: {text}" if where else text
 
 
-def shortened(text: str, most: int = 60) -> str:
+def shortened(text: str) -> str:
     """A user's text as a message may hold it: printable, its end left out where it is long."""
-    begin = "".join(letter if letter.isprintable() else "?" for letter in text[:most])
-    return begin if len(text) <= most else f"{begin}..."
+    begin = "".join(letter if letter.isprintable() else "?" for letter in text[:SHOWN])
+    return begin if len(text) <= SHOWN else f"{begin}..."

@@ -20,6 +20,7 @@ from pdtrim.models.model import Model
 from pdtrim.stage.forward import Batch, Trace, Trimmed
 
 TOP = 512
+ROWS = 8  # sequences run together
 
 
 def head_rows(device: torch.device) -> int:
@@ -41,11 +42,11 @@ class Teacher:
 
     @classmethod
     @torch.inference_mode()
-    def of(cls, model: Model, batch: Batch, *, top: int = TOP, rows: int = 8) -> Teacher:
-        """Run the dense model over the batch, ``rows`` sequences at a time."""
+    def of(cls, model: Model, batch: Batch, *, top: int = TOP) -> Teacher:
+        """Run the dense model over the batch, a few sequences at a time."""
         top = min(top, model.config.vocab_size - 1)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for part in batch.parts(rows):
+        for part in batch.parts(ROWS):
             trace = Trimmed.dense(model).streams(part)
             check_streams(model, trace)
             y = trace[-1][1]

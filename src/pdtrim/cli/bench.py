@@ -8,16 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pdtrim.bench.configs import CodecsConfig, ForwardConfig, StagesConfig, TransferConfig
-from pdtrim.cli.common import (
-    Device,
-    Dtype,
-    Json,
-    ModelName,
-    err,
-    out,
-    print_json,
-    progress_of,
-)
+from pdtrim.cli.common import Device, Dtype, Json, ModelName, err, out, print_json, progress_of
 from pdtrim.cli.options import from_record
 from pdtrim.keep.files import write_json, write_text
 from pdtrim.keep.folder import output_folder

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +20,13 @@ Device = Annotated[str, typer.Option(help="cpu, or cuda.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float32 or float16.")]
 Seed = Annotated[int, typer.Option(help="Seed of all that is drawn.")]
 ModelName = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or 'smollm2'.")]
+PlanFile = Annotated[Path, typer.Argument(help="The plan's file.")]
+PlanOrPair = Annotated[Path, typer.Argument(help="A plan, or an exported pair's folder.")]
+Source = Annotated[
+    str | None, typer.Option(help="Where the dense model is, if not where the plan says.")
+]
+Folder = Annotated[Path, typer.Option("-o", "--output", help="Folder for all it makes.")]
+KeptFolder = Annotated[Path, typer.Option("-o", "--output", help="Folder; what is there is kept.")]
 
 CONTROLS = {
     *range(0x00, 0x09),

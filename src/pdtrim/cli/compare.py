@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +10,7 @@ from pdtrim.cli.common import (
     Device,
     Dtype,
     Json,
+    KeptFolder,
     ModelName,
     out,
     print_json,
@@ -32,7 +32,7 @@ app = typer.Typer()
 )
 def compare(
     model: ModelName,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder; what is there is kept.")],
+    output: KeptFolder,
     config: CompareConfig,
     only: Annotated[
         str | None,

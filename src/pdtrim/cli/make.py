@@ -12,6 +12,9 @@ from pdtrim.cli.common import (
     Dtype,
     Json,
     ModelName,
+    PlanFile,
+    PlanOrPair,
+    Source,
     err,
     out,
     print_json,
@@ -67,13 +70,10 @@ def plan(
 )
 @from_record(TrainConfig, again=("text",))
 def distill(
-    plan_file: Annotated[Path, typer.Argument(help="The plan's file.")],
+    plan_file: PlanFile,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the new plan.")],
     config: TrainConfig,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Where the model is, if not where the plan says."),
-    ] = None,
+    model: Source = None,
     device: Device = "cpu",
     dtype: Dtype = "bfloat16",
     as_json: Json = False,
@@ -105,7 +105,7 @@ def distill(
 
 @app.command(epilog="Example: pdtrim inspect plan.json")
 def inspect(
-    plan_file: Annotated[Path, typer.Argument(help="A plan, or an exported pair's folder.")],
+    plan_file: PlanOrPair,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt length for the bytes.")] = 512,
     as_json: Json = False,
 ) -> None:
@@ -122,12 +122,9 @@ def inspect(
 
 @app.command(epilog="Example: pdtrim export plan.json -o pair")
 def export(
-    plan_file: Annotated[Path, typer.Argument(help="The plan's file.")],
+    plan_file: PlanFile,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the two stages.")],
-    model: Annotated[
-        str | None,
-        typer.Option(help="Where the model is, if not where the plan says."),
-    ] = None,
+    model: Source = None,
     probe: Annotated[
         bool, typer.Option(help="Refuse KV codecs under which the model loses its needles.")
     ] = True,

@@ -10,9 +10,13 @@ import typer
 from pdtrim.cli.common import (
     Device,
     Dtype,
+    Folder,
     Json,
+    KeptFolder,
     ModelName,
+    PlanOrPair,
     Seed,
+    Source,
     out,
     print_json,
     progress_of,
@@ -26,8 +30,6 @@ from pdtrim.verbs.measure import measure_sensitivity, run_ablation, sweep_kv
 
 app = typer.Typer()
 
-Folder = Annotated[Path, typer.Option("-o", "--output", help="Folder for all it makes.")]
-
 
 @app.command(
     "eval",
@@ -36,16 +38,13 @@ Folder = Annotated[Path, typer.Option("-o", "--output", help="Folder for all it 
 )
 @from_record(EvalConfig)
 def evaluate(
-    pair: Annotated[Path, typer.Argument(help="A plan, or an exported pair's folder.")],
+    pair: PlanOrPair,
     config: EvalConfig,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Also write result.json here."),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Where the dense model is, if not where the plan says."),
-    ] = None,
+    model: Source = None,
     device: Device = "cpu",
     dtype: Dtype = "bfloat16",
     as_json: Json = False,
@@ -133,7 +132,7 @@ def kv_sweep(
 def ablate(
     model: ModelName,
     config: AblationConfig,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder; what is there is kept.")],
+    output: KeptFolder,
     device: Device = "cpu",
     dtype: Dtype = "bfloat16",
     as_json: Json = False,

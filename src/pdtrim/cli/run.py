@@ -8,13 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pdtrim.cli.common import (
-    Json,
-    err,
-    out,
-    print_json,
-    visible,
-)
+from pdtrim.cli.common import Json, err, out, print_json, visible
 from pdtrim.cli.options import from_record
 from pdtrim.runtime.config import RuntimeConfig
 from pdtrim.stage.sampling import Sampling

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from pdtrim.cli.common import Json, err, out, print_json, progress_of
+from pdtrim.cli.common import Json, PlanOrPair, err, out, print_json, progress_of
 from pdtrim.cli.options import from_record
 from pdtrim.errors import PdtrimError
 from pdtrim.verbs.watch import WatchConfig, watch_log, watch_requests
@@ -23,7 +23,7 @@ app = typer.Typer()
 )
 @from_record(WatchConfig)
 def watch(
-    target: Annotated[Path, typer.Argument(help="A plan, or an exported pair's folder.")],
+    target: PlanOrPair,
     log: Annotated[Path, typer.Argument(help="Requests: JSON lines with a prompt, or vLLM's log.")],
     config: WatchConfig,
     once: Annotated[

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from pdtrim.cli.common import Json, out, print_json
+from pdtrim.cli.common import Json, PlanOrPair, out, print_json
 from pdtrim.cli.options import from_record
 from pdtrim.verbs.assess import AssessConfig
 from pdtrim.verbs.assess import assess as assess_fleet
@@ -47,7 +46,7 @@ ROWS = (
 )
 @from_record(RoiConfig)
 def roi(
-    pair: Annotated[Path, typer.Argument(help="A plan, or an exported pair's folder.")],
+    pair: PlanOrPair,
     config: RoiConfig,
     as_json: Json = False,
 ) -> None:

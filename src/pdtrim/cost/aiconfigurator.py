@@ -31,12 +31,13 @@ KV = ("add_norm_1", "qkv_gemm")
 KV_ALONE = 1.91
 """Times the norm and the share of K's and V's columns that making keys and values alone takes, with
 their rotation and writing: prefill without 16 of 32 blocks in ``bench-stages`` on an H100."""
+ENGINE = "vllm"
 DIGITS = 5
 """Of a time that is kept."""
 
 
-def aiconfigurator_times(model: str, system: str, *, engine: str = "vllm") -> StageTimes:
-    """Times of a dense model's stages, by AIConfigurator's newest tables of an engine.
+def aiconfigurator_times(model: str, system: str) -> StageTimes:
+    """Times of a dense model's stages, by AIConfigurator's newest tables of vLLM.
 
     Args:
         model: a folder with ``config.json``, or one of the models whose config AIConfigurator has.
@@ -60,12 +61,12 @@ def aiconfigurator_times(model: str, system: str, *, engine: str = "vllm") -> St
         raise PdtrimError(f"AIConfigurator does not know system '{system}': use one of {known}")
     shape = shape_of(read_json(_config(model, home)), model)
     with border(PdtrimError, f"AIConfigurator and '{model}' on {system}"), _quiet():
-        handle = EngineHandle.compile(model, system, engine)
+        handle = EngineHandle.compile(model, system, ENGINE)
         memory = int(yaml.safe_load(spec.read_text(encoding="utf-8"))["gpu"]["mem_capacity"])
         prefill = tuple(_prompt(handle, shape, tokens) for tokens in PROMPTS)
         decode = tuple(_step(handle, rows, context) for rows in ROWS for context in CONTEXTS)
-    tables = sorted((home / "systems" / "data" / system / "gemm" / engine).glob("*"))
-    which = f", {engine} {tables[-1].name}" if tables else f", {engine}"
+    tables = sorted((home / "systems" / "data" / system / "gemm" / ENGINE).glob("*"))
+    which = f", {ENGINE} {tables[-1].name}" if tables else f", {ENGINE}"
     return StageTimes(
         schema="pdtrim.stage-times/1",
         source=f"AIConfigurator {version('aiconfigurator-core')}{which}",

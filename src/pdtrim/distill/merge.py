@@ -32,6 +32,8 @@ from pdtrim.progress import Progress, silent
 from pdtrim.stage.forward import Batch, Trimmed, decode_stream
 from pdtrim.stage.step import prefill_block
 
+ROWS = 8  # sequences run together
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig(Descent):
@@ -94,7 +96,7 @@ class Merged:
 
 
 @torch.no_grad()
-def observe(model: Model, batch: Batch, first: int, *, rows: int = 8) -> Around:
+def observe(model: Model, batch: Batch, first: int) -> Around:
     """Run the dense model and record what a merge of ``first`` and the next block needs.
 
     Raises:
@@ -105,7 +107,7 @@ def observe(model: Model, batch: Batch, first: int, *, rows: int = 8) -> Around:
     batch = batch.to(model.device)
     dense = Trimmed.dense(model)
     columns: list[list[Tensor]] = [[], [], [], []]
-    for part in batch.parts(rows):
+    for part in batch.parts(ROWS):
         trace = dense.streams(part)
         (x0, y0), (x1, _), (_, y2) = trace[first : first + 3]
         for column, stream in zip(columns, (x0, x1, y0, y2), strict=True):
@@ -135,13 +137,11 @@ def block_output(dense: Model, decode: Model, seen: Around, layer: int) -> Tenso
 
 
 @torch.no_grad()
-def relative_error(
-    dense: Model, decode: Model, seen: Around, layer: int, *, rows: int = 8
-) -> float:
+def relative_error(dense: Model, decode: Model, seen: Around, layer: int) -> float:
     """Mean squared error of the block at ``layer`` over the target's variance."""
     total = 0.0
-    for start in range(0, len(seen.batch), rows):
-        part = seen[list(range(start, min(start + rows, len(seen.batch))))]
+    for start in range(0, len(seen.batch), ROWS):
+        part = seen[list(range(start, min(start + ROWS, len(seen.batch))))]
         out_BCE = block_output(dense, decode, part, layer)
         total += float((out_BCE.float() - part.target_BCE.float()).square().sum())
     return total / seen.target_BCE.numel() / seen.variance

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.tasks import TASKS
+from pdtrim.evaluate.tasks.definitions import TASKS
 from pdtrim.words import RECALL
 
 if TYPE_CHECKING:

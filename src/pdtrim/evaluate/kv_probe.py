@@ -11,23 +11,24 @@ Shapes: B rows, P prompt tokens, C continuation tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from pdtrim.calibration.tokens import encode_for
 from pdtrim.errors import PlanError
 from pdtrim.evaluate.kv_suite import retrieval_scores
-from pdtrim.evaluate.quality import measure_quality
+from pdtrim.evaluate.quality import compare
 from pdtrim.evaluate.retrieval import Probe, generate
+from pdtrim.finite import finite
 from pdtrim.kv.codecs import parse_codec
 from pdtrim.kv.codecs.integer import rotated
-from pdtrim.kv.policy import HandoverPolicy
+from pdtrim.kv.policy import HandoverPolicy, hand_over
+from pdtrim.kvfit.observed import Observed
 from pdtrim.models.model import Model
 from pdtrim.plan import LayerKV, PrunePlan
 from pdtrim.progress import Progress, silent
-from pdtrim.stage.forward import Batch, Trimmed
+from pdtrim.stage.forward import Batch, Trimmed, decode_stream
 
 TRIED = ("int3", "int3:rotate=true", "int4", "int4:rotate=true", "fp8", "int8", "lossless")
 """What a refusal may advise, smaller first."""
@@ -91,14 +92,14 @@ def check_codecs(
         hidden=True,
         progress=progress,
     )
-    batch = copying(model, list(probes), config)
+    costs = Costs(model, copying(model, list(probes), config))
     found, plainly = int(hits["coded"].sum()), int(hits["plain"].sum())
-    kl = kls(model, {"coded": coded}, batch, progress)["coded"]
+    kl = costs.kl(coded)
     if found < config.share * plainly or not kl <= config.kl:  # so that NaN is refused
         raise PlanError(
             f"the KV codecs of this plan break '{model.name}': with them it finds {found} of"
             f" {config.needles} needles, without them {plainly}, and they cost {kl:.3g} nats a"
-            f" token, which may be {config.kl:g}; {_advice(model, batch, config, progress)}"
+            f" token, which may be {config.kl:g}; {_advice(costs, config)}"
         )
     return Probed(found=found, plainly=plainly, kl=kl)
 
@@ -112,26 +113,42 @@ def copying(model: Model, probes: list[Probe], config: ProbeConfig) -> Batch:
     return Batch.cut(ids, P)
 
 
-def kls(
-    model: Model, policies: Mapping[str, HandoverPolicy], batch: Batch, progress: Progress = silent
-) -> dict[str, float]:
-    """KL of KV policies to the whole cache on the prompt that suffers most, nats a token.
+class Costs:
+    """KL of KV policies to the whole cache; the prompts are prefilled once for all of them."""
 
-    Not the mean: a codec that breaks a model breaks it on some prompts, and goes unseen on others.
-    """
-    dense = Trimmed.dense(model)
-    variants = {name: replace(dense, policy=policy) for name, policy in policies.items()}
-    measured = measure_quality(model, variants, batch, progress=progress)
-    return {name: float(quality.kl_n.max()) for name, quality in measured.items()}
+    @torch.inference_mode()
+    def __init__(self, model: Model, batch: Batch) -> None:
+        self.dense = Trimmed.dense(model)
+        self.observed = Observed.of(model, batch)
+        self.views = [self.observed.view(layer) for layer in range(model.num_layers)]
+
+    @torch.inference_mode()
+    def kl(self, policy: HandoverPolicy) -> float:
+        """Nats a token on the prompt that suffers most.
+
+        Not the mean: a codec that breaks a model breaks it on some prompts, and goes unseen on
+        others.
+
+        Raises:
+            PdtrimError: it is NaN or infinite.
+        """
+        model, batch, trace = self.observed.model, self.observed.batch, self.observed.trace
+        handed = [hand_over(policy, layer, view) for layer, view in enumerate(self.views)]
+        y_BCE = decode_stream(model, batch, handed, trace[0][1])
+        kl_B, _, _ = compare(model, trace[-1][1], self.dense, y_BCE, batch)
+        return float(finite(kl_B, "the KL of a codec").max())
 
 
-def _advice(model: Model, batch: Batch, config: ProbeConfig, progress: Progress) -> str:
-    """The smallest codec that costs little."""
-    names = [name for name in TRIED if "rotate" not in name or rotated(model.head_dim)]
-    policies = {name: HandoverPolicy(rules=(_rule(name),) * model.num_layers) for name in names}
-    measured = kls(model, policies, batch, progress)
-    name = next((name for name in names if measured[name] <= config.kl / 2), names[-1])
-    return f"'full+{name}' costs {measured[name]:.3g}"
+def _advice(costs: Costs, config: ProbeConfig) -> str:
+    """The smallest codec that costs little, or the last one."""
+    model = costs.observed.model
+    for name in TRIED:
+        if "rotate" in name and not rotated(model.head_dim):
+            continue
+        kl = costs.kl(HandoverPolicy(rules=(_rule(name),) * model.num_layers))
+        if kl <= config.kl / 2:
+            break
+    return f"'full+{name}' costs {kl:.3g}"
 
 
 def _rule(codec: str) -> LayerKV:

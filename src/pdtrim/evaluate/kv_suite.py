@@ -31,7 +31,7 @@ from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
 from pdtrim.progress import Progress, silent
-from pdtrim.stage.forward import Batch, Trimmed
+from pdtrim.stage.forward import Batch, Trimmed, last_streams
 
 REFERENCE = "full"
 VIEWS = ("visible", "hidden")
@@ -143,6 +143,7 @@ def retrieval_scores(
     alike: dict[tuple[int, int, int], list[int]] = {}
     for i, tokens in enumerate(encoded):
         alike.setdefault(tokens.lengths, []).append(i)
+    variants = [replace(trimmed, policy=policy) for policy in policies.values()]
     hits = {name: np.zeros(len(probes), dtype=np.int64) for name in policies}
     what = f"retrieval, question {VIEWS[hidden]}"
     with progress(what, len(probes) * len(policies)) as advance:
@@ -153,7 +154,7 @@ def retrieval_scores(
                     prompt_BP=torch.tensor([encoded[i].prompt for i in rows]),
                     continuation_BC=torch.tensor([encoded[i].continuation for i in rows]),
                 ).to(decode.device)
-                for name, y_BCE in trimmed.last_streams(batch, policies).items():
+                for name, y_BCE in zip(policies, last_streams(variants, batch), strict=True):
                     # the head on the answer alone: a question's logits would be most of the memory
                     said_BA = decode.head(y_BCE[:, -A:]).argmax(-1)
                     hit_B = (said_BA == batch.continuation_BC[:, -A:]).all(-1)

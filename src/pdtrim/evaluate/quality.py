@@ -19,11 +19,9 @@ from torch import Tensor
 from pdtrim.calibration.teacher import head_rows
 from pdtrim.errors import PlanError
 from pdtrim.finite import finite
-from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
-from pdtrim.plan import Gates
 from pdtrim.progress import Progress, silent
-from pdtrim.stage.forward import Batch, Trimmed
+from pdtrim.stage.forward import Batch, Trimmed, last_streams
 
 ROWS = 4  # sequences run together
 
@@ -80,21 +78,14 @@ def measure_quality(
     for name, variant in variants.items():
         if variant.pair.decode.config.vocab_size != dense.config.vocab_size:
             raise PlanError(f"'{name}' and the dense model have different vocabularies")
+    everything = [Trimmed.dense(dense), *variants.values()]
     rows: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in variants}
-    alike: dict[tuple[int, int, Gates], dict[str, HandoverPolicy]] = {}
-    first: dict[tuple[int, int, Gates], Trimmed] = {}
-    for name, variant in variants.items():  # those that share a prefill run it once
-        key = (id(variant.pair.prefill), id(variant.pair.decode), variant.gates)
-        alike.setdefault(key, {})[name] = variant.policy
-        first.setdefault(key, variant)
-    with progress("measuring quality", len(batch) * (len(variants) + 1)) as advance:
+    with progress("measuring quality", len(batch) * len(everything)) as advance:
         for part in batch.to(dense.device).parts(ROWS):
-            dense_BCE = Trimmed.dense(dense).last_stream(part)
-            advance(len(part))
-            for key, policies in alike.items():
-                for name, y_BCE in first[key].last_streams(part, policies).items():
-                    rows[name].append(_compare(dense, dense_BCE, variants[name], y_BCE, part))
-                    advance(len(part))
+            dense_BCE, *streams = last_streams(everything, part)
+            for (name, variant), y_BCE in zip(variants.items(), streams, strict=True):
+                rows[name].append(compare(dense, dense_BCE, variant, y_BCE, part))
+            advance(len(part) * len(everything))
     return {
         name: Quality(
             kl_n=finite(torch.cat([k for k, _, _ in parts]), f"the KL of '{name}'"),
@@ -105,10 +96,10 @@ def measure_quality(
     }
 
 
-def _compare(
+def compare(
     dense: Model, dense_BCE: Tensor, variant: Trimmed, y_BCE: Tensor, batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """KL, NLL and agreement of each sequence, ``[B]``."""
+    """KL, NLL and agreement of each sequence, ``[B]``, from what the two heads read."""
     B, C = batch.continuation_BC.shape
     columns = (dense_BCE.flatten(0, 1), y_BCE.flatten(0, 1), batch.continuation_BC.flatten())
     kl, nll, same = [], [], []

@@ -22,7 +22,6 @@ from torch import Tensor
 from pdtrim.calibration.recall import answer_loss, lost, recall_text
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.finite import finite
-from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
 from pdtrim.progress import Progress, silent
@@ -46,18 +45,8 @@ WAYS: dict[str, Callable[[int, int], Gates]] = {
 }
 
 
-def sensitivity(
-    model: Model,
-    batch: Batch,
-    *,
-    policy: HandoverPolicy | None = None,
-    progress: Progress = silent,
-) -> Tensor:
-    """Mean KL to the dense model, nats a continuation token, ``[W, L]`` in the order of ``WAYS``.
-
-    Args:
-        policy: KV policy under which blocks are lost; None is full.
-    """
+def sensitivity(model: Model, batch: Batch, *, progress: Progress = silent) -> Tensor:
+    """Mean KL to the dense model, nats a token of the continuation, ``[W, L]`` as in ``WAYS``."""
     batch = batch.to(model.device)
 
     def loss_on(start: int) -> tuple[Batch, Loss]:
@@ -65,17 +54,12 @@ def sensitivity(
         teacher = Teacher.of(model, part)
         return part, lambda y_BCE: teacher.kl(model, y_BCE)
 
-    kl_WL = _losses(model, len(batch), loss_on, policy, progress)
+    kl_WL = _losses(model, len(batch), loss_on, progress)
     return finite(kl_WL, "the KL of losing a block")
 
 
 def recall_sensitivity(
-    model: Model,
-    batch: Batch,
-    *,
-    policy: HandoverPolicy | None = None,
-    progress: Progress = silent,
-    seed: int = 0,
+    model: Model, batch: Batch, *, progress: Progress = silent, seed: int = 0
 ) -> Tensor:
     """Mean NLL of answers above the dense model's (``calibration/recall.py``), likewise.
 
@@ -89,7 +73,7 @@ def recall_sensitivity(
         dense_B = answer_loss(model, part, Trimmed.dense(model).last_stream(part.batch))
         return part.batch, lambda y_BCE: lost(answer_loss(model, part, y_BCE), dense_B)
 
-    recall_WL = _losses(model, len(rows), loss_on, policy, progress)
+    recall_WL = _losses(model, len(rows), loss_on, progress)
     return finite(recall_WL, "the recall of losing a block")
 
 
@@ -98,7 +82,6 @@ def _losses(
     model: Model,
     sequences: int,
     loss_on: Callable[[int], tuple[Batch, Loss]],
-    policy: HandoverPolicy | None,
     progress: Progress,
 ) -> Tensor:
     """Mean loss of losing each block in each way, ``[W, L]``, float64.
@@ -107,7 +90,7 @@ def _losses(
         loss_on: what is run from a sequence on, ``ROWS`` of them, and its loss.
     """
     count = model.num_layers
-    dense = replace(Trimmed.dense(model), policy=policy or HandoverPolicy.full(count))
+    dense = Trimmed.dense(model)
     total_WL = torch.zeros(len(WAYS), count, dtype=torch.float64)
     with progress("measuring blocks", total_WL.numel() * sequences) as advance:
         for begin in range(0, sequences, ROWS):

@@ -22,6 +22,7 @@ from torch import Tensor
 from pdtrim.errors import PdtrimError
 
 CHUNK = 1 << 22  # resampled items held at once
+LEVEL = 0.95
 
 Scores = Tensor | NDArray[np.generic] | Sequence[float]
 
@@ -36,7 +37,7 @@ class Interval:
 
 
 def mean_interval(
-    a_n: Scores, *, seed: int, samples: int = 10_000, level: float = 0.95
+    a_n: Scores, *, seed: int, samples: int = 10_000, level: float = LEVEL
 ) -> Interval:
     """Percentile bootstrap interval of a mean over items.
 
@@ -52,13 +53,11 @@ def mean_interval(
             not one-dimensional, no samples, or a level outside 0..1.
     """
     a_n = _scores(a_n)
-    means_S = _resampled(a_n, np.random.default_rng(seed), samples=samples, level=level)
+    means_S = _resampled(a_n, np.random.default_rng(seed), samples)
     return _interval(float(a_n.mean()), means_S, level)
 
 
-def paired_difference(
-    a_n: Scores, b_n: Scores, *, seed: int, samples: int = 10_000, level: float = 0.95
-) -> Interval:
+def paired_difference(a_n: Scores, b_n: Scores, *, seed: int, samples: int = 10_000) -> Interval:
     """Paired bootstrap interval of ``mean(a - b)``, item i of both being the same text.
 
     Arguments are as for :func:`mean_interval`. An interval that leaves out 0 is a difference that
@@ -67,12 +66,10 @@ def paired_difference(
     Raises:
         PdtrimError: as :func:`mean_interval`, or the two have different numbers of items.
     """
-    return mean_interval(_difference(a_n, b_n), seed=seed, samples=samples, level=level)
+    return mean_interval(_difference(a_n, b_n), seed=seed, samples=samples)
 
 
-def average_interval(
-    a: Sequence[Scores], *, seed: int, samples: int = 10_000, level: float = 0.95
-) -> Interval:
+def average_interval(a: Sequence[Scores], *, seed: int, samples: int = 10_000) -> Interval:
     """Bootstrap interval of the average over tasks of the tasks' means.
 
     Items are resampled within each task. Tasks are not: they are what was chosen, not a sample of
@@ -89,17 +86,12 @@ def average_interval(
         raise PdtrimError("an average needs at least one task")
     rng = np.random.default_rng(seed)
     tasks = [_scores(a_n) for a_n in a]
-    means_S = sum(_resampled(a_n, rng, samples=samples, level=level) for a_n in tasks) / len(tasks)
-    return _interval(float(np.mean([a_n.mean() for a_n in tasks])), np.asarray(means_S), level)
+    means_S = sum(_resampled(a_n, rng, samples) for a_n in tasks) / len(tasks)
+    return _interval(float(np.mean([a_n.mean() for a_n in tasks])), np.asarray(means_S), LEVEL)
 
 
 def paired_average(
-    a: Sequence[Scores],
-    b: Sequence[Scores],
-    *,
-    seed: int,
-    samples: int = 10_000,
-    level: float = 0.95,
+    a: Sequence[Scores], b: Sequence[Scores], *, seed: int, samples: int = 10_000
 ) -> Interval:
     """Paired bootstrap interval of the average over tasks of ``mean(a - b)``.
 
@@ -111,7 +103,7 @@ def paired_average(
     if len(a) != len(b):
         raise PdtrimError(f"paired averages need the same tasks: {len(a)} and {len(b)} given")
     differences = [_difference(a_n, b_n) for a_n, b_n in zip(a, b, strict=True)]
-    return average_interval(differences, seed=seed, samples=samples, level=level)
+    return average_interval(differences, seed=seed, samples=samples)
 
 
 def _difference(a_n: Scores, b_n: Scores) -> NDArray[np.float64]:
@@ -123,11 +115,11 @@ def _difference(a_n: Scores, b_n: Scores) -> NDArray[np.float64]:
 
 
 def _resampled(
-    a_n: NDArray[np.float64], rng: np.random.Generator, *, samples: int, level: float
+    a_n: NDArray[np.float64], rng: np.random.Generator, samples: int
 ) -> NDArray[np.float64]:
     """Means of resampled items, ``[S]``."""
-    if samples < 1 or not 0.0 < level < 1.0:
-        raise PdtrimError("a bootstrap needs at least 1 sample and a level between 0 and 1")
+    if samples < 1:
+        raise PdtrimError("a bootstrap needs at least 1 sample")
     n = len(a_n)
     rows = max(1, CHUNK // n)
     return np.concatenate(
@@ -140,6 +132,8 @@ def _resampled(
 
 def _interval(mean: float, means_S: NDArray[np.float64], level: float) -> Interval:
     """Percentiles of resampled means."""
+    if not 0.0 < level < 1.0:
+        raise PdtrimError("an interval needs a level between 0 and 1")
     tail = (1.0 - level) / 2
     low, high = np.quantile(means_S, (tail, 1.0 - tail))
     return Interval(mean=mean, low=float(low), high=float(high))

@@ -9,6 +9,7 @@ group's fullest row, D head width.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,6 +46,11 @@ class HandoverPolicy:
     def full(cls, num_layers: int) -> HandoverPolicy:
         """Everything travels."""
         return cls(rules=(LayerKV(),) * num_layers)
+
+    def of_layer(self, layer: int) -> tuple[Hashable, ...]:
+        """All that the handover of a layer depends on."""
+        places = self.places[layer] if self.places else None
+        return self.rules[layer], self.block_size, places
 
     def share(self, layer: int, heads: int, tokens: int) -> float:
         """Share of a layer's pairs that travel; 1, the most, where each prompt decides anew."""

@@ -53,10 +53,27 @@ class Found:
     widths: Widths | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How a comparison splits a mean share: each stage loses this many times it.
+
+    Attributes:
+        name: what the method's name is followed by.
+        below: the split is left out where a stage would lose this share or more.
+    """
+
+    name: str
+    mode: Mode
+    prefill: float
+    decode: float
+    below: float = 1.0
+
+
 class Method(ABC):
     """Makes plans. Subclasses implement :meth:`solve`.
 
     Attributes:
+        splits: in which a comparison runs the method beside mode ``unified``.
         modes, grains, metrics, repairs: what the method knows; anything else is refused here. A
             target's grain ``block`` is also what no choice looks like, so a method that knows
             ``part`` only takes that.
@@ -71,6 +88,7 @@ class Method(ABC):
     grains: ClassVar[tuple[Grain, ...]] = ("block", "part")
     metrics: ClassVar[tuple[Metric, ...]] = get_args(Metric)
     repairs: ClassVar[tuple[Repair, ...]] = ("none",)
+    splits: ClassVar[tuple[Split, ...]] = ()
 
     @abstractmethod
     def solve(self, problem: Problem) -> Found:

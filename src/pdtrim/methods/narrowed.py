@@ -13,7 +13,7 @@ from abc import abstractmethod
 from dataclasses import dataclass, replace
 
 from pdtrim.methods.baselines.width import WidthMethod
-from pdtrim.methods.pdtrim import Ground, PDTrim
+from pdtrim.methods.pdtrim import TILTED, Ground, PDTrim
 from pdtrim.methods.problem import Problem, Target
 from pdtrim.models.model import Model
 from pdtrim.models.narrow import narrow_blocks
@@ -30,6 +30,7 @@ class NarrowedPDTrim(PDTrim):
 
     grains = ("block",)
     metrics = ("parameters",)
+    splits = (TILTED,)
     narrow: float
 
     @abstractmethod

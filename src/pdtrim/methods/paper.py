@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 from pdtrim.distill.sets import similarity
 from pdtrim.errors import PlanError
-from pdtrim.methods.base import Found, Method
+from pdtrim.methods.base import Found, Method, Split
 from pdtrim.methods.problem import Problem
 from pdtrim.plan import Stage
 from pdtrim.progress import Progress
@@ -45,6 +45,7 @@ class Paper(Method):
     modes = ("subset",)
     grains = ("block",)
     metrics = ("blocks", "parameters")
+    splits = (Split(name="", mode="subset", prefill=2 / 3, decode=4 / 3),)
     spread: float = 2.0
     annealing: Annealing = field(default_factory=lambda: Annealing(steps=40))
 

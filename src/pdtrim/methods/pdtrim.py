@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pdtrim.errors import PlanError
-from pdtrim.methods.base import Found, Method
+from pdtrim.methods.base import Found, Method, Split
 from pdtrim.methods.pace import measured_pace, minutes
 from pdtrim.methods.problem import Problem, Target
 from pdtrim.models.swap import Blocks, joined
@@ -56,6 +56,8 @@ from pdtrim.stage.forward import Pair, Trimmed
 STEP = 0.35
 """Of a dense pass, a greedy step's evaluation: candidates run from where they differ, and most of
 them on part of the text."""
+TILTED = Split(name="-tilted", mode="projected", prefill=1.5, decode=0.5)
+"""More from prefill, the stage that bears it."""
 SEARCH_SHARE = 0.8
 """Of the minutes behind repairs, that the search plans with; the rest is for a slower machine."""
 
@@ -107,6 +109,11 @@ class PDTrim(Method):
     default_repair = "best"
     paced = True
     repairs = ("none", "best")
+    splits = (
+        Split(name="-even", mode="projected", prefill=1.0, decode=1.0),
+        TILTED,
+        Split(name="-prefill", mode="projected", prefill=2.0, decode=0.0, below=0.8),
+    )
     shortlist: int | None = 10
     annealing: Annealing = field(default_factory=Annealing)
     evolution: Evolution = field(default_factory=Evolution)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from pdtrim.errors import PlanError
 from pdtrim.methods.baselines.shortgpt import ShortGPT
-from pdtrim.methods.pdtrim import PDTrim
+from pdtrim.methods.pdtrim import TILTED, PDTrim
 from pdtrim.methods.problem import Problem
 from pdtrim.search.anneal import Annealing, anneal
 from pdtrim.search.goal import Goal
@@ -26,6 +26,7 @@ class ShortGPTPDTrim(PDTrim):
 
     name = "shortgpt+pdtrim"
     grains = ("block",)
+    splits = (TILTED,)
     annealing: Annealing = field(default_factory=lambda: Annealing(steps=160))
 
     def explore(self, problem: Problem, objective: Objective, goal: Goal) -> Measured:

@@ -15,7 +15,7 @@ from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.compare.records import Comparison, SystemRow
 from pdtrim.evaluate.compare.systems import SETTINGS
 from pdtrim.evaluate.statistics import Interval
-from pdtrim.keep.files import whole
+from pdtrim.report.figure import new_figure, save_figure
 
 NONE = "-"
 """What stands where a number is missing."""
@@ -121,15 +121,8 @@ def plot_compare(result: Comparison, path: Path) -> Path:
     ]
     if not parts:
         raise PdtrimError("nothing to plot: no system has an average")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PdtrimError("a plot needs matplotlib: pip install 'pdtrim[plot]'") from error
     count = sum(len(rows) for _, rows in parts)
-    height = 1.6 + 0.32 * count + 0.5 * len(parts)
-    figure = Figure(figsize=(9, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 1.6 + 0.32 * count + 0.5 * len(parts))
     ratios = [len(rows) + 0.6 for _, rows in parts]
     grid: Any = figure.subplots(
         len(parts), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios}
@@ -152,9 +145,7 @@ def plot_compare(result: Comparison, path: Path) -> Path:
         parse_math=False,
     )
     _legend(figure, parts, result)
-    with whole(path) as part:
-        figure.savefig(part, format="png")
-    return path
+    return save_figure(figure, path)
 
 
 def _bars(axes: Any, rows: list[SystemRow], right: float) -> None:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pdtrim.errors import PdtrimError
-from pdtrim.keep.files import whole
+from pdtrim.report.figure import new_figure, save_figure
 
 FLOOR = 1e-4
 """The least KL that is told apart: the colours are on a log scale, and less is noise."""
@@ -32,17 +31,11 @@ def plot_sensitivity(
     Raises:
         PdtrimError: matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.colors import LogNorm
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PdtrimError("a plot needs matplotlib: pip install 'pdtrim[plot]'") from error
     shown = kl_WL.clamp_min(FLOOR)
     W, L = shown.shape
-    figure = Figure(figsize=(max(6.0, 0.42 * L + 2.5), 0.55 * W + 1.5), dpi=150)
-    figure.set_layout_engine("constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(6.0, 0.42 * L + 2.5), 0.55 * W + 1.5)
+    from matplotlib.colors import LogNorm
+
     axes = figure.add_subplot()
     top = max(float(shown.max()), 10 * FLOOR)
     image = axes.imshow(
@@ -60,6 +53,4 @@ def plot_sensitivity(
             colour = "white" if dark else "black"
             axes.text(layer, way, text, ha="center", va="center", fontsize=6, color=colour)
     figure.colorbar(image, ax=axes, label=unit, pad=0.01)
-    with whole(path) as part:
-        figure.savefig(part, format="png")
-    return path
+    return save_figure(figure, path)

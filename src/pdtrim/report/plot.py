@@ -10,7 +10,7 @@ from typing import Any
 
 from pdtrim.errors import PdtrimError
 from pdtrim.evaluate.result import Result, Row
-from pdtrim.keep.files import whole
+from pdtrim.report.figure import new_figure, save_figure
 
 FLOOR = 1e-4
 """The least KL that is drawn: a log axis has no 0, and less is noise."""
@@ -37,42 +37,33 @@ def plot_kv(result: Result, path_stem: Path) -> tuple[Path, Path]:
     lines = families(result.rows)
     if not lines:
         raise PdtrimError("nothing to plot: no row has a name such as family@setting")
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PdtrimError("a plot needs matplotlib: pip install 'pdtrim[plot]'") from error
+    # a long legend needs more height
+    figure = new_figure(8, max(5, 1.5 + 0.22 * len(lines)))
+    axes = figure.add_subplot()
+    handles = {name: _draw(axes, i, rows) for i, (name, rows) in enumerate(lines.items())}
+    _scale(axes, [row for rows in lines.values() for row in rows])
+    # the figure's title, not the axes': it may be wider than them and runs above the legend
+    figure.suptitle(_title(result), x=0.01, ha="left", fontsize=10, parse_math=False)
+    # from top to bottom as the lines end on the right
+    order = sorted(handles, key=lambda name: -lines[name][-1].kl)
+    axes.legend(
+        [handles[name] for name in order],
+        order,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1),
+        borderaxespad=0,
+        frameon=False,
+        fontsize="small",
+        handlelength=2.8,
+        labelspacing=0.7,
+    )
+    png, svg = (path_stem.with_name(path_stem.name + end) for end in (".png", ".svg"))
+    save_figure(figure, png)
+    from matplotlib import rc_context
 
     # text as text, and ids that do not change from run to run
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pdtrim"}):
-        # a long legend needs more height
-        size = (8, max(5, 1.5 + 0.22 * len(lines)))
-        figure = Figure(figsize=size, dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        handles = {name: _draw(axes, i, rows) for i, (name, rows) in enumerate(lines.items())}
-        _scale(axes, [row for rows in lines.values() for row in rows])
-        # the figure's title, not the axes': it may be wider than them and runs above the legend
-        figure.suptitle(_title(result), x=0.01, ha="left", fontsize=10, parse_math=False)
-        # from top to bottom as the lines end on the right
-        order = sorted(handles, key=lambda name: -lines[name][-1].kl)
-        axes.legend(
-            [handles[name] for name in order],
-            order,
-            loc="upper left",
-            bbox_to_anchor=(1.01, 1),
-            borderaxespad=0,
-            frameon=False,
-            fontsize="small",
-            handlelength=2.8,
-            labelspacing=0.7,
-        )
-        png, svg = (path_stem.with_name(path_stem.name + end) for end in (".png", ".svg"))
-        with whole(png) as part:
-            figure.savefig(part, format="png")
-        with whole(svg) as part:
-            figure.savefig(part, format="svg", metadata={"Date": None})
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "pdtrim"}):
+        save_figure(figure, svg, metadata={"Date": None})
     return png, svg
 
 

@@ -15,8 +15,10 @@ width, V vocabulary, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,18 +177,30 @@ class Trimmed:
         """What decode's head reads, ``[B, C, E]``."""
         return self.streams(batch)[-1][1]
 
-    def last_streams(
-        self, batch: Batch, policies: Mapping[str, HandoverPolicy]
-    ) -> dict[str, Tensor]:
-        """The same under other policies, with one prefill for all of them."""
-        run = _Run(self.pair, batch, self.gates, "compact")
-        x, y = run.entry()
-        ys = dict.fromkeys(policies, y)
-        for layer in range(self.gates.num_layers):
-            x, view = run.prefill(layer, x)
-            for name, policy in policies.items():
-                ys[name] = run.decode(layer, ys[name], view, policy)
-        return ys
+
+def last_streams(variants: Sequence[Trimmed], batch: Batch) -> list[Tensor]:
+    """What decode's head reads in each variant, ``[B, C, E]``; what they do alike is done once.
+
+    The variants go side by side through the layers. In each, those whose streams, blocks, gates and
+    rules have been the same so far are one.
+    """
+    runs = [_Run(one.pair, batch, one.gates, "compact") for one in variants]
+    made: dict[Hashable, Any] = {}
+
+    def once(key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in made:
+            made[key] = make()
+        return made[key]
+
+    at: list[tuple[Tensor, Tensor]] = [once(run.embeds(), run.entry) for run in runs]
+    for layer in range(variants[0].gates.num_layers):
+        made.clear()
+        before, at = at, []  # those before live on meanwhile, so that no id comes twice
+        for one, run, (x, y) in zip(variants, runs, before, strict=True):
+            ahead, view = once((id(x), *run.does("prefill", layer)), partial(run.prefill, layer, x))
+            key = (id(y), id(view), *run.does("decode", layer), *one.policy.of_layer(layer))
+            at.append((ahead, once(key, partial(run.decode, layer, y, view, one.policy))))
+    return [y for _, y in at]
 
 
 class _Run:
@@ -199,6 +213,17 @@ class _Run:
         self.prefill_rope = pair.prefill.rope(at[:, :N])
         self.decode_rope = pair.decode.rope(at[:, N:])
         self.positions_BC = at[:, N:].expand(len(batch), -1)
+
+    def embeds(self) -> tuple[int, ...]:
+        """What the streams that enter layer 0 depend on beside the batch."""
+        models = self.pair.prefill, self.pair.decode
+        return tuple(id(model.network.model.embed_tokens.weight) for model in models)
+
+    def does(self, stage: Stage, layer: int) -> tuple[Hashable, ...]:
+        """What a stage's step through a layer depends on beside its streams and its policy."""
+        block = self.pair.of(stage).blocks[layer]
+        attention, mlp = self.gates.of(stage)
+        return stage, None if block is None else id(block.module), attention[layer], mlp[layer]
 
     def entry(self) -> tuple[Tensor, Tensor]:
         """The streams that enter layer 0."""

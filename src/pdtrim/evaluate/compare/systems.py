@@ -3,10 +3,10 @@
 The share is of both stages together: what a system removes is the mean of its two stages' shares.
 
 * Setting ``unified``: both stages lose the same, by every method that knows how.
-* Setting ``disaggregated``: the stages lose different parts. ``even`` removes the share from each,
-  but not the same blocks; ``tilted`` and ``prefill`` take more from prefill, the stage that bears
-  it, and less from decode. PDTrim (arXiv 2509.04467) keeps prefill's removed set inside decode's,
-  so its split is the other way round.
+* Setting ``disaggregated``: the stages lose different parts, as each method's ``splits`` say.
+  ``even`` removes the share from each, but not the same blocks; ``tilted`` and ``prefill`` take
+  more from prefill, the stage that bears it, and less from decode. PDTrim (arXiv 2509.04467) keeps
+  prefill's removed set inside decode's, so its split is the other way round.
 """
 
 from __future__ import annotations
@@ -24,36 +24,6 @@ from pdtrim.plan import Mode, PrunePlan
 Setting = Literal["unified", "disaggregated"]
 SETTINGS: tuple[Setting, ...] = ("unified", "disaggregated")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """How a mean share is split: each stage loses this many times it.
-
-    Attributes:
-        below: the split is left out where a stage would lose this share or more.
-    """
-
-    name: str
-    mode: Mode
-    prefill: float
-    decode: float
-    below: float = 1.0
-
-
-SPLITS: dict[str, tuple[Split, ...]] = {
-    "pdtrim": (
-        Split(name="-even", mode="projected", prefill=1.0, decode=1.0),
-        Split(name="-tilted", mode="projected", prefill=1.5, decode=0.5),
-        Split(name="-prefill", mode="projected", prefill=2.0, decode=0.0, below=0.8),
-    ),
-    "paper": (Split(name="", mode="subset", prefill=2 / 3, decode=4 / 3),),
-    "shortgpt+pdtrim": (Split(name="-tilted", mode="projected", prefill=1.5, decode=0.5),),
-    "llm-pruner+pdtrim": (Split(name="-tilted", mode="projected", prefill=1.5, decode=0.5),),
-    "flap+pdtrim": (Split(name="-tilted", mode="projected", prefill=1.5, decode=0.5),),
-}
-"""The disaggregated systems of a method."""
-
-NEVER_UNIFIED = ("paper",)
 OPTIONS: dict[str, Any] = {"search": "hybrid", "repair": "best"}
 """Further fields of the target of ``pdtrim`` and of the methods that build on it."""
 
@@ -133,7 +103,7 @@ def planned_systems(methods: Sequence[str], remove: float) -> list[System]:
             options=_options(method),
         )
         for method in methods
-        if method not in NEVER_UNIFIED
+        if "unified" in METHODS[method].modes
     ]
     for method in methods:
         systems += [
@@ -146,7 +116,7 @@ def planned_systems(methods: Sequence[str], remove: float) -> list[System]:
                 decode_share=split.decode * remove,
                 options=_options(method),
             )
-            for split in SPLITS.get(method, ())
+            for split in METHODS[method].splits
             if max(split.prefill, split.decode) * remove < split.below
         ]
     return systems

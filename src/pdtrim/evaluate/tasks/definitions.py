@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pdtrim.errors import PdtrimError
-from pdtrim.evaluate.tasks import TASKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +47,8 @@ DEFINITIONS: dict[str, Definition] = {
     "lambada_openai": Definition(place="lambada"),
 }
 """All tasks but ``wikitext``, which lm-eval has in another form only."""
+
+TASKS = (*DEFINITIONS, "wikitext")
 
 FILTERS = {"flexible-extract": "exact_match_flexible"}
 """Names of metrics behind filters other than a task's first."""

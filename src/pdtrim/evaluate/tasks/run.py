@@ -23,7 +23,7 @@ def run_task(
     """Scores of a task's items under prefill/decode inference.
 
     Args:
-        task: one of :data:`pdtrim.evaluate.tasks.TASKS`.
+        task: one of :data:`~pdtrim.evaluate.tasks.definitions.TASKS`.
 
     Raises:
         PdtrimError: unknown task, a source that lacks it or cannot be read, too few rows to draw

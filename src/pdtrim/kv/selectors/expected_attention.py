@@ -24,20 +24,18 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from pdtrim.kv.selectors.base import Mask, SelectorBase
-from pdtrim.kv.selectors.scoring import keep_share
+from pdtrim.kv.selectors.base import Mask
+from pdtrim.kv.selectors.scoring import ShareSelector
 from pdtrim.kv.view import LayerView
 from pdtrim.records import MOST_TOKENS
 
 
-class ExpectedAttention(SelectorBase):
+class ExpectedAttention(ShareSelector):
     """A share of the pairs, by the attention that later queries are expected to pay."""
 
     mask: ClassVar[Mask] = "pair"
-    reads_queries: ClassVar[bool] = True
 
     name: Literal["expected_attention"] = "expected_attention"
-    share: float = Field(default=0.5, gt=0, le=1)
     first: int = Field(default=4, ge=0, le=MOST_TOKENS)
     last: int = Field(default=0, ge=0, le=MOST_TOKENS)
     horizon: int = Field(default=512, ge=1, le=2**16)
@@ -48,18 +46,18 @@ class ExpectedAttention(SelectorBase):
         """See the base class."""
         return f"expected_attention:share={share}"
 
-    def keep(self, view: LayerView, *, block_size: int = 1) -> Tensor:
+    def ends(self, tokens: int) -> tuple[int, int]:
         """See the base class."""
-        B, G, N, _ = view.k_BGND.shape
-        device = view.k_BGND.device
-        if self.first + self.last >= N:
-            return torch.ones(B, G, N, dtype=torch.bool, device=device)
-        rope = view.rope(torch.arange(N, N + self.horizon, device=device))
+        return self.first, self.last
+
+    def score(self, view: LayerView) -> Tensor:
+        """See the base class."""
+        N = view.k_BGND.shape[2]
+        rope = view.rope(torch.arange(N, N + self.horizon, device=view.k_BGND.device))
         query = query_statistics(view.unrotated_queries()[:, :, self.first :], rope)
         k_BGMD, v_BGMD = view.k_BGND[:, :, self.first :], view.v_BGND[:, :, self.first :]
         score_BGM = expected_score(k_BGMD, v_BGMD, *query, scale=view.scale, eps=self.eps)
-        score_BGN = F.pad(score_BGM, (self.first, 0))
-        return keep_share(score_BGN, self.share, first=self.first, last=self.last)
+        return F.pad(score_BGM, (self.first, 0))
 
 
 def query_statistics(q_BHMD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

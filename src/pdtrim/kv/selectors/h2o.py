@@ -24,21 +24,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pdtrim.kv.selectors.base import Mask, SelectorBase
-from pdtrim.kv.selectors.scoring import keep_share, window_attention
+from pdtrim.kv.selectors.base import Mask
+from pdtrim.kv.selectors.scoring import ShareSelector, window_attention
 from pdtrim.kv.view import LayerView
 
 CHUNK = 64  # queries; 32k tokens and 32 heads make 256 MiB of logits, all queries 128 GiB
 
 
-class H2O(SelectorBase):
+class H2O(ShareSelector):
     """A share of the pairs: heavy hitters and the most recent tokens."""
 
     mask: ClassVar[Mask] = "pair"
-    reads_queries: ClassVar[bool] = True
 
     name: Literal["h2o"] = "h2o"
-    share: float = Field(default=0.5, gt=0, le=1)
     recent: float = Field(default=0.5, ge=0, le=1)
 
     @classmethod
@@ -46,15 +44,14 @@ class H2O(SelectorBase):
         """See the base class."""
         return f"h2o:share={share}"
 
-    def keep(self, view: LayerView, *, block_size: int = 1) -> Tensor:
+    def ends(self, tokens: int) -> tuple[int, int]:
         """See the base class."""
-        B, G, N, _ = view.k_BGND.shape
         # as keep_share rounds: 0.07 * 100 must not become 8
-        last = math.ceil(self.recent * self.share * N - 1e-9)
-        if self.share == 1 or last >= N:
-            return torch.ones(B, G, N, dtype=torch.bool, device=view.k_BGND.device)
-        score_BGN = attention_mass(view.queries(N), view.k_BGND, view.scale)
-        return keep_share(score_BGN, self.share, first=0, last=last)
+        return 0, math.ceil(self.recent * self.share * tokens - 1e-9)
+
+    def score(self, view: LayerView) -> Tensor:
+        """See the base class."""
+        return attention_mass(view.queries(view.k_BGND.shape[2]), view.k_BGND, view.scale)
 
 
 def attention_mass(q_BHND: Tensor, k_BGND: Tensor, scale: float, *, chunk: int = CHUNK) -> Tensor:

@@ -1,4 +1,4 @@
-"""What several selectors compute: window attention, value norms, and the cut to a share.
+"""What selectors of a share have in common, and what several compute: attention, value norms.
 
 Shapes: B rows, N prompt tokens, G KV heads, H query heads, R = H / G query heads a KV head, W last
 queries, D head width, E hidden width. Everything is computed in fp32, whatever the cache is in.
@@ -7,12 +7,41 @@ queries, D head width, E hidden width. Everything is computed in fp32, whatever 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
+from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from pdtrim.kv.selectors.base import top
+from pdtrim.kv.selectors.base import SelectorBase, top
 from pdtrim.kv.selectors.first_last import first_last
+from pdtrim.kv.view import LayerView
+
+
+class ShareSelector(SelectorBase):
+    """A share of the pairs, by a score of their own; the first and the last tokens among them."""
+
+    reads_queries: ClassVar[bool] = True
+
+    share: float = Field(default=0.5, gt=0, le=1)
+
+    @abstractmethod
+    def ends(self, tokens: int) -> tuple[int, int]:
+        """How many first and how many last tokens of a prompt always stay."""
+
+    @abstractmethod
+    def score(self, view: LayerView) -> Tensor:
+        """``[B, G, N]``, or ``[B, 1, N]`` where all heads are alike."""
+
+    def keep(self, view: LayerView, *, block_size: int = 1) -> Tensor:
+        """See the base class."""
+        B, G, N, _ = view.k_BGND.shape
+        first, last = self.ends(N)
+        if self.share == 1 or first + last >= N:
+            return torch.ones(B, G, N, dtype=torch.bool, device=view.k_BGND.device)
+        keep = keep_share(self.score(view), self.share, first=first, last=last)
+        return keep.expand(B, G, N)
 
 
 def keep_share(score_BGN: Tensor, share: float, *, first: int, last: int) -> Tensor:

@@ -15,28 +15,24 @@ Shapes: B rows, G KV heads, R query heads a KV head, W window, N prompt tokens, 
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from pdtrim.kv.selectors.base import Mask, SelectorBase
-from pdtrim.kv.selectors.scoring import keep_share, value_norm, window_attention
+from pdtrim.kv.selectors.base import Mask
+from pdtrim.kv.selectors.scoring import ShareSelector, value_norm, window_attention
 from pdtrim.kv.view import LayerView
 from pdtrim.records import MOST_TOKENS
 
 Pooling = Literal["average", "max"]
 
 
-class SnapKV(SelectorBase):
+class SnapKV(ShareSelector):
     """A share of the pairs, by the attention of an observation window."""
 
-    reads_queries: ClassVar[bool] = True
-
     name: Literal["snapkv"] = "snapkv"
-    share: float = Field(default=0.5, gt=0, le=1)
     first: int = Field(default=4, ge=0, le=MOST_TOKENS)
     window: int = Field(default=64, ge=1, le=MOST_TOKENS)
     pool: int = Field(default=5, ge=1, le=1023)
@@ -67,20 +63,18 @@ class SnapKV(SelectorBase):
         window = max(4, min(32, tokens // 16))
         return f"snapkv:share={share},window={window},value_norm=true"
 
-    def keep(self, view: LayerView, *, block_size: int = 1) -> Tensor:
+    def ends(self, tokens: int) -> tuple[int, int]:
         """See the base class."""
-        B, G, N, _ = view.k_BGND.shape
-        if self.first + self.window >= N:
-            return torch.ones(B, G, N, dtype=torch.bool, device=view.k_BGND.device)
+        return self.first, self.window
+
+    def score(self, view: LayerView) -> Tensor:
+        """See the base class."""
         attention_BGRWN = window_attention(view.queries(self.window), view.k_BGND, view.scale)
         score_BGRN = window_score(attention_BGRWN, self.pool, self.pooling)
         if self.value_norm:
             score_BGRN = score_BGRN * value_norm(view.v_BGND, view.output_weight())
         score_BGN = score_BGRN.mean(dim=2)
-        if self.heads == "shared":
-            score_BGN = score_BGN.mean(dim=1, keepdim=True)
-        keep_BGN = keep_share(score_BGN, self.share, first=self.first, last=self.window)
-        return keep_BGN.expand(B, G, N)
+        return score_BGN.mean(dim=1, keepdim=True) if self.heads == "shared" else score_BGN
 
 
 def window_score(attention_BGRWN: Tensor, pool: int, pooling: Pooling) -> Tensor:

@@ -25,39 +25,33 @@ Shapes: E hidden width, F input channels of a projection, G KV groups, N tokens.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pdtrim.finite import finite
 from pdtrim.methods.baselines.base import PaperCalibration
 from pdtrim.methods.baselines.moments import Moments, watched
+from pdtrim.methods.baselines.one_ranking import each_ranked
 from pdtrim.methods.baselines.residuals import each_residuals
 from pdtrim.methods.baselines.width import (
     Costs,
     Narrowed,
-    StageCost,
     Units,
     UnitScores,
     WidthMethod,
-    each_stage,
     group_sums,
 )
 from pdtrim.methods.problem import Problem
-from pdtrim.models.block import OUTPUTS, UnitKind
+from pdtrim.models.block import OUTPUTS
 from pdtrim.models.model import Model
 from pdtrim.models.narrow import channels
 from pdtrim.models.swap import Blocks, Weights
 from pdtrim.plan import STAGES
 from pdtrim.progress import Progress
 from pdtrim.stage.forward import Batch
-
-Unit = tuple[int, UnitKind, int]
-"""Layer, kind, index in the block."""
 
 
 def fluctuation(variance_F: Tensor, weight_EF: Tensor) -> Tensor:
@@ -85,72 +79,6 @@ def compensation(weight_EF: Tensor, mean_F: Tensor, cut: Sequence[int]) -> Tenso
     return weight_EF[:, list(cut)].to(mean_F) @ mean_F[list(cut)]
 
 
-def ranked(scores: Mapping[int, UnitScores]) -> list[Unit]:
-    """Units of all layers, the lowest score first; equals by layer, groups first."""
-    units: list[Unit] = []
-    for layer, of_layer in scores.items():
-        units += [(layer, "group", i) for i in range(len(of_layer.groups_G))]
-        units += [(layer, "neuron", i) for i in range(len(of_layer.neurons_F))]
-    values = torch.cat([torch.cat((one.groups_G, one.neurons_F)) for one in scores.values()])
-    finite(values, "the score of a unit")
-    return [units[place] for place in values.cpu().argsort(stable=True).tolist()]
-
-
-def cut_until_enough(
-    name: str, cost: StageCost, order: Sequence[Unit], size: Mapping[UnitKind, int], *, biased: bool
-) -> list[Unit]:
-    """The first units of an order that save what a stage must lose, but those it can do without.
-
-    Args:
-        name: of the method, for the error.
-        size: units of each kind in a dense block; one of each stays.
-        biased: the first unit of a layer brings its biases.
-
-    Raises:
-        PlanError: all that may go is less.
-    """
-    cut: set[Unit] = set()
-    counts: Counter[tuple[int, UnitKind]] = Counter()
-    saved, needed = 0, cost.needed
-
-    def worth(unit: Unit) -> int:
-        """Parameters that a unit saves beside those that are cut without it."""
-        layer, kind, _ = unit
-        of_layer = cost.layers[layer]
-        alone = biased and not counts[layer, "group"] + counts[layer, "neuron"]
-        held = of_layer.group if kind == "group" else of_layer.neuron
-        return held - of_layer.bias * alone
-
-    for unit in order:
-        if saved >= needed:
-            break
-        if counts[unit[:2]] < size[unit[1]] - 1:
-            saved += worth(unit)
-            cut.add(unit)
-            counts[unit[:2]] += 1
-    if saved < needed:
-        raise cost.refuse(name, saved)
-    for unit in reversed([unit for unit in order if unit in cut]):
-        counts[unit[:2]] -= 1
-        if saved - worth(unit) >= needed:
-            cut.remove(unit)
-            saved -= worth(unit)
-        else:
-            counts[unit[:2]] += 1
-    return [unit for unit in order if unit in cut]
-
-
-def units_by_layer(cut: Sequence[Unit]) -> dict[int, Units]:
-    """The units of each layer that loses any, in the order given."""
-    lost: dict[int, dict[UnitKind, list[int]]] = {}
-    for layer, kind, index in cut:
-        lost.setdefault(layer, {"group": [], "neuron": []})[kind].append(index)
-    return {
-        layer: Units(groups=tuple(kinds["group"]), neurons=tuple(kinds["neuron"]))
-        for layer, kinds in lost.items()
-    }
-
-
 @dataclass(frozen=True, kw_only=True)
 class FLAP(WidthMethod):
     """Settings: whether what was cut leaves its mean behind."""
@@ -165,17 +93,8 @@ class FLAP(WidthMethod):
         """See the module's docstring."""
         model, batch, progress = problem.model, problem.batch, problem.progress
         moments = _dense_moments(model, batch, progress)
-        order = ranked({layer: _scores(model, layer, *moments[layer]) for layer in moments})
-        size: dict[UnitKind, int] = {
-            "group": model.num_kv_heads,
-            "neuron": model.config.intermediate_size,
-        }
-
-        def cut(cost: StageCost, within: list[Unit] | None) -> list[Unit]:
-            units = order if within is None else within
-            return cut_until_enough(self.name, cost, units, size, biased=self.bias)
-
-        lost = {stage: units_by_layer(units) for stage, units in each_stage(costs, cut).items()}
+        scores = {layer: _scores(model, layer, *moments[layer]) for layer in moments}
+        lost = each_ranked(self.name, model, costs, scores, biased=self.bias)
         blocks: Blocks = {}
         if self.bias:
             for stage in STAGES:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pdtrim.methods.baselines.nll import token_nll
 from pdtrim.methods.baselines.residuals import dense_residuals
@@ -58,3 +58,22 @@ def add_gradients(
             nll_R = token_nll(logits_BTV.flatten(0, 1), part.ids_BT[:, 1:].flatten())
             loss = nll_R.mean() * (len(part) / len(batch))
             loss.backward(inputs=list(weights))
+
+
+def gradients_and_squares(
+    model: Model, batch: Batch, weights: Sequence[nn.Parameter]
+) -> dict[nn.Parameter, Tensor]:
+    """Leave the mean gradient with each weight; returns the mean square of one sequence's."""
+    means = [torch.zeros_like(w) for w in weights]
+    squares = [torch.zeros_like(w) for w in weights]
+    for row in range(len(batch)):
+        for w in weights:
+            w.grad = None
+        add_gradients(model, batch[row : row + 1], weights)
+        for w, mean, square in zip(weights, means, squares, strict=True):
+            assert w.grad is not None
+            mean += w.grad / len(batch)
+            square += w.grad.square() / len(batch)
+    for w, mean in zip(weights, means, strict=True):
+        w.grad = mean
+    return dict(zip(weights, squares, strict=True))

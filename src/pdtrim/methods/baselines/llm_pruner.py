@@ -33,7 +33,12 @@ from torch import Tensor, nn
 
 from pdtrim.errors import PlanError
 from pdtrim.methods.baselines.base import PaperCalibration
-from pdtrim.methods.baselines.gradients import PASSES, add_gradients, wanting_gradients
+from pdtrim.methods.baselines.gradients import (
+    PASSES,
+    add_gradients,
+    gradients_and_squares,
+    wanting_gradients,
+)
 from pdtrim.methods.baselines.uniform import each_uniform, without_first
 from pdtrim.methods.baselines.width import Costs, Narrowed, UnitScores, WidthMethod
 from pdtrim.methods.problem import Problem
@@ -88,7 +93,7 @@ def taylor_units(
     with wanting_gradients(weights):
         squares: dict[nn.Parameter, Tensor] = {}
         if criterion == "element2":
-            squares = _gradients_and_squares(model, batch, weights)
+            squares = gradients_and_squares(model, batch, weights)
         else:
             add_gradients(model, batch, weights)
         with torch.no_grad():
@@ -98,25 +103,6 @@ def taylor_units(
                 )
                 for layer, block in blocks.items()
             }
-
-
-def _gradients_and_squares(
-    model: Model, batch: Batch, weights: Sequence[nn.Parameter]
-) -> dict[nn.Parameter, Tensor]:
-    """Leave the mean gradient with each weight; returns the mean square of one sequence's."""
-    means = [torch.zeros_like(w) for w in weights]
-    squares = [torch.zeros_like(w) for w in weights]
-    for row in range(len(batch)):
-        for w in weights:
-            w.grad = None
-        add_gradients(model, batch[row : row + 1], weights)
-        for w, mean, square in zip(weights, means, squares, strict=True):
-            assert w.grad is not None
-            mean += w.grad / len(batch)
-            square += w.grad.square() / len(batch)
-    for w, mean in zip(weights, means, strict=True):
-        w.grad = mean
-    return dict(zip(weights, squares, strict=True))
 
 
 def _score(

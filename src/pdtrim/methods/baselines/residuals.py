@@ -15,6 +15,7 @@ from torch import Tensor
 from pdtrim.errors import PlanError
 from pdtrim.methods.baselines.orders import ranking_mode
 from pdtrim.methods.problem import Problem
+from pdtrim.models.block import Block
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates, Stage
 from pdtrim.search.objective import ROWS, BudgetSpent
@@ -56,19 +57,27 @@ def dense_cost(problem: Problem, passes: int = 1) -> int:
     return cost
 
 
-def dense_residuals(model: Model, batch: Batch) -> list[Tensor]:
-    """Streams ``[B, T, E]`` that enter each layer, and the last one's output: L + 1 of them.
+def whole_blocks(model: Model, tokens: int) -> Callable[[Block, Tensor], Tensor]:
+    """What runs a whole block on streams ``[B, T, E]`` of so many tokens, as an ordinary forward.
 
-    An ordinary causal forward. The simulator's prefill does not serve here: it stops behind the
-    last keys and values that decode reads, and so has no prompt tokens behind the last block.
+    The simulator's prefill does not serve here: it stops behind the last keys and values that
+    decode reads, and so has no prompt tokens behind the last block.
     """
+    rope = model.rope(torch.arange(tokens, device=model.device)[None])
+
+    def run(block: Block, x_BTE: Tensor) -> Tensor:
+        return prefill_block(block, x_BTE, rope, model.rope, attention="full", mlp=True)[0]
+
+    return run
+
+
+def dense_residuals(model: Model, batch: Batch) -> list[Tensor]:
+    """Streams ``[B, T, E]`` that enter each layer, and the last one's output: L + 1 of them."""
     ids_BT = batch.ids_BT[:, :-1]
-    at_1T = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
-    rope = model.rope(at_1T)
+    run = whole_blocks(model, ids_BT.shape[1])
     flows = [model.embed(ids_BT)]
-    for block in model.blocks:
-        x, _ = prefill_block(block, flows[-1], rope, model.rope, attention="full", mlp=True)
-        flows.append(x)
+    for layer in range(model.num_layers):
+        flows.append(run(model.block(layer), flows[-1]))
     return flows
 
 

@@ -21,14 +21,14 @@ Shapes: B sequences, T tokens, E hidden width, F input channels of a projection,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pdtrim.methods.baselines.base import PaperCalibration
-from pdtrim.methods.baselines.moments import watched
+from pdtrim.methods.baselines.moments import Moments, watched
+from pdtrim.methods.baselines.residuals import whole_blocks
 from pdtrim.methods.baselines.uniform import each_uniform, without_first
 from pdtrim.methods.baselines.width import (
     Costs,
@@ -41,10 +41,8 @@ from pdtrim.methods.baselines.width import (
 )
 from pdtrim.methods.problem import Problem
 from pdtrim.models.block import OUTPUTS, Block
-from pdtrim.models.model import Model
 from pdtrim.models.narrow import narrow_blocks
 from pdtrim.search.objective import ROWS
-from pdtrim.stage.step import prefill_block
 
 
 def channel_scores(weight_EF: Tensor, norm_F: Tensor) -> Tensor:
@@ -66,36 +64,27 @@ class WandaSP(WidthMethod):
         model, progress = problem.model, problem.progress
         layers = range(model.num_layers)
         counts = each_uniform(self.name, model, costs, layers)
-        flows = [model.embed(ids) for ids in problem.batch.ids_BT[:, :-1].split(ROWS)]
+        ids_BT = problem.batch.ids_BT[:, :-1]
+        flows = [model.embed(ids) for ids in ids_BT.split(ROWS)]
+        run = whole_blocks(model, ids_BT.shape[1])
         orders: dict[int, Units] = {}
         with progress("weights times inputs", len(layers)) as advance:
             for layer in layers:
-                orders[layer], flows = _through(model, layer, counts["decode"][layer], flows)
+                block = model.block(layer)
+                with watched(block) as moments:
+                    for x_BTE in flows:
+                        run(block, x_BTE)
+                order = orders[layer] = _scores(block, model.num_kv_heads, *moments).order()
+                width = width_without(model, order.first(*counts["decode"][layer]))
+                narrow = narrow_blocks(model, {layer: width} if width else {}).block(layer)
+                flows = [run(narrow, x_BTE) for x_BTE in flows]
                 advance(1)
         return without_first(orders, counts)
 
 
-def _through(
-    model: Model, layer: int, counts: tuple[int, int], flows: Sequence[Tensor]
-) -> tuple[Units, list[Tensor]]:
-    """Rank a block's units on the streams that reach it, and run it without the first of them."""
-    at_1T = torch.arange(flows[0].shape[1], device=flows[0].device)[None]
-    rope = model.rope(at_1T)
-
-    def run(block: Block) -> list[Tensor]:
-        return [
-            prefill_block(block, x_BTE, rope, model.rope, attention="full", mlp=True)[0]
-            for x_BTE in flows
-        ]
-
-    block = model.block(layer)
-    with watched(block) as (attention, mlp):
-        run(block)
-    o, down = (block.matrix(made).weight for made in OUTPUTS)
-    scores = UnitScores(
-        groups_G=group_sums(channel_scores(o.double(), attention.norm_F), model.num_kv_heads),
-        neurons_F=channel_scores(down.double(), mlp.norm_F),
+def _scores(block: Block, num_groups: int, attention: Moments, mlp: Moments) -> UnitScores:
+    o, down = (block.matrix(made).weight.double() for made in OUTPUTS)
+    return UnitScores(
+        groups_G=group_sums(channel_scores(o, attention.norm_F), num_groups),
+        neurons_F=channel_scores(down, mlp.norm_F),
     )
-    order = scores.order()
-    width = width_without(model, order.first(*counts))
-    return order, run(narrow_blocks(model, {layer: width} if width else {}).block(layer))
