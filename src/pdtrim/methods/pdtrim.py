@@ -24,6 +24,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from pdtrim.errors import PlanError
 from pdtrim.methods.base import Found, Method, Split
@@ -109,7 +110,7 @@ class PDTrim(Method):
     default_repair = "best"
     paced = True
     repairs = ("none", "best")
-    splits = (
+    splits: ClassVar[tuple[Split, ...]] = (
         Split(name="-even", mode="projected", prefill=1.0, decode=1.0),
         TILTED,
         Split(name="-prefill", mode="projected", prefill=2.0, decode=0.0, below=0.8),
