@@ -19,6 +19,8 @@ WALKS = 8.0
 """Dense passes over the fitted text that all kinds of repair take for one finalist, at most."""
 FITTED = 0.5
 """Of the layers, those from the first change on, whose projections are fitted."""
+GRAM64 = 2.0
+"""Of a Gram matrix in float32, one in float64."""
 ROWS, SHARE = 256, 4  # of the Gram matrix that is timed: tokens, and the part of its width solved
 
 
@@ -43,6 +45,12 @@ class Pace:
         walks = stages * (WALKS + finalists - 1) * tokens * model.num_layers * self.block_token_s
         fits = FITTED * model.num_layers * (self.gram_s * tokens + self.solve_s)
         return walks + stages * finalists * fits
+
+    def ahead_seconds(self, model: Model, fit: Batch, goal: Goal) -> float:
+        """Of the fits of keys and values that a search asks for, about."""
+        part = model.config.hidden_size / model.config.intermediate_size
+        gram = GRAM64 * self.gram_s * part**2 * fit.prompt_BP.numel()
+        return goal.least("prefill") ** 2 * (gram + self.solve_s * part**3)
 
 
 def measured_pace(model: Model, objective: Objective, journal: Journal | None) -> Pace:

@@ -262,12 +262,15 @@ class PDTrim(Method):
         search = (
             STEP * greedy_evaluations(goal, problem.dense(), self.shortlist) + passes
         ) * objective.dense_cost
-        repairs = 0.0
+        repairs = ahead = 0.0
         if target.repair != "none":
-            repairs = pace.repair_seconds(problem.model, fit, goal, self.repaired)
+            last = objective.pair_of is not None
+            repairs = pace.repair_seconds(problem.model, fit, goal, self.repaired + last)
+            ahead = pace.ahead_seconds(problem.model, fit, goal) if last else 0.0
         if target.minutes is not None:
             key = {"block_tokens_in": target.minutes}
-            left = SEARCH_SHARE * (60 * target.minutes - (time.monotonic() - begun) - repairs)
+            spent = time.monotonic() - begun + ahead
+            left = SEARCH_SHARE * (60 * target.minutes - spent - repairs)
 
             def affordable() -> list[int]:
                 return [objective.spent + max(int(left / pace.block_token_s), 0)]
@@ -276,7 +279,7 @@ class PDTrim(Method):
             objective.budget = (journal.once(key, affordable) if journal else affordable())[0]
         if objective.budget is not None:
             search = min(search, objective.budget) if target.minutes is None else objective.budget
-        seconds = search * pace.block_token_s
+        seconds = search * pace.block_token_s + ahead
         problem.say(
             f"about {minutes(seconds + repairs)} from here: {minutes(seconds)} of search,"
             f" {minutes(repairs)} of repairs"
