@@ -9,6 +9,7 @@ Shapes: B batch, C continuation tokens, V vocabulary, K kept tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -44,21 +45,27 @@ class Teacher:
     @torch.inference_mode()
     def of(cls, model: Model, batch: Batch, *, top: int = TOP) -> Teacher:
         """Run the dense model over the batch, a few sequences at a time."""
+        dense = Trimmed.dense(model)
+        return cls.heard(model, map(dense.streams, batch.parts(ROWS)), top=top)
+
+    @classmethod
+    @torch.inference_mode()
+    def heard(cls, model: Model, traces: Iterable[Trace], *, top: int = TOP) -> Teacher:
+        """The teacher of a batch whose parts the dense model has run."""
         top = min(top, model.config.vocab_size - 1)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for part in batch.parts(ROWS):
-            trace = Trimmed.dense(model).streams(part)
+        C = 0
+        for trace in traces:
             check_streams(model, trace)
-            y = trace[-1][1]
-            for y_RE in y.flatten(0, 1).split(head_rows(model.device)):
+            C = trace[-1][1].shape[1]
+            for y_RE in trace[-1][1].flatten(0, 1).split(head_rows(model.device)):
                 logp_RV = F.log_softmax(model.head(y_RE), -1, dtype=torch.float32)
                 logp_RK, ids_RK = logp_RV.topk(top, dim=-1)
                 rest_R = log_rest(logp_RK)
                 parts.append((ids_RK, logp_RK, rest_R))
-        B, C = batch.continuation_BC.shape
         ids, logp, rest = (torch.cat(column) for column in zip(*parts, strict=True))
         return cls(
-            ids_BCK=ids.view(B, C, top), logp_BCK=logp.view(B, C, top), rest_BC=rest.view(B, C)
+            ids_BCK=ids.view(-1, C, top), logp_BCK=logp.view(-1, C, top), rest_BC=rest.view(-1, C)
         )
 
     @torch.inference_mode()

@@ -33,9 +33,9 @@ class HeldOut:
         text = text.to(model.device)
         self.model, self.weight = model, weight
         self.parts = text.parts(ROWS)
-        self.teachers = [Teacher.of(model, part) for part in self.parts]
         dense = Trimmed.dense(model)
         self.traces = [dense.streams(part) for part in self.parts]
+        self.teachers = [Teacher.heard(model, [trace]) for trace in self.traces]
         self.recalls: list[tuple[Recall, Trace]] = []
         if weight is not None:
             whole = recall_text(model, text, seed=seed)
