@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from pdtrim.bundle import TrimPlan
+from pdtrim.calibration.batches import Calibration
 from pdtrim.kv.frame import encode_part
 from pdtrim.kv.policy import HandoverPolicy
 from pdtrim.kv.selectors import FirstLast
@@ -91,6 +92,14 @@ def random_batch(model: Model, *, rows: int = 2, prompt: int = 9, new: int = 6, 
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, model.config.vocab_size, (rows, prompt + new), generator=generator)
     return Batch(prompt_BP=ids[:, :prompt], continuation_BC=ids[:, prompt:])
+
+
+def random_text(model: Model, *, rows: int = 4, prompt: int, new: int) -> Calibration:
+    """Three parts that share nothing, of so many random sequences each."""
+    search, rerank, fit = (
+        random_batch(model, rows=rows, prompt=prompt, new=new, seed=seed) for seed in (1, 2, 3)
+    )
+    return Calibration(search=search, rerank=rerank, fit=fit, source="x", hash="0" * 64)
 
 
 def random_gates(num_layers: int, rng: random.Random) -> Gates:

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from helpers import FAMILIES, random_batch, tiny_model, trimmed
-from pdtrim.calibration.batches import Calibration
+from helpers import FAMILIES, random_batch, random_text, tiny_model, trimmed
 from pdtrim.methods import PDTrim, Target
 from pdtrim.plan import Gates
 from pdtrim.repair.ahead import Ahead, sources
@@ -24,8 +23,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def text(model):
-    parts = [random_batch(model, rows=4, prompt=40, new=12, seed=seed) for seed in (1, 2, 3)]
-    return Calibration(search=parts[0], rerank=parts[1], fit=parts[2], source="x", hash="0" * 64)
+    return random_text(model, prompt=40, new=12)
 
 
 def ahead(model, batch):

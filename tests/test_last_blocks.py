@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from helpers import random_batch, tiny_model
-from pdtrim.calibration.batches import Calibration
+from helpers import random_text, tiny_model
 from pdtrim.methods import PDTrim, Target
 from pdtrim.methods import pdtrim as module
 from pdtrim.methods.pdtrim import without_last
@@ -24,8 +23,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def text(model):
-    parts = [random_batch(model, rows=4, prompt=24, new=12, seed=seed) for seed in (1, 2, 3)]
-    return Calibration(search=parts[0], rerank=parts[1], fit=parts[2], source="x", hash="0" * 64)
+    return random_text(model, prompt=24, new=12)
 
 
 def best_of(monkeypatch, model, text, found, wins):

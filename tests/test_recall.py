@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import random_batch, tiny_model, trimmed
-from pdtrim.calibration.batches import Calibration
+from helpers import random_batch, random_text, tiny_model, trimmed
 from pdtrim.calibration.recall import ROWS, answer_loss, lost, recall_text
 from pdtrim.errors import CalibrationError, PlanError
 from pdtrim.evaluate.sensitivity import WAYS, recall_sensitivity
@@ -109,20 +108,19 @@ def test_an_objective_adds_what_recall_lost_and_resumes_it(model):
 
 
 def test_a_plan_reports_both_and_its_weight_decides(model):
-    parts = [text_of(model, rows=4, seed=seed) for seed in (1, 2, 3)]
-    text = Calibration(search=parts[0], rerank=parts[1], fit=parts[2], source="x", hash="0" * 64)
+    text = random_text(model, prompt=80, new=40)
     made = {}
     for weight in (0.0, 50.0):
         target = Target(prefill_remove=2, recall=weight, search="one_shot", repair="none")
         plan = PDTrim().plan(model, text, target).plan
         made[weight] = plan.provenance
-        judge = HeldOut(model, parts[1], weight=0.0)
+        judge = HeldOut(model, text.rerank, weight=0.0)
         score = judge.score(trimmed(model, plan.gates))
         assert plan.provenance.held_out.kl == pytest.approx(score.kl, abs=1e-5)
         assert plan.provenance.held_out.recall == pytest.approx(score.recall, abs=1e-5)
         assert "nats an answer" in str(picture(plan).renderables[0])
     assert made[0.0].search_recall is None and made[50.0].recall_weight == 50.0
-    objective = Objective(model, parts[0], recall=1.0)
+    objective = Objective(model, text.search, recall=1.0)
     dense = Removal(num_layers=5, mode="projected")
     for i in range(4):
         objective.measure(dense.remove("prefill", i))

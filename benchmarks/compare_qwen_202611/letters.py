@@ -19,13 +19,14 @@ from torch import Tensor
 from pdtrim.calibration.batches import CalibrationConfig, load_calibration, text_batch
 from pdtrim.calibration.choices import QUESTION
 from pdtrim.calibration.recall import answer_loss, recall_text
+from pdtrim.distill.student import by_layer
 from pdtrim.distill.warm import fitted_kv
 from pdtrim.evaluate.configs import TasksConfig
 from pdtrim.evaluate.quality import measure_quality
 from pdtrim.evaluate.tasks.run import run_task
 from pdtrim.models.loading import load_model
 from pdtrim.models.model import Model
-from pdtrim.models.swap import Weights, swap_blocks
+from pdtrim.models.swap import swap_blocks
 from pdtrim.plan import Gates
 from pdtrim.stage.forward import Batch, Pair, Trimmed
 
@@ -94,9 +95,10 @@ class Bench:
         kl = measure_quality(self.model, {"x": trimmed}, self.held_out)["x"].kl
         found: dict[str, Any] = {
             "kl": round(kl, 4),
-            "choices": round(float(lost_B[self.choices_B].mean()), 3),
             "other_recall": round(float(lost_B[~self.choices_B].mean()), 3),
         }
+        if self.choices_B.any():  # a model that knows letters
+            found["choices"] = round(float(lost_B[self.choices_B].mean()), 3)
         if self.args.items:
             config = TasksConfig(data=str(self.args.data), limit=self.args.items)
             right = run_task(trimmed, "mmlu", config).items["acc"]
@@ -106,12 +108,9 @@ class Bench:
 
 def fitted(model: Model, gates: Gates, text: Batch, gone: set[int]) -> Trimmed:
     """Prefill with keys and values of its skipped blocks fitted to the dense model's."""
-    weights: dict[int, Weights] = {}
     made = fitted_kv(model, Trimmed.whole(Pair.dense(model), gates), text, gone)
-    for name, weight in made.items():
-        layer, _, parameter = name.partition(".")
-        weights.setdefault(int(layer), {})[parameter] = weight
-    return Trimmed.whole(Pair(prefill=swap_blocks(model, weights), decode=model), gates)
+    prefill = swap_blocks(model, by_layer(made))
+    return Trimmed.whole(Pair(prefill=prefill, decode=model), gates)
 
 
 def main() -> None:

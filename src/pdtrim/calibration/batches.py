@@ -62,6 +62,11 @@ class Calibration:
     source: str
     hash: str
 
+    @property
+    def fitted(self) -> Batch:
+        """What repairs are fitted to: the part for it, or the search's where that is empty."""
+        return self.fit if len(self.fit) else self.search
+
 
 def load_calibration(
     model: Model, config: CalibrationConfig, *, progress: Progress = silent

@@ -163,15 +163,12 @@ class PDTrim(Method):
 
     def _fitted_ahead(self, problem: Problem, ground: Ground) -> Callable[[Gates], Pair] | None:
         """What measures states with the keys and values that their repair will fit."""
-        target, text = problem.target, problem.text
-        if (
-            target.repair == "none"
-            or target.mode != "projected"
-            or not ground.goal.least("prefill")
-        ):
+        target = problem.target
+        if target.repair == "none" or target.mode != "projected":
             return None
-        fit = text.fit if len(text.fit) else text.search
-        dense = DenseText(problem.model, fit, stages=("prefill",))
+        if not ground.goal.least("prefill"):
+            return None
+        dense = DenseText(problem.model, problem.text.fitted, stages=("prefill",))
         return Ahead(ground.pair, dense, ridge=KV_RIDGE).pair
 
     def ground(self, problem: Problem) -> Ground:
@@ -254,7 +251,7 @@ class PDTrim(Method):
             Whether the minutes are over.
         """
         target = problem.target
-        fit = problem.text.fit if len(problem.text.fit) else problem.text.search
+        fit = problem.text.fitted
         passes = 0.0
         if target.search in ("hybrid", "anneal"):
             passes = self.annealing.steps * 2 / 3
@@ -297,10 +294,9 @@ class PDTrim(Method):
     ) -> tuple[Removal, Repaired]:
         """The finalist that is best when repaired, chosen on the re-rank text.
 
-        All kinds of repair are tried on the first, on the others the kinds that won there, and the
-        fits of keys and values. Fitted
-        to the text that is there for it, or else to the search's. The search's meter does not count
-        it: a repair costs a few passes.
+        All kinds of repair are tried on the first, on the others the kinds that won there, and in
+        mode ``projected`` the fits of keys and values. Fitted to the text that is there for it, or
+        else to the search's. The search's meter does not count it: a repair costs a few passes.
 
         Args:
             over: whether there is no time for another repair.
@@ -312,7 +308,7 @@ class PDTrim(Method):
         changed = [
             stage for stage in STAGES if any(stage in changed_stages(model, o) for o in options)
         ]
-        fit = DenseText(model, text.fit if len(text.fit) else text.search, stages=changed or STAGES)
+        fit = DenseText(model, text.fitted, stages=changed or STAGES)
         weight = problem.target.recall or None
         judge = HeldOut(model, text.rerank, weight=weight, seed=problem.target.seed)
         kinds: Mapping[Stage, Sequence[Kind]] = KINDS
@@ -323,7 +319,9 @@ class PDTrim(Method):
                     break
                 repaired = best_repair(model, trimmed, fit, judge, kinds, over=over)
                 made.append((state, repaired))
-                kinds = {**repaired.winners, "prefill": _with_kv(repaired.winners["prefill"])}
+                kinds = repaired.winners
+                if state.mode == "projected":
+                    kinds = {**kinds, "prefill": _with_kv(kinds["prefill"])}
                 advance(1)
         return min(made, key=lambda pair: pair[1].score.loss)
 
