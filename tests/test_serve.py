@@ -342,6 +342,7 @@ def test_ports_are_none_that_outgoing_connections_get(tmp_path, monkeypatch):
     given = tmp_path / "range"
     monkeypatch.setattr(ports, "GIVEN", given)
     given.write_text("32768\t60999\n")
+    monkeypatch.setattr(ports, "_offers", itertools.count())
     first = [free_port() for _ in range(20)]
     pid = os.getpid()
     monkeypatch.setattr(os, "getpid", lambda: pid + 1)
