@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,7 +45,6 @@ ROWS = 3  # of a sequence: two returns, and pairs, a copy or a question in turn,
 PLACES = 4  # of a sequence, among which the returns are chosen
 SHORT = 12  # last tokens of a prompt, which tell what needs no recall
 AWAY = 8  # tokens between a word and its return, at least
-COMMON = 1 / 500  # a token that is more of the text than this is no answer
 KEYS = 8
 CUE = 4  # words of the text that a question names
 QUESTION = '\nQuestion: What comes after "{}" in the text above?\nAnswer:'
@@ -151,10 +149,8 @@ class _Cutter:
         room = len(self.texts[0])
         self.P = min(PROMPT - len(self.begin), room * 2 // 3)
         self.C = min(CONTINUATION, room - self.P, self.P // 3)
-        counts = Counter(token for text in self.texts for token in text)
-        limit = COMMON * sum(counts.values())
         self.words = WordTokens(model.tokenizer)
-        self.rare = {t for t, n in counts.items() if n <= limit and self.words.starts(t)}
+        self.rare = self.words.rare(self.texts)
         self.colon, self.line = self._ids(":"), self._ids("\n")
         self.places = self._chosen_places()
         self.choices = self._chosen_choices(random.Random(seed))

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
+
+COMMON = 1 / 500
+"""A token that is more of a text than this is no word to ask for."""
 
 
 class WordTokens:
@@ -26,6 +31,12 @@ class WordTokens:
     def word(self, token: int) -> str:
         """A token's letters, without what marks the begin of a word."""
         return self._text(token)[1:]
+
+    def rare(self, texts: Iterable[list[int]]) -> set[int]:
+        """Tokens that begin a word and are not common in these texts."""
+        counts = Counter(token for text in texts for token in text)
+        limit = COMMON * sum(counts.values())
+        return {token for token, n in counts.items() if n <= limit and self.starts(token)}
 
     def _text(self, token: int) -> str:
         if token not in self.known:
