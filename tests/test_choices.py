@@ -8,6 +8,7 @@ import torch
 from pdtrim.calibration import recall
 from pdtrim.calibration.choices import LETTERS
 from pdtrim.calibration.recall import ROWS, recall_text
+from pdtrim.calibration.recall_training import KNOWN, letters_known
 from pdtrim.calibration.tokens import encode_for
 from pdtrim.stage.forward import Batch
 
@@ -62,3 +63,7 @@ def test_a_model_that_does_not_know_letters_is_not_asked(smollm2, text, monkeypa
     )
     assert all(first) and all(second)
     assert last[0] and not any(last[1::2])
+
+
+def test_training_does_not_ask_smollm2(smollm2, text):
+    assert 0 < letters_known(smollm2, text) < KNOWN / 2

@@ -143,7 +143,14 @@ def training_text(
         seed=config.seed,
     )
     data, rest = load_mixture(model, config.text, lengths, progress=progress, say=say)
-    return with_recall_rows(model, data, config), with_recall_rows(model, rest, config)
+    share = config.recall if config.recall is not None else float(config.stage != "decode")
+    if share < 0:
+        raise PdtrimError("--recall is a share of the other sequences: 0 or more")
+    if not share:
+        return data, rest
+    asked = model if answers_by_letter(model, data, config.seed, say) else None
+    data, rest = (with_recall_rows(model, part, share, config.seed, asked) for part in (data, rest))
+    return data, rest
 
 
 def distillation(model: Model, text: Batch, config: TrainConfig) -> DistillConfig:
@@ -165,20 +172,34 @@ def distillation(model: Model, text: Batch, config: TrainConfig) -> DistillConfi
     )
 
 
-def with_recall_rows(model: Model, text: Batch, config: TrainConfig) -> Batch:
+def answers_by_letter(model: Model, text: Batch, seed: int, say: Callable[[str], None]) -> bool:
+    """Whether the dense model finds the right letters of questions about a text."""
+    from pdtrim.calibration.recall_training import KNOWN, letters_known
+    from pdtrim.calibration.tokens import begin_ids
+
+    begin = len(begin_ids(model.need_tokenizer()))
+    known = letters_known(model, text, begin=begin, seed=seed)
+    if known is None:
+        say("recall does not ask for letters of options: no room or no words for a question")
+        return False
+    does = "asks" if known > KNOWN else "does not ask"
+    say(f"recall {does} for letters of options: likelihood of the right ones {known:.2f}")
+    return known > KNOWN
+
+
+def with_recall_rows(
+    model: Model, text: Batch, share: float, seed: int, asked: Model | None
+) -> Batch:
     """Text, and below it rows that need recall, which are made of it."""
     from pdtrim.calibration.recall_training import recall_rows
     from pdtrim.calibration.tokens import begin_ids
     from pdtrim.stage.forward import Batch
 
-    share = config.recall if config.recall is not None else float(config.stage != "decode")
-    if share < 0:
-        raise PdtrimError("--recall is a share of the other sequences: 0 or more")
     count = round(share * len(text))
     if not count:
         return text
     begin = len(begin_ids(model.need_tokenizer()))
-    return Batch.join([text, recall_rows(text, count, begin=begin, seed=config.seed)])
+    return Batch.join([text, recall_rows(text, count, begin=begin, seed=seed, asked=asked)])
 
 
 def pays_to_keep(model: Model, text: Batch, config: TrainConfig) -> bool:
