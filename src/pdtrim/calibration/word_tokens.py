@@ -8,6 +8,8 @@ from typing import Any
 
 COMMON = 1 / 500
 """A token that is more of a text than this is no word to ask for."""
+MARK = "\u2581"
+"""Begins a word in tokenizers that do not spell tokens as bytes."""
 
 
 class WordTokens:
@@ -22,7 +24,7 @@ class WordTokens:
         if self.tokenizer is None:
             return True
         text = self._text(token)
-        return text[:1] in (" ", "\u2581") and len(text) > 3 and text[1:].isalpha()
+        return text.startswith(" ") and len(text) > 3 and text[1:].isalpha()
 
     def goes_on(self, token: int) -> bool:
         """Whether a token belongs to the word before it."""
@@ -41,5 +43,7 @@ class WordTokens:
     def _text(self, token: int) -> str:
         if token not in self.known:
             piece = str(self.tokenizer.convert_ids_to_tokens(token))
-            self.known[token] = piece.replace("\u0120", " ")
+            marked = piece.startswith(MARK)  # which a decoder takes off the first word of a text
+            text = piece if marked else self.tokenizer.convert_tokens_to_string([piece])
+            self.known[token] = text.replace(MARK, " ")
         return self.known[token]
