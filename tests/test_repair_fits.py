@@ -47,22 +47,25 @@ def test_scalar_is_the_ratio_of_mean_norms():
 
 
 def test_kv_finds_the_projections_and_its_ridge_pulls_to_the_old_ones():
-    h, mix = normal(200, 8), normal(8, 8, seed=1)
+    h, mix = normal(10, 20, 8), normal(8, 8, seed=1)
     old = {"k": normal(3, 8, seed=2), "v": normal(5, 8, seed=3)}
-    found = kv.fit([(h[:60], h[:60] @ mix), (h[60:], h[60:] @ mix)], old, ridge=1e-12)
+    found = kv.fit([(h[:3], h[:3] @ mix), (h[3:], h[3:] @ mix)], old, ridge=1e-12)
     for name, w_FE in old.items():
         torch.testing.assert_close(h @ found[name].T, h @ mix @ w_FE.T, atol=1e-4, rtol=1e-4)
     same = kv.fit([(h, h @ mix)], old, ridge=math.inf)
     assert all(torch.equal(same[name], old[name]) for name in old)
-    # the minimum of |h W'^T - g W^T|^2 + ridge c |W' - W|^2, by stacking the ridge below the data
-    g, root = normal(200, 8, seed=4).double(), math.sqrt(0.5 * float(h.square().sum(0).mean()))
+    # the minimum of w |h W'^T - g W^T|^2 + ridge c |W' - W|^2, by stacking the ridge below the data
+    g, weight = normal(10, 20, 8, seed=4).double(), torch.ones(10, 20, 1, dtype=torch.float64)
+    weight[:, 0] = 10
+    heavy_h, heavy_g = ((weight.sqrt() * x.double()).flatten(0, 1) for x in (h, g))
+    root = math.sqrt(0.5 * float(heavy_h.square().sum(0).mean()))
     w = old["k"].double()
     stacked = torch.linalg.lstsq(
-        torch.cat((h.double(), root * torch.eye(8))), torch.cat((g @ w.T, root * w.T))
+        torch.cat((heavy_h, root * torch.eye(8))), torch.cat((heavy_g @ w.T, root * w.T))
     )
     found = kv.fit([(h, g.float())], old, ridge=0.5)
     torch.testing.assert_close(found["k"], stacked.solution.T.float(), atol=1e-4, rtol=1e-4)
-    zero = torch.zeros(5, 8)
+    zero = torch.zeros(1, 5, 8)
     assert torch.equal(kv.fit([(zero, zero)], old, ridge=0.1)["v"], old["v"])
 
 

@@ -12,7 +12,7 @@ ends with does that, on the streams of the pruned pair.
 The fits take 2 F E numbers a pair of layers, F being the width of all KV heads: 0.6 GB if a search
 asked for every pair of a model of 1.5B parameters in bf16, 8 GB of one of 8B.
 
-Shapes: E hidden width, F width of all KV heads, L layers, R tokens.
+Shapes: B sequences, N tokens, E hidden width, F width of all KV heads, L layers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from pdtrim.plan import Gates
 from pdtrim.repair import kv
 from pdtrim.repair.cuts import writes
 from pdtrim.repair.dense import DenseText
-from pdtrim.repair.run import rows
 from pdtrim.stage.forward import Pair
 from pdtrim.stage.swap import swap_pair
 
@@ -77,9 +76,9 @@ class Ahead:
         return self.fits[key]
 
     def _normed(self, layer: int, source: int) -> Iterator[Tensor]:
-        """What a layer's projections read of a dense stream, ``[R, E]``, part by part."""
+        """What a layer's projections read of a dense stream, ``[B, N, E]``, part by part."""
         norm = self.text.model.block(layer).attention_norm
-        return (norm(rows(part.entry(source), "prefill")) for part in self.text.parts)
+        return (norm(part.entry(source)[0]) for part in self.text.parts)
 
 
 def sources(gates: Gates) -> dict[int, int]:

@@ -66,6 +66,8 @@ OUTPUTS_RIDGE = 0.3
 """Of ``outputs`` and ``shared``."""
 KV_RIDGE = 0.1
 """Of ``kv``; on 6000 tokens 0.03 to 0.3 differ by 5 % of what is gained."""
+KEYS = (0.75, 0.5)
+"""Shares of the way that fitted keys may go, beside all of it."""
 
 
 @torch.no_grad()  # not inference mode: the weights it makes are used outside of it
@@ -148,9 +150,10 @@ def _shapes(model: Model, layer: int) -> dict[str, torch.Size]:
 
 @dataclass(frozen=True, kw_only=True)
 class Repaired:
-    """The repair of each stage with the least KL on text that no fit has seen.
+    """The repair of each stage with the least loss on text that no fit has seen.
 
     Attributes:
+        keys: the share of the way that keys go where prefill's are fitted.
         score: of the repaired pair.
         tried: the loss of each kind, by stage; decode's are tried on prefill's best. Those of both
             stages at once stand with decode's.
@@ -160,6 +163,7 @@ class Repaired:
     blocks: Blocks
     score: Score
     tried: dict[Stage, dict[Kind, float]]
+    keys: float = 1.0
 
     @property
     def winners(self) -> dict[Stage, tuple[Kind, ...]]:
@@ -170,6 +174,7 @@ class Repaired:
     def text(self) -> str:
         """In words."""
         done = [f"{stage} {kind}" for stage, kind in self.kinds.items() if kind != "none"]
+        done += [f"keys {self.keys:g} of the way"] if self.keys < 1 else []
         return ", ".join(done) or "none"
 
 
@@ -187,7 +192,7 @@ def best_repair(
     """Choose each stage's repair, prefill's first, and then whether one of both stages is better.
 
     No repair is a choice too, and wins a tie. What one kind has made, the kinds that go on from it
-    begin with.
+    begin with. Where fitted keys have won, fewer steps of them are tried (``KEYS``).
 
     Args:
         trimmed: the pair as it is pruned.
@@ -198,7 +203,7 @@ def best_repair(
     changed = changed_stages(model, trimmed)
     text = fit if isinstance(fit, DenseText) else DenseText(model, fit, stages=changed or STAGES)
     judge = held_out if isinstance(held_out, HeldOut) else HeldOut(model, held_out)
-    now, score = trimmed, judge.score(trimmed)
+    now, score, keys = trimmed, judge.score(trimmed), 1.0
     best: dict[Stage, Kind] = {}
     blocks: Blocks = {"prefill": {}, "decode": {}}
     tried: dict[Stage, dict[Kind, float]] = {}
@@ -218,6 +223,9 @@ def best_repair(
             if found.loss < score.loss:
                 score, now = found, repaired
                 best[stage], blocks[stage] = kind, made[kind][stage]
+        if stage == "prefill" and best[stage].endswith("kv"):
+            blocks, score, keys = _fewer_keys(trimmed, judge, blocks, score, over)
+            now = _with(trimmed, blocks)
     if len(changed) == len(STAGES) and all("outputs" in kinds[stage] for stage in STAGES):
         made = {}
         for kind in SHARED:
@@ -227,8 +235,31 @@ def best_repair(
             found = judge.score(_with(trimmed, made[kind]))
             tried["decode"][kind] = found.loss
             if found.loss < score.loss:
-                score, best, blocks = found, dict.fromkeys(STAGES, kind), made[kind]
-    return Repaired(kinds=best, blocks=blocks, score=score, tried=tried)
+                score, best, blocks, keys = found, dict.fromkeys(STAGES, kind), made[kind], 1.0
+        if best["prefill"] == "shared+kv":
+            blocks, score, keys = _fewer_keys(trimmed, judge, blocks, score, over)
+    return Repaired(kinds=best, blocks=blocks, score=score, tried=tried, keys=keys)
+
+
+def _fewer_keys(
+    trimmed: Trimmed, judge: HeldOut, blocks: Blocks, score: Score, over: Callable[[], bool]
+) -> tuple[Blocks, Score, float]:
+    """A repair whose keys go as much of the way as is best, its score, and how much that is."""
+    best = blocks, score, 1.0
+    skipped = [i for i, gate in enumerate(trimmed.gates.prefill_attention) if gate == "kv"]
+    for share in KEYS:
+        if over():
+            break
+        part = {}
+        for layer in skipped:
+            block = trimmed.pair.prefill.block(layer)
+            own = block.parameters_of(*KEYS_AND_VALUES)
+            part[layer] = kv.part_way(block, own, blocks["prefill"][layer], share)
+        made: Blocks = {**blocks, "prefill": {**blocks["prefill"], **part}}
+        found = judge.score(_with(trimmed, made))
+        if found.loss < best[1].loss:
+            best = made, found, share
+    return best
 
 
 def changed_stages(model: Model, trimmed: Trimmed) -> tuple[Stage, ...]:

@@ -1,10 +1,17 @@
 """Keys and values of a block that prefill skips, from the stream that stood still before it.
 
-    W' = argmin sum |h W'^T - g W^T|^2 + ridge c |W' - W|^2
+    W' = argmin sum w |h W'^T - g W^T|^2 + ridge c |W' - W|^2
 
 for the key and the value projection W, with h the block's normed input in the pruned prefill, g
-that of the dense model and c the mean over channels of sum h^2. Its solution is W + D^T with
-D = (G + ridge c 1)^-1 sum h^T (g - h) W^T and G = sum h^T h, summed in float64.
+that of the dense model, w a token's weight and c the mean over channels of sum w h^2. Its solution
+is W + D^T with D = (G + ridge c 1)^-1 sum w h^T (g - h) W^T and G = sum w h^T h, summed in float64.
+The first token is one of hundreds in a fit, and the one that most attention falls back on (a sink:
+StreamingLLM, 2309.17453). Its weight is w = ``SINK``, every other token's is 1.
+
+What a stream does not tell, a fit leaves out: fitted keys differ less from one another than the
+dense model's, while their mean is met. So a query that should find one far token falls back on the
+sink, which web text hardly notices and recall does. With keys that go only a part of the way from W
+to W' (:func:`part_way`) more is found (measured in docs/log.md).
 
 All that prefill makes are keys and values, and a skipped block's K and V are projected from a
 stream that lacks the blocks before it. Its projections serve nothing else, so they can be fitted
@@ -13,7 +20,8 @@ the later layers' projections by distillation to read an earlier layer's stream;
 leaves them as they are. A norm of the heads' keys (Qwen3) and the rotation come behind the
 projection, so the fit is of what enters them; biases stay.
 
-Shapes: R tokens, E hidden width, F width of all KV heads.
+Shapes: B sequences, N tokens of one from its first on, R = B N, E hidden width, F width of all KV
+heads.
 """
 
 from __future__ import annotations
@@ -26,6 +34,9 @@ from torch import Tensor
 from pdtrim.models.block import KEYS_AND_VALUES, Block
 from pdtrim.models.swap import Weights
 from pdtrim.repair.ridge import change
+
+SINK = 10.0
+"""Weight of a sequence's first token."""
 
 
 def fitted(
@@ -52,14 +63,29 @@ def fit(pairs: Iterable[tuple[Tensor, Tensor]], projections: Weights, *, ridge: 
     """The projections ``[F, E]`` for normed inputs h of the pruned and g of the dense model.
 
     Args:
-        pairs: h and g, each ``[R, E]``.
+        pairs: h and g, each ``[B, N, E]``.
         projections: as the dense model has them.
     """
     gram_EE = cross_EE = torch.zeros((), dtype=torch.float64)
-    for h_RE, g_RE in pairs:
-        h, g = h_RE.double(), g_RE.double()
-        gram_EE = gram_EE.to(h.device) + h.T @ h
-        cross_EE = cross_EE.to(h.device) + h.T @ (g - h)
+    for h_BNE, g_BNE in pairs:
+        h_RE, g_RE = h_BNE.flatten(0, 1).double(), g_BNE.flatten(0, 1).double()
+        w_BN = h_RE.new_ones(h_BNE.shape[:2])
+        w_BN[:, 0] = SINK
+        wh_ER = (w_BN.view(-1, 1) * h_RE).T
+        gram_EE = gram_EE.to(h_RE.device) + wh_ER @ h_RE
+        cross_EE = cross_EE.to(h_RE.device) + wh_ER @ (g_RE - h_RE)
     eye_EE = torch.eye(len(gram_EE), dtype=torch.float64, device=gram_EE.device)
     wanted_EE = eye_EE + change(gram_EE, cross_EE, ridge).T
     return {name: (w.double() @ wanted_EE).to(w.dtype) for name, w in projections.items()}
+
+
+def part_way(block: Block, own: Weights, made: Weights, share: float) -> Weights:
+    """What was fitted, with keys that go a share of the way from a block's own to it.
+
+    Args:
+        own, made: as :func:`fitted` takes and gives them; not changed.
+    """
+    name, rows = f"{block.making('keys').name}.weight", block.span("keys")
+    part = made[name].clone()
+    part[rows] = torch.lerp(own[name][rows], part[rows], share)
+    return {**made, name: part}

@@ -3,7 +3,8 @@
 Up to the first layer in which the pair differs from the dense model its streams are the dense
 ones, which are there already: the way begins at the layer before, in which a cut is made up for.
 
-Shapes: R tokens of a part of the text, E hidden width, F input channels of a projection.
+Shapes: B sequences of a part of the text, N tokens that prefill reads of one, R tokens of a part, E
+hidden width, F input channels of a projection.
 """
 
 from __future__ import annotations
@@ -98,10 +99,10 @@ class Walk:
                 yield x_RF, t_RE - rows(entry, stage).float()
 
     def normed_and_targets(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """A prefill block's normed input here and in the dense model, ``[R, E]``, part by part."""
+        """A prefill block's normed input here and in the dense one, ``[B, N, E]``, part by part."""
         norm = self.model.block(self.at).attention_norm
-        for entry, dense in zip(self.here, self.dense, strict=True):
-            yield norm(rows(entry, "prefill")), norm(rows(dense.entry(self.at), "prefill"))
+        for (x_BNE, _), dense in zip(self.here, self.dense, strict=True):
+            yield norm(x_BNE), norm(dense.entry(self.at)[0])
 
     def weights(self, stage: Stage, layer: int, *made: Made) -> Weights:
         """Parameters of a block's projections that make these, as the pair has them now."""
