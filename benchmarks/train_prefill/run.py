@@ -34,10 +34,12 @@ from pdtrim.models.loading import load_model
 from pdtrim.models.model import Model
 from pdtrim.plan import Gates
 from pdtrim.repair.apply import best_repair
+from pdtrim.repair.held_out import HeldOut
 from pdtrim.stage.forward import Pair, Trimmed
 from pdtrim.verbs.distill import TrainConfig, distill_plan, pays_to_keep
 from pdtrim.verbs.plan import PlanConfig, make_plan
 from pdtrim.versions import host, versions
+from pdtrim.words import RECALL
 
 PROBE_STEPS = 3
 
@@ -94,7 +96,8 @@ def bare_plan(args: argparse.Namespace, model: Model) -> None:
     text = load_calibration(model, CalibrationConfig(source=source, seed=args.seed))
     plan = TrimPlan.dense(model).plan.model_copy(update={"gates": gates})
     TrimPlan.of(plan, {}).save(bare)
-    found = best_repair(model, Trimmed.of(plan, Pair.dense(model)), text.fit, text.rerank)
+    judge = HeldOut(model, text.rerank, weight=RECALL, seed=args.seed)
+    found = best_repair(model, Trimmed.of(plan, Pair.dense(model)), text.fit, judge)
     print(f"repair: {found.text}, KL {found.kl:.4f}", flush=True)
     origin = plan.provenance.model_copy(update={"repair": found.text})
     TrimPlan.of(plan.model_copy(update={"provenance": origin}), found.blocks).save(repaired)
