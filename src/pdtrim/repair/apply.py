@@ -203,13 +203,13 @@ def best_repair(
     changed = changed_stages(model, trimmed)
     text = fit if isinstance(fit, DenseText) else DenseText(model, fit, stages=changed or STAGES)
     judge = held_out if isinstance(held_out, HeldOut) else HeldOut(model, held_out)
-    now, score, keys = trimmed, judge.score(trimmed), 1.0
+    score, keys = judge.score(trimmed), 1.0
     best: dict[Stage, Kind] = {}
     blocks: Blocks = {"prefill": {}, "decode": {}}
     tried: dict[Stage, dict[Kind, float]] = {}
     for stage in STAGES:
         best[stage], tried[stage] = "none", {"none": score.loss}
-        before = now
+        before = _with(trimmed, blocks)
         made: dict[str, Blocks] = {}
         for kind in kinds[stage] if stage in changed else ():
             if kind == "none" or not ("outputs" in kind or find_cuts(trimmed.gates, stage)):
@@ -217,15 +217,12 @@ def best_repair(
             if over():
                 break
             made[kind] = _made(model, before, text, kind, (stage,), made, ridge)
-            repaired = _with(before, made[kind])
-            found = judge.score(repaired)
+            found = judge.score(_with(before, made[kind]))
             tried[stage][kind] = found.loss
             if found.loss < score.loss:
-                score, now = found, repaired
-                best[stage], blocks[stage] = kind, made[kind][stage]
+                score, best[stage], blocks[stage] = found, kind, made[kind][stage]
         if stage == "prefill" and best[stage].endswith("kv"):
             blocks, score, keys = _fewer_keys(trimmed, judge, blocks, score, over)
-            now = _with(trimmed, blocks)
     if len(changed) == len(STAGES) and all("outputs" in kinds[stage] for stage in STAGES):
         made = {}
         for kind in SHARED:

@@ -69,9 +69,9 @@ def fit(pairs: Iterable[tuple[Tensor, Tensor]], projections: Weights, *, ridge: 
     gram_EE = cross_EE = torch.zeros((), dtype=torch.float64)
     for h_BNE, g_BNE in pairs:
         h_RE, g_RE = h_BNE.flatten(0, 1).double(), g_BNE.flatten(0, 1).double()
-        w_BN = h_RE.new_ones(h_BNE.shape[:2])
-        w_BN[:, 0] = SINK
-        wh_ER = (w_BN.view(-1, 1) * h_RE).T
+        wh_BNE = h_RE.view(h_BNE.shape).clone()
+        wh_BNE[:, 0] *= SINK
+        wh_ER = wh_BNE.flatten(0, 1).T
         gram_EE = gram_EE.to(h_RE.device) + wh_ER @ h_RE
         cross_EE = cross_EE.to(h_RE.device) + wh_ER @ (g_RE - h_RE)
     eye_EE = torch.eye(len(gram_EE), dtype=torch.float64, device=gram_EE.device)
