@@ -23,7 +23,8 @@ from pdtrim.calibration.recall_training import (
     recall_rows,
     returns,
 )
-from pdtrim.errors import CalibrationError
+from pdtrim.distill.job import DistillConfig
+from pdtrim.errors import CalibrationError, PdtrimError, PlanError
 from pdtrim.keep.tensors import ids_digest
 from pdtrim.plan import Gates
 from pdtrim.progress import silent
@@ -220,3 +221,15 @@ def test_training_asks_for_letters_where_the_dense_model_knows_them(
     again = training_text(speaker, config, silent, said.append)
     assert all(torch.equal(a.ids_BT, b.ids_BT) for a, b in zip(both, again, strict=True))
     assert ("asks for letters" in said[-1]) == bool(known and known > KNOWN)
+
+
+@pytest.mark.parametrize("share", [-1.0, 100.5, math.nan, math.inf])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(PdtrimError, match=r"--recall .* is a share of the other sequences"):
+        TrainConfig(recall=share)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "max_seconds"])
+def test_a_training_takes_no_nan(name):
+    with pytest.raises(PlanError):
+        DistillConfig(**{name: math.nan})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -65,8 +66,11 @@ class DistillConfig(Descent):
                 raise PlanError(f"{name} must be at least 1")
         if self.fit_rows < 0:
             raise PlanError("fit_rows must be 0 or more")
-        if self.learning_rate <= 0 or not 0 <= self.warmup <= 1 or self.weight_decay < 0:
+        rated = 0 < self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf
+        if not rated or not 0 <= self.warmup <= 1:
             raise PlanError("the learning rate must be above 0, warmup a share, decay 0 or more")
+        if self.max_seconds is not None and not self.max_seconds >= 0:
+            raise PlanError("the time for a training must be 0 or more")
 
     @property
     def what(self) -> str:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 KEPT_BYTES = 2**32
 """Memory that streams may take which are kept because training comes back to them."""
 
+MOST_RECALL = 100
+"""Sequences that need recall, for one of the others: they are cut out of these."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -65,6 +68,12 @@ class TrainConfig:
     learning_rate: float = 3e-4
     minutes: float | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.recall is not None and not 0 <= self.recall <= MOST_RECALL:
+            raise PdtrimError(
+                f"--recall {self.recall:g} is a share of the other sequences: 0 to {MOST_RECALL}"
+            )
 
 
 def distill_plan(
@@ -144,8 +153,6 @@ def training_text(
     )
     data, rest = load_mixture(model, config.text, lengths, progress=progress, say=say)
     share = config.recall if config.recall is not None else float(config.stage != "decode")
-    if share < 0:
-        raise PdtrimError("--recall is a share of the other sequences: 0 or more")
     if not share:
         return data, rest
     asked = model if answers_by_letter(model, data, config.seed, say) else None
