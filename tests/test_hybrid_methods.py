@@ -12,11 +12,13 @@ from pdtrim.errors import PlanError
 from pdtrim.evaluate.quality import measure_quality
 from pdtrim.methods import METHODS, Target
 from pdtrim.methods.baselines import FLAP, LLMPruner, ShortGPT
+from pdtrim.methods.baselines.wanda_sp import WandaSP
 from pdtrim.methods.flap_pdtrim import FLAPPDTrim
 from pdtrim.methods.llm_pruner_pdtrim import LLMPrunerPDTrim
 from pdtrim.methods.pdtrim import PDTrim
 from pdtrim.methods.problem import Problem
 from pdtrim.methods.shortgpt_pdtrim import ShortGPTPDTrim
+from pdtrim.methods.wanda_sp_pdtrim import WandaSPPDTrim
 from pdtrim.progress import silent
 from pdtrim.search.anneal import Annealing
 from pdtrim.stage.cost import removed_parameters
@@ -108,20 +110,23 @@ def measured(model, text, plans):
     return {name: quality.kl for name, quality in found.items()}
 
 
-def test_flap_with_nothing_more_to_lose_is_flap_and_its_repair_is_better(model, text):
+@pytest.mark.parametrize(("narrower", "hybrid"), [(FLAP, FLAPPDTrim), (WandaSP, WandaSPPDTrim)])
+def test_with_nothing_more_to_lose_it_is_the_narrower_and_its_repair_is_better(
+    model, text, narrower, hybrid
+):
     shares = Target(
         repair="none", metric="parameters", prefill_share=0.3, decode_share=0.3, mode="unified"
     )
     plans = {
-        "flap": FLAP().plan(model, text, shares),
-        "bare": FLAPPDTrim().plan(model, text, shares),
-        "repaired": FLAPPDTrim().plan(model, text, replace(shares, repair="best")),
+        "alone": narrower().plan(model, text, shares),
+        "bare": hybrid().plan(model, text, shares),
+        "repaired": hybrid().plan(model, text, replace(shares, repair="best")),
     }
-    assert plans["bare"].plan.digest == plans["flap"].plan.digest
-    assert plans["repaired"].plan.widths == plans["flap"].plan.widths
+    assert plans["bare"].plan.digest == plans["alone"].plan.digest
+    assert plans["repaired"].plan.widths == plans["alone"].plan.widths
     assert plans["repaired"].plan.provenance.repair != "none"
     kl = measured(model, text, plans)
-    assert kl["repaired"] < 0.9 * kl["flap"]
+    assert kl["repaired"] < 0.9 * kl["alone"]
 
 
 def test_the_search_behind_flap_sees_its_biases(model, text):
@@ -138,9 +143,10 @@ def test_the_search_behind_flap_sees_its_biases(model, text):
         assert torch.equal(ground.pair.decode.block(layer).module.get_parameter(name), bias)
 
 
-def test_flap_narrows_what_both_lose_and_prefill_skips_the_rest(model, text):
+@pytest.mark.parametrize("hybrid", [FLAPPDTrim, WandaSPPDTrim])
+def test_it_narrows_what_both_lose_and_prefill_skips_the_rest(model, text, hybrid):
     shares = Target(metric="parameters", prefill_share=0.4, decode_share=0.2, repair="best")
-    repaired = FLAPPDTrim().plan(model, text, shares)
+    repaired = hybrid().plan(model, text, shares)
     plan = repaired.plan
     removed = removed_parameters(model, plan)
     assert 0.4 <= removed["prefill"] < 0.4 + 1 / LAYERS
@@ -150,7 +156,7 @@ def test_flap_narrows_what_both_lose_and_prefill_skips_the_rest(model, text):
     assert skipped and not any(
         width and width.biased for width in map(plan.widths.prefill.__getitem__, skipped)
     )
-    bare = FLAPPDTrim().plan(model, text, replace(shares, repair="none"))
+    bare = hybrid().plan(model, text, replace(shares, repair="none"))
     kl = measured(model, text, {"repaired": repaired, "bare": bare})
     assert kl["repaired"] < kl["bare"]
 

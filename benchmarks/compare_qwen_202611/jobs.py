@@ -19,13 +19,15 @@ TASKS = (
 )
 SEEDS = "0,1"
 FIRST = (
-    "flap+pdtrim-tilted",
+    "wanda-sp+pdtrim-tilted",
+    "wanda-sp",
     "pdtrim-tilted",
+    "pdtrim-prefill",
+    "flap+pdtrim-tilted",
     "paper",
     "flap",
     "shortgpt",
     "pdtrim",
-    "pdtrim-prefill",
     "pdtrim-even",
     "sleb",
     "evopress",
@@ -41,7 +43,7 @@ LAST = ("blockpruner",)  # the longest search
 OURS, GRADIENTS, OTHERS = 24.0, 24.0, 14.0  # GB, at 32 sequences of a model of 1.5B parameters
 SCORING, PLANNING, TRAINING, SOLVING = 12.0, 24.0, 40.0, 24.0
 SOLVED_TOGETHER = 65536  # tokens of gsm8k that run together
-ASKED = ("pdtrim-tilted", "pdtrim-prefill", "flap+pdtrim-tilted", "flap", "shortgpt", "paper")
+ASKED = ("wanda-sp+pdtrim-tilted", "wanda-sp", "pdtrim-tilted", "pdtrim-prefill", "flap", "paper")
 """Systems that retrieval is asked of, beside the dense model and the prefills."""
 TIMED = (
     "pdtrim",
@@ -50,8 +52,18 @@ TIMED = (
     "flap",
     "shortgpt",
     "paper",
-    "flap+pdtrim-tilted",
+    "wanda-sp",
+    "wanda-sp+pdtrim-tilted",
 )
+PREFILL_KV = (
+    *("--stage", "prefill", "--train", "kv", "--rows", "32", "--accumulate", "1"),
+    *("--prompt-tokens", "128", "--continuation-tokens", "65", "--learning-rate", "5e-4"),
+)
+DECODE_ALL = (
+    *("--blocks", "all", "--merge", "none", "--rows", "16", "--accumulate", "2"),
+    *("--prompt-tokens", "256", "--continuation-tokens", "256", "--learning-rate", "1e-4"),
+)
+"""Options of ``distill``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,24 +123,28 @@ class Settings:
 
 def all_jobs(settings: Settings) -> list[Job]:
     """All jobs; each begins when what it needs is there and memory is free."""
-    systems20, systems33 = systems(settings, "20", 0), systems(settings, "33", 0)
+    first, again = systems(settings, "20", 0), systems(settings, "20", 1)
     third, half = prefill(settings, "third"), prefill(settings, "half")
     return [
         dense(settings, "20"),
-        *systems20[:4],
         third[0],
-        *parts(settings),
-        *systems20[4:],
+        half[0],
+        *first[:5],
         *third[1:],
+        *half[1:],
+        *trained(settings, "pdtrim-prefill", *PREFILL_KV),
         retrieval(settings, "prefill", ("dense", "third", "third-trained")),
-        dense(settings, "33"),
-        *systems33,
-        retrieval(settings, "20", ASKED),
-        *solving(settings),
-        *systems(settings, "20", 1),
-        *half,
         retrieval(settings, "half", ("half", "half-trained")),
-        *trained(settings, "pdtrim-tilted"),
+        *solving(settings),
+        kv_policies(settings),
+        *parts(settings),
+        *again[:5],
+        *first[5:],
+        retrieval(settings, "20", ASKED),
+        dense(settings, "33"),
+        *systems(settings, "33", 0),
+        *again[5:],
+        *trained(settings, "pdtrim-tilted", *DECODE_ALL),
         *times(settings),
     ]
 
@@ -176,6 +192,7 @@ def prefill(settings: Settings, name: str) -> list[Job]:
         *("--out", str(out), "--remove", str(count), "--train", "kv"),
         *("--minutes", str(settings.minutes), "--sequences", str(32 * settings.sequences)),
         *("--rows", "32", "--accumulate", "1", "--learning-rate", "5e-4"),
+        *("--prompt-tokens", "128", "--continuation-tokens", "65"),  # three letters a row
         *("--limit", str(settings.limit), "--device", settings.device),
     ]
     plans = {name: out / "repaired.json", f"{name}-trained": out / "trained-kv.json"}
@@ -254,7 +271,7 @@ def retrieval(settings: Settings, name: str, of: tuple[str, ...]) -> Job:
 
 def solving(settings: Settings) -> list[Job]:
     """GSM8K, in a folder of its own: other batches, so other cells."""
-    names = ("third", "third-trained", "pdtrim-tilted", "flap+pdtrim-tilted", "flap")
+    names = ("third", "third-trained", "half-trained", "wanda-sp+pdtrim-tilted", "wanda-sp")
     out = settings.out / "gsm8k"
 
     def job(name: str, options: tuple[str, ...], needs: tuple[Path, ...]) -> Job:
@@ -284,28 +301,40 @@ def solving(settings: Settings) -> list[Job]:
     ]
 
 
-def trained(settings: Settings, name: str) -> list[Job]:
-    """Decode's blocks of a system's first plan, trained."""
+def trained(settings: Settings, name: str, *options: str) -> list[Job]:
+    """A system's first plan, trained."""
     plan, made = plan_of(settings, name), settings.out / "trained" / f"{name}.json"
     job = Job(
         name=f"train-{name}",
         group="trained",
         command=[
             *("distill", str(plan), "-o", str(made), "--model", settings.model),
-            *("--blocks", "all", "--merge", "none"),
             *("--text", str(settings.data / "c4" / "train.jsonl")),
-            *("--text", str(settings.data / "wikitext2" / "train.jsonl")),
             *("--sequences", str(32 * settings.sequences), "--held-out", "8"),
-            *("--prompt-tokens", str(settings.length)),
-            *("--continuation-tokens", str(settings.length)),
-            *("--steps", "200", "--minutes", str(settings.minutes), "--rows", "16"),
-            *("--accumulate", "2", "--learning-rate", "1e-4", "--device", settings.device),
+            *("--steps", "200", "--minutes", str(settings.minutes)),
+            *("--device", settings.device, *options),
         ],
         gigabytes=TRAINING * settings.scale,
         needs=(plan,),
         makes=(made,),
     )
     return [job, row(settings, "20", f"{name}-trained", made)]
+
+
+def kv_policies(settings: Settings) -> Job:
+    """Quality against bytes for all KV policies, budgets at 5 and 8 times among them."""
+    out = settings.out / "kv"
+    return Job(
+        name="kv-sweep",
+        group="kv",
+        command=[
+            *("kv-sweep", settings.model, "--text", str(settings.data / "wikitext2/valid.jsonl")),
+            *("--calibration", str(settings.data / "c4" / "train.jsonl")),
+            *("--limit", "16", "--probes", "50", "--device", settings.device, "-o", str(out)),
+        ],
+        gigabytes=PLANNING * settings.scale,
+        makes=(out / "result.json",),
+    )
 
 
 def times(settings: Settings) -> list[Job]:

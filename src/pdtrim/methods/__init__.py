@@ -7,8 +7,14 @@ from pdtrim.methods.llm_pruner_pdtrim import LLMPrunerPDTrim
 from pdtrim.methods.paper import Paper
 from pdtrim.methods.pdtrim import PDTrim
 from pdtrim.methods.shortgpt_pdtrim import ShortGPTPDTrim
+from pdtrim.methods.wanda_sp_pdtrim import WandaSPPDTrim
 
-HYBRIDS: tuple[type[Method], ...] = (ShortGPTPDTrim, LLMPrunerPDTrim, FLAPPDTrim)
+HYBRIDS: tuple[type[Method], ...] = (
+    ShortGPTPDTrim,
+    LLMPrunerPDTrim,
+    FLAPPDTrim,
+    WandaSPPDTrim,
+)
 _ALL: tuple[type[Method], ...] = (PDTrim, Paper, *BASELINES, *HYBRIDS)
 METHODS: dict[str, type[Method]] = {kind.name: kind for kind in _ALL}
 """By name, in the order in which they are listed everywhere."""
