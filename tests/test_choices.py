@@ -7,7 +7,7 @@ import torch
 
 from pdtrim.calibration import recall
 from pdtrim.calibration.choices import LETTERS
-from pdtrim.calibration.recall import ROWS, recall_text
+from pdtrim.calibration.recall import ALL, FEW, recall_text
 from pdtrim.calibration.recall_training import KNOWN, letters_known
 from pdtrim.calibration.tokens import encode_for
 from pdtrim.stage.forward import Batch
@@ -23,7 +23,7 @@ def text(smollm2):
 
 
 def rows_of(made):
-    return [made.batch.ids_BT[at::ROWS] for at in range(ROWS)]
+    return [made.batch.ids_BT[at :: made.rows] for at in range(made.rows)]
 
 
 def test_every_second_sequence_asks_which_word_it_holds(smollm2, text, monkeypatch):
@@ -32,7 +32,7 @@ def test_every_second_sequence_asks_which_word_it_holds(smollm2, text, monkeypat
     asked = 0
     for number in range(SEQUENCES):
         row = made[number : number + 1]
-        prompt = smollm2.tokenizer.decode(row.batch.prompt_BP[ROWS - 1])
+        prompt = smollm2.tokenizer.decode(row.batch.prompt_BP[FEW.count - 1])
         if number % 2 == 0:
             assert "Which of these words" not in prompt
             continue
@@ -42,12 +42,15 @@ def test_every_second_sequence_asks_which_word_it_holds(smollm2, text, monkeypat
         whole = smollm2.tokenizer.decode(text.ids_BT[number])
         held = [letter for letter, word in options.items() if f" {word}" in piece]
         assert len(held) == 1 and piece.strip() in whole
-        answers = row.answer_BC[ROWS - 1]
+        answers = row.answer_BC[FEW.count - 1]
         assert answers.tolist() == [True] + [False] * (len(answers) - 1)
-        letter = smollm2.tokenizer.decode(row.batch.continuation_BC[ROWS - 1, :1])
+        letter = smollm2.tokenizer.decode(row.batch.continuation_BC[FEW.count - 1, :1])
         assert letter == f" {held[0]}"
         asked += 1
     assert asked == SEQUENCES // 2
+    everywhere = rows_of(recall_text(smollm2, text, rows=ALL))[-1]
+    prompts = smollm2.tokenizer.batch_decode(everywhere)
+    assert all("Which of these words" in prompt for prompt in prompts)
 
 
 def test_a_model_that_does_not_know_letters_is_not_asked(smollm2, text, monkeypatch):
@@ -63,6 +66,17 @@ def test_a_model_that_does_not_know_letters_is_not_asked(smollm2, text, monkeypa
     )
     assert all(first) and all(second)
     assert last[0] and not any(last[1::2])
+
+
+def test_pairs_a_copy_and_a_question_of_every_sequence(smollm2, text):
+    made = recall_text(smollm2, text, rows=ALL)
+    for number in range(SEQUENCES):
+        prompts = smollm2.tokenizer.batch_decode(made[number : number + 1].batch.prompt_BP)
+        pairs, copy, question = prompts[ALL.returns :]
+        assert all(line.count(":") == 1 for line in pairs.splitlines()[-3:])
+        piece, _, cue = copy.rpartition("\n")
+        assert cue in piece
+        assert "What comes after" in question and "What comes after" not in pairs + copy
 
 
 def test_training_does_not_ask_smollm2(smollm2, text):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers import random_batch, random_text, tiny_model, trimmed
-from pdtrim.calibration.recall import ROWS, answer_loss, lost, recall_text
+from pdtrim.calibration.recall import ALL, FEW, answer_loss, recall_text
 from pdtrim.errors import CalibrationError, PlanError
 from pdtrim.evaluate.sensitivity import WAYS, recall_sensitivity
 from pdtrim.methods import PDTrim, Target
@@ -39,10 +39,11 @@ def nll_of(model, recall, gates):
     return torch.tensor(found)
 
 
-def test_answers_stand_in_the_prompt_and_rows_lie_by_sequence(model):
+@pytest.mark.parametrize("rows", [FEW, ALL])
+def test_answers_stand_in_the_prompt_and_rows_lie_by_sequence(model, rows):
     text = text_of(model)
-    recall = recall_text(model, text)
-    assert len(recall) == 6 and len(recall.batch) == 6 * ROWS
+    recall, each = recall_text(model, text, rows=rows), rows.count
+    assert len(recall) == 6 and len(recall.batch) == 6 * each
     columns = zip(
         recall.batch.prompt_BP.tolist(),
         recall.batch.continuation_BC.tolist(),
@@ -54,12 +55,12 @@ def test_answers_stand_in_the_prompt_and_rows_lie_by_sequence(model):
         assert any(answers)
         for token, on in zip(continuation, answers, strict=True):
             assert not on or token in prompt
-        assert set(prompt) <= set(whole[number // ROWS])
-    again = recall_text(model, text)
+        assert set(prompt) <= set(whole[number // each])
+    again = recall_text(model, text, rows=rows)
     assert torch.equal(again.batch.prompt_BP, recall.batch.prompt_BP)
     part = recall[2:4]
-    assert torch.equal(part.batch.prompt_BP, recall.batch.prompt_BP[2 * ROWS : 4 * ROWS])
-    assert torch.equal(part.answer_BC, recall.answer_BC[2 * ROWS : 4 * ROWS])
+    assert torch.equal(part.batch.prompt_BP, recall.batch.prompt_BP[2 * each : 4 * each])
+    assert torch.equal(part.answer_BC, recall.answer_BC[2 * each : 4 * each])
 
 
 def test_words_that_return_and_pairs_and_questions_come_from_a_text(tiny_folder):
@@ -78,10 +79,19 @@ def test_the_loss_is_the_mean_nll_of_each_rows_answers(model):
     torch.testing.assert_close(answer_loss(model, recall, y), wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_what_some_answers_gain_does_not_make_up_for_what_others_lose():
-    nll_B, dense_B = torch.ones(2 * ROWS), torch.ones(2 * ROWS)
+def test_what_some_answers_gain_does_not_make_up_for_what_others_lose(model):
+    recall = recall_text(model, text_of(model, rows=2))
+    nll_B, dense_B = torch.ones(2 * FEW.count), torch.ones(2 * FEW.count)
     nll_B[0], nll_B[1] = 3.0, 0.0
-    assert lost(nll_B, dense_B).tolist() == [pytest.approx(2 / ROWS), 0.0]
+    assert recall.lost(nll_B, dense_B).tolist() == [pytest.approx(2 / FEW.count), 0.0]
+
+
+def test_a_judge_goes_by_all_rows(model):
+    text, gates = text_of(model, rows=9), Gates.removing(5, prefill={2})  # two parts
+    recall = recall_text(model, text, rows=ALL)
+    gone = nll_of(model, recall, gates) - nll_of(model, recall, Gates.dense(5))
+    found = HeldOut(model, text, weight=0.5).score(trimmed(model, gates)).recall
+    assert found == pytest.approx(float(gone.clamp_min(0).mean()), abs=1e-4)
 
 
 def test_an_objective_adds_what_recall_lost_and_resumes_it(model):

@@ -13,9 +13,9 @@ the text itself, without a data set:
 * ``questions``: what stood behind some words. Where there is no tokenizer, a copy.
 * ``choices``: which of four words stood in the text; the answer is a letter (``choices.py``).
 
-The search of blocks, the choice of repairs and ``sensitivity`` read :func:`recall_text` and
-:func:`lost`. A KV budget has ``copies`` at the text's own length, in which every token is an
-answer (:func:`with_recall`).
+The search of blocks, the choice of repairs and ``sensitivity`` read :func:`recall_text`. A KV
+budget has ``copies`` at the text's own length, in which every token is an answer
+(:func:`with_recall`).
 
 Shapes: n sequences of text, B rows of recall, P prompt tokens, C continuation tokens.
 """
@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +41,7 @@ from pdtrim.stage.forward import Batch, Trimmed
 PIECE = 32  # tokens; the first few only tell where it comes from
 PROMPT, CONTINUATION = 64, 16  # tokens of a row, at most
 LEAST = 16  # tokens of a sequence of text that rows are cut out of
-ROWS = 3  # of a sequence: two returns, and pairs, a copy or a question in turn, or a choice
-PLACES = 4  # of a sequence, among which the returns are chosen
+PLACES = 2  # of a sequence, for each of its returns, which are chosen among them
 SHORT = 12  # last tokens of a prompt, which tell what needs no recall
 AWAY = 8  # tokens between a word and its return, at least
 KEYS = 8
@@ -50,27 +49,69 @@ CUE = 4  # words of the text that a question names
 QUESTION = '\nQuestion: What comes after "{}" in the text above?\nAnswer:'
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """How many rows are cut out of each sequence.
+
+    Attributes:
+        returns: words that return.
+        others: of pairs, a copy and a question, in turn where not all three are asked for.
+        choices: a choice is the last row of one in so many sequences, in place of another.
+    """
+
+    returns: int
+    others: int
+    choices: int
+
+    @property
+    def count(self) -> int:
+        """All of a sequence."""
+        return self.returns + self.others
+
+
+FEW = Rows(returns=2, others=1, choices=2)
+"""What a search asks of every state."""
+ALL = Rows(returns=3, others=3, choices=1)
+"""What the few repaired pairs are told apart by: every sequence is asked for every kind. Where each
+is asked for one in turn, it matters much which is asked for which (``docs/log.md``)."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recall:
     """Rows that need their prompt, and which of their continuation tokens are answers.
 
     Those of one sequence of text lie together; a slice is of sequences.
+
+    Attributes:
+        rows: of one sequence.
     """
 
     batch: Batch
     answer_BC: Tensor
+    rows: int
 
     def __getitem__(self, sequences: slice) -> Recall:
         first, stop, _ = sequences.indices(len(self))
-        rows = slice(first * ROWS, stop * ROWS)
-        return Recall(batch=self.batch[rows], answer_BC=self.answer_BC[rows])
+        rows = slice(first * self.rows, stop * self.rows)
+        return replace(self, batch=self.batch[rows], answer_BC=self.answer_BC[rows])
 
     def __len__(self) -> int:
         """Sequences of text."""
-        return len(self.batch) // ROWS
+        return len(self.batch) // self.rows
+
+    def lost(self, nll_B: Tensor, dense_B: Tensor) -> Tensor:
+        """What each sequence's answers lost ``[n]``, nats a token; each row counts alike.
+
+        A row whose answers are likelier than in the dense model lost nothing: it does not make up
+        for one that forgot, as a search that may trade one for the other finds out.
+
+        Args:
+            nll_B, dense_B: of each row's answers (:func:`answer_loss`), pruned and dense.
+        """
+        return (nll_B - dense_B).clamp_min(0).view(-1, self.rows).mean(1)
 
 
-def recall_text(model: Model, text: Batch, *, seed: int = 0) -> Recall:
+def recall_text(model: Model, text: Batch, *, rows: Rows = FEW, seed: int = 0) -> Recall:
     """Rows of recall for each sequence of a text, the same for the same seed.
 
     Args:
@@ -85,14 +126,18 @@ def recall_text(model: Model, text: Batch, *, seed: int = 0) -> Recall:
             f"recall needs sequences of at least {LEAST} tokens, and these have"
             f" {ids_nW.shape[1]}: give longer ones, or a recall weight of 0"
         )
-    cutter = _Cutter(model, ids_nW, seed)
-    rows = [row for number in range(len(ids_nW)) for row in cutter.rows(number)]
-    prompts, continuations, answers = zip(*rows, strict=True)
+    cutter = _Cutter(model, ids_nW, rows, seed)
+    made = [row for number in range(len(ids_nW)) for row in cutter.rows(number)]
+    prompts, continuations, answers = zip(*made, strict=True)
     batch = Batch(
         prompt_BP=torch.tensor(prompts, dtype=torch.long),
         continuation_BC=torch.tensor(continuations, dtype=torch.long),
     )
-    return Recall(batch=batch.to(model.device), answer_BC=torch.tensor(answers).to(model.device))
+    return Recall(
+        batch=batch.to(model.device),
+        answer_BC=torch.tensor(answers).to(model.device),
+        rows=rows.count,
+    )
 
 
 def sequence_tokens(text: Batch) -> int:
@@ -108,15 +153,6 @@ def answer_loss(model: Model, recall: Recall, y_BCE: Tensor) -> Tensor:
     nll_R = -logp_RV.gather(-1, recall.batch.continuation_BC[at_BC][:, None])[:, 0]
     nll_BC = torch.zeros(at_BC.shape, device=at_BC.device).masked_scatter(at_BC, nll_R)
     return nll_BC.sum(1) / at_BC.sum(1)
-
-
-def lost(nll_B: Tensor, dense_B: Tensor) -> Tensor:
-    """What each sequence's answers lost ``[n]``, nats a token; each row counts alike.
-
-    A row whose answers are likelier than in the dense model lost nothing: it does not make up for
-    one that forgot, as a search that may trade one for the other finds out.
-    """
-    return (nll_B - dense_B).clamp_min(0).view(-1, ROWS).mean(1)
 
 
 def with_recall(batch: Batch, *, seed: int = 0) -> Batch:
@@ -139,8 +175,8 @@ _Row = tuple[list[int], list[int], list[bool]]
 class _Cutter:
     """Cuts rows out of token sequences."""
 
-    def __init__(self, model: Model, ids_nW: Tensor, seed: int) -> None:
-        self.model, self.rng = model, random.Random(seed)
+    def __init__(self, model: Model, ids_nW: Tensor, asked: Rows, seed: int) -> None:
+        self.model, self.asked, self.rng = model, asked, random.Random(seed)
         self.begin = begin_ids(model.tokenizer) if model.tokenizer is not None else []
         sequences = ids_nW.tolist()
         begun = [row[: len(self.begin)] == self.begin for row in sequences]
@@ -157,12 +193,14 @@ class _Cutter:
 
     def rows(self, number: int) -> list[_Row]:
         """The rows of one sequence."""
-        text = self.texts[number]
+        text, asked = self.texts[number], self.asked
         made: list[_Row | None] = [self._returns(text, at) for at in self.places[number]]
-        made += [None] * (2 - len(made))
-        made.append((self._pairs, self._copy, self._question)[number % 3](text))
-        *returns, turn = [row or self._copy(text) for row in made]
-        return [*returns, self.choices.get(number, turn)]
+        made += [None] * (asked.returns - len(made))
+        kinds = self._pairs, self._copy, self._question
+        for turn in range(asked.others):
+            made.append(kinds[(number * asked.others + turn) % len(kinds)](text))
+        *most, last = [row or self._copy(text) for row in made]
+        return [*most, self.choices.get(number, last)]
 
     def _ids(self, text: str) -> list[int]:
         return [] if self.model.tokenizer is None else encode_for(self.model, text)
@@ -223,7 +261,7 @@ class _Cutter:
         return self._row(prompt, text[at : at + self.C], [0])
 
     def _chosen_places(self) -> list[list[int]]:
-        """Two places of each sequence at which a word returns, or fewer where there are none."""
+        """Places of each sequence at which a word returns, or fewer where there are none."""
         found: list[tuple[int, int]] = []
         for number, text in enumerate(self.texts):
             places = [
@@ -231,13 +269,13 @@ class _Cutter:
                 for at in range(self.P, len(text) - self.C + 1)
                 if text[at] in self.rare and text[at] in text[at - self.P : at - AWAY]
             ]
-            drawn = self.rng.sample(places, min(PLACES, len(places)))
+            drawn = self.rng.sample(places, min(PLACES * self.asked.returns, len(places)))
             found += [(number, at) for at in sorted(drawn)]
         gains = self._gains(found)
         chosen: list[list[int]] = []
         for number in range(len(self.texts)):
             own = [(gain, at) for (n, at), gain in zip(found, gains, strict=True) if n == number]
-            chosen.append([at for _, at in sorted(own, reverse=True)[:2]])
+            chosen.append([at for _, at in sorted(own, reverse=True)[: self.asked.returns]])
         return chosen
 
     def _gains(self, found: list[tuple[int, int]]) -> list[float]:
@@ -252,13 +290,13 @@ class _Cutter:
         return (whole - short).tolist()
 
     def _chosen_choices(self, rng: random.Random) -> dict[int, _Row]:
-        """For every second sequence the question whose letter the dense model is surest of."""
+        """By sequence the question whose letter the dense model is surest of."""
         asker = Asker(
             words=self.words, ids=self._ids, rare=self.rare, texts=self.texts, size=self.P, rng=rng
         )
         found: list[tuple[int, Question]] = [
             (number, question)
-            for number in range(1, len(self.texts), 2)
+            for number in range(self.asked.choices - 1, len(self.texts), self.asked.choices)
             for question in asker.questions(self.texts[number])
         ]
         if not found:

@@ -17,6 +17,7 @@ Shapes: n rows, W = P + C tokens, P prompt, C continuation.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -87,7 +88,7 @@ def letters_known(model: Model, text: Batch, *, begin: int = 0, seed: int = 0) -
         return None
     batch, answer_BC = sample.batch.to(model.device), sample.answer_BC.to(model.device)
     y_BCE = Trimmed.dense(model).last_stream(batch)
-    loss_B = answer_loss(model, Recall(batch=batch, answer_BC=answer_BC), y_BCE)
+    loss_B = answer_loss(model, replace(sample, batch=batch, answer_BC=answer_BC), y_BCE)
     return float(loss_B.mean().neg().exp())
 
 
@@ -118,6 +119,7 @@ def choices(model: Model, text: Batch, count: int, *, begin: int = 0, seed: int 
     return Recall(
         batch=Batch.cut(torch.tensor(rows, dtype=torch.long).view(-1, P + C), P),
         answer_BC=torch.tensor(answers, dtype=torch.bool).view(-1, C),
+        rows=1,
     )
 
 

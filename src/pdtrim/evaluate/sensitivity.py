@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pdtrim.calibration.recall import answer_loss, lost, recall_text
+from pdtrim.calibration.recall import answer_loss, recall_text
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.finite import finite
 from pdtrim.models.model import Model
@@ -71,7 +71,7 @@ def recall_sensitivity(
     def loss_on(start: int) -> tuple[Batch, Loss]:
         part = rows[start : start + ROWS]
         dense_B = answer_loss(model, part, Trimmed.dense(model).last_stream(part.batch))
-        return part.batch, lambda y_BCE: lost(answer_loss(model, part, y_BCE), dense_B)
+        return part.batch, lambda y_BCE: part.lost(answer_loss(model, part, y_BCE), dense_B)
 
     recall_WL = _losses(model, len(rows), loss_on, progress)
     return finite(recall_WL, "the recall of losing a block")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from pdtrim.calibration.recall import Recall, answer_loss, lost, recall_text
+from pdtrim.calibration.recall import ALL, Recall, answer_loss, recall_text
 from pdtrim.calibration.score import Score
 from pdtrim.calibration.teacher import Teacher
 from pdtrim.finite import finite
@@ -38,10 +38,10 @@ class HeldOut:
         self.teachers = [Teacher.heard(model, [trace]) for trace in self.traces]
         self.recalls: list[tuple[Recall, Trace]] = []
         if weight is not None:
-            whole = recall_text(model, text, seed=seed)
+            whole = recall_text(model, text, rows=ALL, seed=seed)
             pieces = [whole[i : i + ROWS] for i in range(0, len(text), ROWS)]
             self.recalls = [(piece, dense.streams(piece.batch)) for piece in pieces]
-        self.dense_B = self._answers(dense)
+        self.dense_answers = self._answers(dense)
 
     @torch.inference_mode()
     def score(self, trimmed: Trimmed) -> Score:
@@ -59,17 +59,17 @@ class HeldOut:
         kl, kls = float(kl_n.mean()), tuple(kl_n.tolist())
         if self.weight is None:
             return Score(kl=kl, kls=kls)
-        recall_n = lost(self._answers(trimmed), self.dense_B)
+        parts = zip(self.recalls, self._answers(trimmed), self.dense_answers, strict=True)
+        recall_n = torch.cat([piece.lost(nll_B, dense_B) for (piece, _), nll_B, dense_B in parts])
         recall = float(finite(recall_n, "the recall of a repair").mean())
         return Score(kl=kl, recall=recall, weight=self.weight, kls=kls)
 
-    def _answers(self, trimmed: Trimmed) -> torch.Tensor:
-        """NLL of all rows' answers."""
-        nll = [
+    def _answers(self, trimmed: Trimmed) -> list[torch.Tensor]:
+        """NLL of each part's rows' answers."""
+        return [
             answer_loss(trimmed.pair.decode, piece, self._stream(trimmed, piece.batch, trace))
             for piece, trace in self.recalls
         ]
-        return torch.cat(nll) if nll else torch.zeros(0)
 
     def _stream(self, trimmed: Trimmed, batch: Batch, trace: Trace) -> torch.Tensor:
         """What decode's head reads, run from the first layer that is not the dense model's."""

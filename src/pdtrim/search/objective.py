@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pdtrim.calibration.recall import answer_loss, lost, recall_text
+from pdtrim.calibration.recall import answer_loss, recall_text
 from pdtrim.calibration.score import Score
 from pdtrim.calibration.teacher import Teacher, head_rows
 from pdtrim.finite import finite
@@ -249,7 +249,7 @@ class Objective:
             text, recall = made[0]
             kl = [self.losses[i](t[-1][1]) for i, t in zip(parts, text, strict=True)]
             gone = [
-                lost(self._answers(i, t[-1][1]), self.dense_recall[i])
+                self.recalls[i].lost(self._answers(i, t[-1][1]), self.dense_recall[i])
                 for i, t in zip(self._recalled(parts), recall, strict=True)
             ]
             return torch.cat([*kl, *gone]).tolist()
