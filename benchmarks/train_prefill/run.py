@@ -219,14 +219,14 @@ def report(out: Path, settings: dict[str, str], cells: dict[str, Any]) -> None:
         f"| | LAMBADA, {count} passages | to repaired [95 %] | of dense | its NLL | KL on C4 |",
         "|---|---|---|---|---|---|",
     ]
-    dense = sum(cells["dense"]["lambada"])
+    dense = max(1, sum(cells["dense"]["lambada"]))
     for name, cell in cells.items():
         gain = paired_difference(cell["lambada"], cells["repaired"]["lambada"], seed=0)
         right = sum(cell["lambada"])
         lines.append(
             f"| {name} | {100 * right / count:.1f} |"
             f" {100 * gain.mean:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] |"
-            f" {100 * right / max(dense, 1):.0f} % | {mean(cell['nll']):.3f} | {mean(cell['kl']):.4f} |"
+            f" {100 * right / dense:.0f} % | {mean(cell['nll']):.3f} | {mean(cell['kl']):.4f} |"
         )
     print("\n".join(lines))
     (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

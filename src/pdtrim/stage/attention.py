@@ -8,6 +8,10 @@ that fit the cache and stop at the diagonal. Autograd goes through them too, six
 through the fused kernel (256 queries, 511 keys). Everywhere else the fused kernel is used, in fp32
 where the CPU has no instructions for bf16.
 
+On a GPU what is to be differentiated keeps off cuDNN, whose gradient is NaN for some numbers of
+keys under a mask (64 more than a multiple of 128) where all logits of a query are far below 0, as
+some of Qwen2.5's are: https://github.com/pytorch/pytorch/issues/196678.
+
 Shapes: B batch, H query heads, G KV heads, R = H / G, T queries, S keys, D head width.
 """
 
@@ -16,11 +20,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pdtrim.models.emulated import emulated
 
 TILE_SCORES = 2_000_000
 """Scores held at once by the tiled kernel: 4 MB of bf16, about a last-level cache share."""
+DIFFERENTIABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attend(
@@ -51,9 +57,33 @@ def attend(
     if not causal and (queries > 1 or allowed_BTS is not None):
         mask = q_BHTD.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None]
         mask = (mask if allowed_BTS is None else mask & allowed_BTS)[:, None]
+    attended = _differentiable if _recorded(q_BHTD, k_BGSD, v_BGSD) else _fused
+    return attended(q_BHTD, k_BGSD, v_BGSD, mask, causal, scale)
+
+
+def _recorded(*tensors: Tensor) -> bool:
+    """Whether a GPU's attention over these is to be differentiated."""
+    needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return needed and tensors[0].is_cuda
+
+
+def _fused(
+    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
     return F.scaled_dot_product_attention(
         q_BHTD, k_BGSD, v_BGSD, mask, is_causal=causal, scale=scale, enable_gqa=True
     )
+
+
+def _differentiable(
+    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """The same without cuDNN; under a mask the others take no groups."""
+    if mask is not None:
+        R = q_BHTD.shape[1] // k_BGSD.shape[1]
+        k_BGSD, v_BGSD = (x.repeat_interleave(R, 1) for x in (k_BGSD, v_BGSD))
+    with sdpa_kernel(DIFFERENTIABLE):
+        return _fused(q_BHTD, k_BGSD, v_BGSD, mask, causal, scale)
 
 
 def _tiled(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, allowed_BTS: Tensor | None) -> Tensor:
