@@ -23,6 +23,7 @@ from pdtrim.progress import silent
 from pdtrim.search.anneal import Annealing
 from pdtrim.stage.cost import removed_parameters
 from pdtrim.stage.forward import Trimmed
+from pdtrim.verbs.plan import PlanConfig, make_plan
 
 LAYERS = 8
 SHARES = Target(repair="none", metric="parameters", prefill_share=0.4, decode_share=0.3)
@@ -176,3 +177,32 @@ def test_it_narrows_what_both_lose_and_prefill_skips_the_rest(model, text, hybri
 def test_refusals_say_what_to_do(model, text, name, target, what):
     with pytest.raises(PlanError, match=what):
         METHODS[name]().plan(model, text, target)
+
+
+@pytest.mark.parametrize(
+    ("asked", "method"),
+    [
+        ({}, "pdtrim"),
+        ({"prefill_remove": 0.3, "decode_remove": 0.1}, "pdtrim"),
+        ({"metric": "parameters", "prefill_remove": 0.3}, "pdtrim"),
+        ({"metric": "parameters", "decode_remove": 0.1}, "wanda-sp+pdtrim"),
+        ({"metric": "parameters", "decode_remove": 0.1, "kv": "snapkv+int4"}, "wanda-sp+pdtrim"),
+        ({"metric": "parameters", "decode_remove": 0.1, "kv": "duo:share=0.5+int4"}, "pdtrim"),
+        ({"metric": "parameters", "decode_remove": 0.1, "grain": "part"}, "pdtrim"),
+        ({"metric": "parameters", "decode_remove": 0.1, "method": "flap"}, "flap"),
+    ],
+)
+def test_a_plan_narrows_by_default_where_both_stages_lose_parameters(asked, method):
+    config = PlanConfig(**asked)
+    config.check()
+    assert config.chosen_method == method
+
+
+def test_the_default_plan_of_parameters_is_narrow_in_both_stages(model, tmp_path):
+    config = PlanConfig(
+        metric="parameters", prefill_remove=0.4, decode_remove=0.2, sequences=4, fit_sequences=4,
+        prompt_tokens=24, continuation_tokens=12,
+    )  # fmt: skip
+    plan = make_plan(model, config).plan
+    assert plan.provenance.method == "wanda-sp+pdtrim"
+    assert plan.widths is not None and plan.gates.blocks("decode") == LAYERS

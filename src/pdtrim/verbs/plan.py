@@ -25,7 +25,8 @@ class PlanConfig:
     """How to prune.
 
     Attributes:
-        method: the method that plans, as pdtrim, paper (as reconstructed), or a baseline.
+        method: the method that plans, as pdtrim, paper (as reconstructed), or a baseline; if not
+            given, wanda-sp+pdtrim where both stages lose parameters by block, else pdtrim.
         mode: how the stages' removed blocks relate; the method's own if not given.
         prefill_remove: blocks that prefill loses, or a share of them such as 0.25.
         decode_remove: blocks that decode loses, or a share of them.
@@ -55,7 +56,7 @@ class PlanConfig:
         seed: seed of the calibration text and of the search.
     """
 
-    method: str = "pdtrim"
+    method: str | None = None
     mode: Mode | None = None
     prefill_remove: float = 0.25
     decode_remove: float = 0
@@ -91,16 +92,33 @@ class PlanConfig:
         if self.mode not in (None, *get_args(Mode)):
             words = ", ".join(get_args(Mode))
             raise PdtrimError(f"unknown mode '{self.mode}': use one of {words}")
-        if self.method not in METHODS:
+        if self.chosen_method not in METHODS:
             raise PdtrimError(f"unknown method '{self.method}': use one of {', '.join(METHODS)}")
         parse_policy(self.kv)
+
+    @property
+    def chosen_method(self) -> str:
+        """The method that is asked for, or the one that keeps most.
+
+        What both stages lose costs least in narrower blocks (``benchmarks/compare_qwen_202611``).
+        A selector that numbers a layer's heads needs all of them.
+        """
+        from pdtrim.kv.selectors import SELECTORS
+
+        if self.method is not None:
+            return self.method
+        both = self.prefill_remove > 0 and self.decode_remove > 0
+        narrow = both and self.metric == "parameters" and self.grain == "block"
+        selector = SELECTORS.get(self.kv.partition("+")[0].partition(":")[0])
+        whole = selector is not None and selector.numbers_heads
+        return "wanda-sp+pdtrim" if narrow and not whole else "pdtrim"
 
     def text(self) -> CalibrationConfig:
         """The calibration text: repairs have a part of their own where the method repairs."""
         from pdtrim.calibration.batches import CalibrationConfig
         from pdtrim.methods import METHODS
 
-        repair = self.repair or METHODS[self.method].default_repair
+        repair = self.repair or METHODS[self.chosen_method].default_repair
         return CalibrationConfig(
             source=self.calibration,
             prompt_tokens=self.prompt_tokens,
@@ -154,7 +172,7 @@ def make_plan(
     from pdtrim.verbs.work import Work
 
     config.check()
-    method, text = METHODS[config.method](), config.text()
+    method, text = METHODS[config.chosen_method](), config.text()
     if output is None:
         dense = dense_model(model, dtype=dtype, device=device, progress=progress)
         target = _target(dense, config, progress)
@@ -196,7 +214,7 @@ def _target(model: Model, config: PlanConfig, progress: Progress) -> Target:
         grain=config.grain,
         search=config.search,
         repair=config.repair,
-        mode=config.mode or METHODS[config.method].default_mode,
+        mode=config.mode or METHODS[config.chosen_method].default_mode,
         kv=kv,
         seed=config.seed,
         block_size=config.block_size,
