@@ -19,6 +19,7 @@ from pdtrim.methods.pdtrim import PDTrim
 from pdtrim.methods.problem import Problem
 from pdtrim.methods.shortgpt_pdtrim import ShortGPTPDTrim
 from pdtrim.methods.wanda_sp_pdtrim import WandaSPPDTrim
+from pdtrim.plan import Gates
 from pdtrim.progress import silent
 from pdtrim.search.anneal import Annealing
 from pdtrim.stage.cost import removed_parameters
@@ -142,6 +143,14 @@ def test_the_search_behind_flap_sees_its_biases(model, text):
     assert biases
     for layer, name, bias in biases:
         assert torch.equal(ground.pair.decode.block(layer).module.get_parameter(name), bias)
+
+
+@pytest.mark.parametrize("hybrid", [FLAPPDTrim, WandaSPPDTrim])
+def test_where_both_lose_alike_no_block_goes(model, text, hybrid):
+    plan = hybrid().plan(model, text, replace(SHARES, prefill_share=0.2, decode_share=0.2)).plan
+    removed = removed_parameters(model, plan)
+    assert plan.gates == Gates.dense(LAYERS).without_dead_work()
+    assert removed["decode"] >= 0.2 and 0.2 * 0.99 <= removed["prefill"] < 0.21
 
 
 @pytest.mark.parametrize("hybrid", [FLAPPDTrim, WandaSPPDTrim])

@@ -59,7 +59,7 @@ class NarrowedPDTrim(PDTrim):
             pair = replace(pair, prefill=_narrowed(model, found.widths, "prefill"))
         return Ground(
             pair=swap_pair(pair, found.blocks),
-            goal=_rest(problem, problem.narrower(narrow)),
+            goal=_rest(problem, problem.narrower(narrow), share),
             widths=found.widths,
             blocks=found.blocks,
             block_tokens=found.block_tokens,
@@ -71,14 +71,21 @@ def _narrowed(model: Model, widths: Widths, stage: Stage) -> Model:
     return narrow_blocks(model, {i: width for i, width in by_layer if width is not None})
 
 
-def _rest(whole: Problem, narrow: Problem) -> Goal:
-    """What the dense model must lose, less what narrowing has saved, in the narrow blocks."""
+def _rest(whole: Problem, narrow: Problem, share: float) -> Goal:
+    """What the dense model must lose, less what narrowing has saved, in the narrow blocks.
+
+    A stage that was to lose no more than the narrowed share needs nothing else. Narrow blocks meet
+    decode's share; prefill, which does not run all of its last block, may miss it by a little, and
+    a block more would exceed it by far.
+    """
     gates, rules = Gates.dense(whole.model.num_layers).without_dead_work(), whole.rules
     before = block_parameters(whole.model, gates, rules)
     after = block_parameters(narrow.model, gates, rules)
-    saved = {stage: before[stage] - after[stage] for stage in before}
+    target, goal = whole.target, whole.goal
+    prefill = goal.prefill_needed - before["prefill"] + after["prefill"]
+    decode = goal.decode_needed - before["decode"] + after["decode"]
     return replace(
         narrow.goal,
-        prefill_needed=max(whole.goal.prefill_needed - saved["prefill"], 0.0),
-        decode_needed=max(whole.goal.decode_needed - saved["decode"], 0.0),
+        prefill_needed=max(prefill, 0.0) if target.prefill_share > share else 0.0,
+        decode_needed=max(decode, 0.0) if target.decode_share > share else 0.0,
     )
