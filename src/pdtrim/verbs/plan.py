@@ -46,7 +46,7 @@ class PlanConfig:
             hub:NAME[:SPLIT[:FIELD]].
         prompt_tokens: tokens of each calibration prompt.
         continuation_tokens: tokens of each calibration continuation.
-        sequences: calibration sequences that steer the search; as many others choose among its
+        sequences: calibration sequences that steer the search; half as many choose among its
             finalists and their repairs.
         fit_sequences: further calibration sequences that repairs are fitted to; 0 fits them to
             those that steer.
@@ -125,7 +125,7 @@ class PlanConfig:
             prompt_tokens=self.prompt_tokens,
             continuation_tokens=self.continuation_tokens,
             search=self.sequences,
-            rerank=self.sequences,
+            rerank=(self.sequences + 1) // 2,
             fit=self.fit_sequences if repair == "best" else 0,
             seed=self.seed,
         )
