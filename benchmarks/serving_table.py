@@ -53,6 +53,16 @@ def handover(key: str, scale: float) -> Callable[[list[Row]], float]:
     return lambda rows: scale * sum(row["handover"].get(key, 0.0) for row in rows) / len(rows)
 
 
+def whole(rows: list[Row]) -> float:
+    """The median of answers' milliseconds from the request to the last token."""
+    taken = [
+        ttft + (row["answer"] - 1) * tpot
+        for row in rows
+        for ttft, tpot in zip(row["ttft_s"], row["tpot_s"], strict=True)
+    ]
+    return 1e3 * quantile(taken, 0.5)
+
+
 def alone(system: str, prompt: int, rows: list[Row]) -> str:
     """A line: one request at a time."""
     cells = [
@@ -64,6 +74,7 @@ def alone(system: str, prompt: int, rows: list[Row]) -> str:
         f"{handover('descriptors', 1)(rows):,.0f}",
         spread(rows, handover("transfer_s", 1e3), ".1f"),
         spread(rows, handover("handover_s", 1e3), ".1f"),
+        spread(rows, whole, ".0f"),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -91,9 +102,10 @@ def main() -> None:
         prompt, _, rate = row["point"].partition("@")
         points[int(prompt), float(rate or 0), row["system"]].append(row)
     print(
-        "| prompt | system | TTFT, ms | TPOT, ms | bytes | descriptors | wire, ms | handover, ms |"
+        "| prompt | system | TTFT, ms | TPOT, ms | bytes | descriptors | wire, ms | handover, ms"
+        " | whole answer, ms |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for (prompt, rate, system), rows in sorted(points.items()):
         if not rate:
             print(alone(system, prompt, rows))
