@@ -207,7 +207,7 @@ def test_a_plan_narrows_by_default_where_both_stages_lose_parameters(asked, meth
     assert config.chosen_method == method
 
 
-def test_the_default_plan_of_parameters_is_narrow_in_both_stages(model, tmp_path):
+def test_the_default_plan_of_parameters_is_narrow_in_both_stages(model):
     config = PlanConfig(
         metric="parameters", prefill_remove=0.4, decode_remove=0.2, sequences=4, fit_sequences=4,
         prompt_tokens=24, continuation_tokens=12,

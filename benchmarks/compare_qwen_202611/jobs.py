@@ -55,10 +55,11 @@ TIMED = (
     "wanda-sp",
     "wanda-sp+pdtrim-tilted",
 )
-PREFILL_KV = (
-    *("--stage", "prefill", "--train", "kv", "--rows", "32", "--accumulate", "1"),
-    *("--prompt-tokens", "128", "--continuation-tokens", "65", "--learning-rate", "5e-4"),
+PREFILL_ROWS = (
+    *("--rows", "32", "--accumulate", "1", "--learning-rate", "5e-4"),
+    *("--prompt-tokens", "128", "--continuation-tokens", "65"),  # three letters a row
 )
+PREFILL_KV = ("--stage", "prefill", "--train", "kv", *PREFILL_ROWS)
 DECODE_ALL = (
     *("--blocks", "all", "--merge", "none", "--rows", "16", "--accumulate", "2"),
     *("--prompt-tokens", "256", "--continuation-tokens", "256", "--learning-rate", "1e-4"),
@@ -191,8 +192,7 @@ def prefill(settings: Settings, name: str) -> list[Job]:
         *(str(TRAIN_PREFILL), "--model", settings.model, "--data", str(settings.data)),
         *("--out", str(out), "--remove", str(count), "--train", "kv"),
         *("--minutes", str(settings.minutes), "--sequences", str(32 * settings.sequences)),
-        *("--rows", "32", "--accumulate", "1", "--learning-rate", "5e-4"),
-        *("--prompt-tokens", "128", "--continuation-tokens", "65"),  # three letters a row
+        *PREFILL_ROWS,
         *("--limit", str(settings.limit), "--device", settings.device),
     ]
     plans = {name: out / "repaired.json", f"{name}-trained": out / "trained-kv.json"}

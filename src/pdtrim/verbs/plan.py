@@ -105,13 +105,15 @@ class PlanConfig:
         A selector that numbers a layer's heads needs all of them.
         """
         from pdtrim.kv.selectors import SELECTORS
+        from pdtrim.kvfit.policy import parse_policy
+        from pdtrim.kvfit.request import KVRequest
 
         if self.method is not None:
             return self.method
         both = self.prefill_remove > 0 and self.decode_remove > 0
         narrow = both and self.metric == "parameters" and self.grain == "block"
-        selector = SELECTORS.get(self.kv.partition("+")[0].partition(":")[0])
-        whole = selector is not None and selector.numbers_heads
+        kv = parse_policy(self.kv)
+        whole = isinstance(kv, KVRequest) and SELECTORS[kv.selector].numbers_heads
         return "wanda-sp+pdtrim" if narrow and not whole else "pdtrim"
 
     def text(self) -> CalibrationConfig:
